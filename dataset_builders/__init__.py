@@ -1,0 +1,1 @@
+"""Builders of the data an LSM is trained and tested on."""

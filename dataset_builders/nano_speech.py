@@ -1,0 +1,146 @@
+"""The nano corpus: sentences of the nano language, spoken by espeak-ng.
+
+    python -m dataset_builders.nano_speech --output runs/quickstart/corpus --train 6000 --test 1200
+
+Row i of a split is a function of (seed, split, i) alone. Splits share no sentence (`nano_grammar.split_of`) and the
+test voices' variants are never heard in training. A voice is a language with a variant; pitch and speed vary on top.
+Written as `OUTPUT/SPLIT.parquet`, loadable with `load_dataset`.
+"""
+
+import argparse
+import functools
+import io
+import logging
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from datasets import Audio, Dataset, Features, Value
+
+from dataset_builders.espeak import SAMPLING_RATE, speak
+from dataset_builders.nano_grammar import SPLITS, sample_sentence
+
+logger = logging.getLogger(__name__)
+
+_LANGUAGES = ("en-us", "en", "en-gb-x-rp", "en-us-nyc", "en-gb-x-gbclan", "en-029")
+_VARIANTS = (
+    "f1 f3 f4 m1 m2 m4 m5 m6 m8 Alex Alicia Andy Annie Denis Gene Jacky Lee Mario Michael Mike Reed adam aunty belinda "
+    "benjamin caleb david ed edward grandma grandpa ian iven john klatt linda max paul quincy rob robert shelby steph "
+    "travis victor zac"
+).split()
+TRAIN_VOICES = tuple(f"{language}+{variant}" for language in _LANGUAGES for variant in _VARIANTS)
+TEST_VOICES = ("en-us+f2", "en-us+m3", "en-gb-x-rp+f5", "en-us+m7")
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "audio": {"bytes": Value("binary"), "path": Value("string")},
+        "transcript": Value("string"),
+        "duration": Value("float32"),  # seconds
+        "voice": Value("string"),
+    }
+)
+_BYTES_PER_CLIP = 100_000  # 3 s of 16 kHz PCM16
+
+
+def sample_utterance(seed: int, split: str, index: int) -> dict:
+    """Utterance `index` of `split`: transcript, voice, and `audio` float32 `(samples,)` at 16 kHz.
+
+    Raises:
+        ValueError: unknown split.
+        ImportError: espeak-ng is not installed; says what to install.
+    """
+    rng = random.Random(f"nano speech {seed} {split} {index}")
+    transcript = str(sample_sentence(rng, split))
+    voice = rng.choice(TEST_VOICES if split == "test" else TRAIN_VOICES)
+    audio = speak(transcript, voice, words_per_minute=rng.randint(160, 200), pitch=rng.randint(35, 65))
+    return {"transcript": transcript, "voice": voice, "audio": audio}
+
+
+def row(seed: int, split: str, index: int) -> dict:
+    """Utterance `index` of `split` as a row of `FEATURES`, its audio as the bytes of a FLAC file."""
+    import soundfile
+
+    utterance = sample_utterance(seed, split, index)
+    flac = io.BytesIO()
+    soundfile.write(flac, utterance["audio"], SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+    id = f"nano-{split}-{seed}-{index:06d}"
+    return {
+        "id": id,
+        "audio": {"bytes": flac.getvalue(), "path": f"{id}.flac"},
+        "transcript": utterance["transcript"],
+        "duration": np.float32(len(utterance["audio"]) / SAMPLING_RATE),
+        "voice": utterance["voice"],
+    }
+
+
+def _rows(indices: list[int], seed: int, split: str) -> Iterator[dict]:
+    for index in indices:
+        yield row(seed, split, index)
+
+
+def build(output: str | Path, sizes: dict[str, int], seed: int = 0, num_proc: int = 1) -> Path:
+    """Write `OUTPUT/SPLIT.parquet` for every split in `sizes`; a split that is already whole is kept.
+
+    Args:
+        output: folder, created if missing.
+        sizes: rows per split.
+        seed: of every draw.
+        num_proc: worker processes; the rows do not depend on it.
+
+    Raises:
+        ValueError: unknown split or a size below 1.
+        OSError: the disk has no room for the corpus.
+    """
+    output = Path(output)
+    for split, size in sizes.items():
+        if split not in SPLITS or size < 1:
+            raise ValueError(f"cannot build {size} rows of split {split!r}; expected at least 1 row of one of {SPLITS}.")
+    output.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(sizes.values()) * _BYTES_PER_CLIP * 2, shutil.disk_usage(output).free
+    if free < needed:
+        raise OSError(
+            f"{output} has {free / 2**20:.0f} MiB free and the corpus needs about {needed / 2**20:.0f} MiB: free some "
+            "space, name another --output or ask for fewer rows."
+        )
+    for split, size in sizes.items():
+        target = output / f"{split}.parquet"
+        description = f"nano corpus, seed {seed}, {size} rows of {split}"
+        if target.exists() and Dataset.from_parquet(str(target)).info.description == description:
+            logger.info("%s is complete", target)
+            continue
+        _build_split(target, split, size, seed, num_proc)
+    return output
+
+
+def _build_split(target: Path, split: str, size: int, seed: int, num_proc: int) -> None:
+    dataset = Dataset.from_generator(
+        functools.partial(_rows, seed=seed, split=split),
+        gen_kwargs={"indices": list(range(size))},
+        features=FEATURES,
+        num_proc=min(num_proc, size),
+        cache_dir=str(target.parent / ".cache"),
+    )
+    partial = target.with_suffix(".parquet.partial")  # renamed when whole: a killed run leaves no half corpus
+    dataset.cast_column("audio", Audio(SAMPLING_RATE, decode=False)).to_parquet(str(partial))
+    os.replace(partial, target)
+    shutil.rmtree(target.parent / ".cache")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True)
+    for split in SPLITS:
+        parser.add_argument(f"--{split}", type=int, default=0, metavar="ROWS")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-proc", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sizes = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
+    build(args.output, sizes, args.seed, args.num_proc)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What a right answer is, task by task, in the nano language: one oracle and one checker, shared by all.
+
+`answers(task, transcript)` lists every right answer (the first is the canonical one, on which the nano LLM is taught);
+`is_correct(task, transcript, response)` accepts those and nothing else, so the transcript itself, another task's
+answer and another sentence's answer are wrong. `repetition` means restating in another form: a verbatim transcript is
+never right there. The oracle teaches the base LLM and checks answers; it never writes a self-powered response.
+"""
+
+import unicodedata
+from collections.abc import Callable
+from itertools import permutations
+
+from dataset_builders.nano_grammar import Sentence, lexicon
+
+FOLLOWING_TASKS = ("continuation", "repetition", "keyword", "intent", "sentiment", "translation")
+QUESTION_TASKS = ("question_who", "question_what", "question_circumstance")
+
+
+def normalize(text: str) -> str:
+    """Lower case, no punctuation, single spaces; accents stay (they are content in Spanish)."""
+    kept = (" " if unicodedata.category(char)[0] in "PSZC" else char for char in unicodedata.normalize("NFC", text))
+    return " ".join("".join(kept).lower().split())
+
+
+def answers(task: str, transcript: str) -> list[str]:
+    """Every right answer to `task` about `transcript`, canonical first, written as a sentence.
+
+    Raises:
+        ValueError: unknown task, or a transcript outside the nano language.
+    """
+    if task not in _ANSWERS:
+        raise ValueError(f"unknown task {task!r}; expected one of {sorted(_ANSWERS)}.")
+    return _ANSWERS[task](Sentence.parse(transcript))
+
+
+def is_correct(task: str, transcript: str, response: str) -> bool:
+    """Whether `response` is the asked kind of answer with the right content (case and punctuation aside)."""
+    return normalize(response) in {normalize(answer) for answer in answers(task, transcript)}
+
+
+def _capitalized(*parts: str | None) -> str:
+    text = " ".join(part for part in parts if part)
+    return text[0].upper() + text[1:] + "."
+
+
+def _continuation(s: Sentence) -> list[str]:
+    return [sequel.format(subject=s.subject, object=s.object) for sequel in lexicon().sequels[s.intent]]
+
+
+def _repetition(s: Sentence) -> list[str]:
+    participle = lexicon().verbs[s.verb][0]
+    passive = ["the", s.adjective, s.object, "was", s.adverb, participle, "by the", s.subject]
+    return [_capitalized(*passive, s.circumstance), _capitalized(s.circumstance, *passive)]
+
+
+def _keyword(s: Sentence) -> list[str]:
+    return [f"Keywords: {', '.join(order)}." for order in permutations(s.keywords)]
+
+
+def _translation(s: Sentence) -> list[str]:
+    lex = lexicon()
+    subject, subject_gender = lex.subjects[s.subject]
+    thing, gender, _ = lex.objects[s.object]
+    article = {"m": "el", "f": "la"}
+    adjective = lex.adjectives[s.adjective][0 if gender == "m" else 1] if s.adjective else None
+    adverb = lex.adverbs[s.adverb][0] if s.adverb else None
+    verb, circumstance = lex.verbs[s.verb][1], lex.circumstances[s.circumstance][1]
+    parts = [article[subject_gender], subject, verb, adverb, article[gender], thing, adjective, circumstance]
+    return [_capitalized(*parts)]
+
+
+def _question_what(s: Sentence) -> list[str]:
+    return [_capitalized("the", s.object), _capitalized("the", s.adjective, s.object)]
+
+
+_ANSWERS: dict[str, Callable[[Sentence], list[str]]] = {
+    "continuation": _continuation,
+    "repetition": _repetition,
+    "keyword": _keyword,
+    "intent": lambda s: [f"The intent is {s.intent}."],
+    "sentiment": lambda s: [f"The sentiment is {s.sentiment}."],
+    "translation": _translation,
+    "transcription": lambda s: [str(s)],
+    "question_who": lambda s: [_capitalized("the", s.subject)],
+    "question_what": _question_what,
+    "question_circumstance": lambda s: [_capitalized(s.circumstance)],
+}

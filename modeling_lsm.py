@@ -1,0 +1,439 @@
+"""LSM: a frozen Whisper encoder, a windowed Q-Former and a causal LLM that listens as it reads.
+
+Architecture: "Self-Powered LLM Modality Expansion for Large Speech-Text Models", arXiv 2410.03798.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+try:
+    from .configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, window_layout
+except ImportError:
+    from configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, window_layout
+
+AUDIO_INPUTS = ("input_features", "input_features_mask", "audio_hidden_states")
+
+
+@dataclass
+class LsmAudioOutput(ModelOutput):
+    """What [`LsmModel.get_audio_features`] returns.
+
+    Args:
+        last_hidden_state: `(chunks, encoder_frames, d_audio)`, the audio tower's output. Pass it as
+            `audio_hidden_states` to reuse it: the tower is frozen.
+        pooler_output: `(total_tokens, hidden)`, the speech embeddings in prompt order.
+        num_tokens: `(chunks,)` int64 on the CPU; `pooler_output.split(num_tokens.tolist())` gives them per chunk.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    num_tokens: torch.Tensor | None = None
+
+
+class LsmPreTrainedModel(PreTrainedModel):
+    config_class = LsmConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["WhisperEncoderLayer", "Blip2QFormerLayer"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, LsmProjector):
+            # Unit variance: queries of 0.02 all but vanish beside the windows and the projector stays on a plateau.
+            init.normal_(module.queries, mean=0.0, std=1.0)
+
+
+class LsmAudioTower(WhisperEncoder):
+    """Whisper's encoder for clips of any length up to its 30 s, always frozen and in eval mode.
+
+    Parameter names are `WhisperEncoder`'s. A clip's features do not depend on its neighbours in the batch or on how
+    much padding follows it: padding is zero before each convolution, as at a clip's own end, and never attended to.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.eval()
+
+    def train(self, mode: bool = True):
+        self.requires_grad_(False)  # here, as `from_pretrained` turns gradients on again and then calls `eval()`
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        """
+        Args:
+            input_features: `(chunks, mels, frames)` float, log-mel features at 100 frames per second.
+            attention_mask: `(chunks, frames)`, 1 for real frames, right-padded. Without it every frame is real, and
+                this is Whisper's own encoder.
+
+        Returns:
+            `BaseModelOutput` with `last_hidden_state` `(chunks, ceil(frames / 2), d_audio)`; its values on padding
+            mean nothing.
+
+        Raises:
+            ValueError: if there are more frames than the encoder has positions for.
+        """
+        max_frames = 2 * self.max_source_positions
+        if input_features.shape[-1] > max_frames:
+            raise ValueError(f"The audio tower takes at most {max_frames} frames, got {input_features.shape[-1]}.")
+        features = input_features.to(self.conv1.weight.dtype)
+        if attention_mask is not None:
+            mask = attention_mask.to(features.dtype)[:, None]
+            # After the first convolution too: its bias and the last frames leak into the padding.
+            features = nn.functional.gelu(self.conv1(features * mask)) * mask
+            attention_mask = attention_mask[:, ::2]
+        else:
+            features = nn.functional.gelu(self.conv1(features))
+        hidden_states = nn.functional.gelu(self.conv2(features)).transpose(1, 2)
+        hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
+
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask)
+        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
+
+
+class LsmProjector(LsmPreTrainedModel):
+    """LayerNorm, windows, a Q-Former that reads each window with learned queries, and a linear map to the LLM."""
+
+    def __init__(self, config: LsmConfig):
+        super().__init__(config)
+        qformer_config = config.qformer_config
+        self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
+        self.queries = nn.Parameter(torch.empty(config.queries_per_window, qformer_config.hidden_size))
+        # The Q-Former has no flash attention, so the choice made for the whole model must not reach it.
+        attention = qformer_config._attn_implementation or ""
+        self.qformer = AutoModel.from_config(
+            qformer_config, **({"attn_implementation": "sdpa"} if "flash" in attention else {})
+        )
+        self.linear = nn.Linear(qformer_config.hidden_size, config.text_config.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return None
+
+    def cut_windows(
+        self, hidden_states: torch.Tensor, encoder_frames: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Lay the windows that hold real frames out as rows: `(windows, window, d_audio)` and their frame mask."""
+        window, counts = window_layout(encoder_frames, self.config.window_frames, self.config.window_mode)
+        chunks, frames, width = hidden_states.shape
+        most = max(counts)
+        padding = most * window - frames
+        # A negative padding cuts, which drops the tail that fills no window of the proportional mode.
+        windows = nn.functional.pad(hidden_states, (0, 0, 0, padding)).view(chunks * most, window, width)
+        if self.config.window_mode == "proportional":
+            return windows, None
+        device = hidden_states.device
+        lengths = torch.tensor(encoder_frames, device=device)
+        mask = torch.arange(most * window, device=device) < lengths[:, None]
+        mask = mask.view(chunks * most, window)
+        real = mask.any(dim=-1)
+        return windows[real], mask[real].long()
+
+    def forward(self, hidden_states: torch.Tensor, encoder_frames: list[int]) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: `(chunks, frames, d_audio)` float.
+            encoder_frames: real frames of every chunk.
+
+        Returns:
+            `(total_tokens, hidden)`: the speech embeddings of all chunks, one after the other.
+        """
+        windows, mask = self.cut_windows(hidden_states, encoder_frames)
+        windows = self.layer_norm(windows.to(self.layer_norm.weight.dtype))
+        queries = self.queries.expand(windows.shape[0], -1, -1)
+        read = self.qformer(
+            query_embeds=queries, encoder_hidden_states=windows, encoder_attention_mask=mask, return_dict=True
+        )
+        return self.linear(read.last_hidden_state).flatten(0, 1)
+
+
+class LsmModel(LsmPreTrainedModel):
+    """Audio tower, projector and the LLM's body, without the language modelling head."""
+
+    def __init__(self, config: LsmConfig):
+        super().__init__(config)
+        self.audio_tower = LsmAudioTower._from_config(config.audio_config)
+        self.projector = LsmProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def get_audio_features(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        audio_hidden_states: torch.Tensor | None = None,
+    ) -> LsmAudioOutput:
+        """Speech embeddings of all chunks of a batch.
+
+        Args:
+            input_features: `(chunks, mels, frames)` float, log-mel features at 100 frames per second.
+            input_features_mask: `(chunks, frames)`, 1 for real frames, right-padded; all real if absent.
+            audio_hidden_states: `(chunks, encoder_frames, d_audio)` float: the audio tower's output for these
+                chunks, given instead of `input_features`.
+
+        Raises:
+            ValueError: unless exactly one of `input_features` and `audio_hidden_states` is given.
+        """
+        if (input_features is None) == (audio_hidden_states is None):
+            raise ValueError("Give exactly one of `input_features` and `audio_hidden_states`.")
+        encoder_frames = self._encoder_frames(input_features, input_features_mask, audio_hidden_states)
+        if audio_hidden_states is None:
+            # Whisper itself is trained on 30 s with silence attended to, and so were the original checkpoints.
+            mask = input_features_mask if self.config.audio_padding == "longest" else None
+            audio_hidden_states = self.audio_tower(input_features, attention_mask=mask).last_hidden_state
+        chunks, frames, _ = audio_hidden_states.shape
+        if len(encoder_frames) != chunks or max(encoder_frames) > frames:
+            raise ValueError(
+                f"`input_features_mask` is of {len(encoder_frames)} chunks of up to {max(encoder_frames)} encoder "
+                f"frames, but the audio has {chunks} of up to {frames}."
+            )
+        return LsmAudioOutput(
+            last_hidden_state=audio_hidden_states,
+            pooler_output=self.projector(audio_hidden_states, encoder_frames),
+            num_tokens=torch.tensor(self._num_audio_tokens(encoder_frames)),
+        )
+
+    def _num_audio_tokens(self, encoder_frames: list[int]) -> list[int]:
+        return num_audio_tokens(
+            encoder_frames,
+            window_frames=self.config.window_frames,
+            window_mode=self.config.window_mode,
+            queries_per_window=self.config.queries_per_window,
+        )
+
+    @staticmethod
+    def _encoder_frames(input_features, input_features_mask, audio_hidden_states) -> list[int]:
+        """Real encoder frames of every chunk."""
+        if input_features_mask is not None:
+            return [num_encoder_frames(frames) for frames in input_features_mask.sum(-1).tolist()]
+        if audio_hidden_states is not None:
+            return [audio_hidden_states.shape[1]] * audio_hidden_states.shape[0]
+        return [num_encoder_frames(input_features.shape[-1])] * input_features.shape[0]
+
+    def _embed(self, input_ids: torch.Tensor, past_key_values, **audio) -> torch.Tensor:
+        """Embed the prompt, with the speech embeddings in place of the audio placeholders."""
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        has_audio = audio["input_features"] is not None or audio["audio_hidden_states"] is not None
+        # Generated tokens hold no placeholders, and counting them would wait for the device at every step.
+        generating = past_key_values is not None and (input_ids.shape[1] == 1 or past_key_values.get_seq_length() > 0)
+        if generating and not has_audio:
+            return inputs_embeds
+        placeholders = input_ids == self.config.audio_token_id
+        expected = int(placeholders.sum()) if self.config.audio_token_id is not None else 0
+        speech = self.get_audio_features(**audio).pooler_output if has_audio else inputs_embeds[:0, 0]
+        if expected != speech.shape[0]:
+            raise ValueError(
+                f"The prompt has {expected} audio placeholder tokens, but the audio gives {speech.shape[0]} embeddings."
+            )
+        if not has_audio:
+            return inputs_embeds
+        speech = speech.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(placeholders[..., None], speech)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        audio_hidden_states: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """The LLM's last hidden states `(batch, length, hidden)`; arguments as in [`LsmForConditionalGeneration`]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(
+                input_ids,
+                past_key_values,
+                input_features=input_features,
+                input_features_mask=input_features_mask,
+                audio_hidden_states=audio_hidden_states,
+            )
+        elif input_features is not None or audio_hidden_states is not None:
+            raise ValueError("Audio needs `input_ids`, whose placeholder tokens say where it goes.")
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+
+
+class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
+    """A large speech-text model: reads text and speech, writes text."""
+
+    def __init__(self, config: LsmConfig):
+        super().__init__(config)
+        self.model = LsmModel(config)
+        text_config = config.text_config
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}  # its name is the LLM's own choice
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but a checkpoint that lacks weights, or has others, is a `ValueError`."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        problems = {kind: sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys")}
+        if any(problems.values()):
+            listed = "; ".join(f"{len(keys)} {kind}: {keys[:5]}" for kind, keys in problems.items() if keys)
+            raise ValueError(f"The checkpoint does not fit the model, which would leave weights random. {listed}")
+        return (model, info) if output_loading_info else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.lm_head = value
+
+    def get_audio_features(self, *args, **kwargs) -> LsmAudioOutput:
+        """See [`LsmModel.get_audio_features`]."""
+        return self.model.get_audio_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        audio_hidden_states: torch.Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            input_ids: `(batch, length)` int64; audio placeholders stand where the speech embeddings go.
+            attention_mask: `(batch, length)`, 1 for real tokens.
+            labels: `(batch, length)` int64, -100 where no loss is wanted; not shifted.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for these positions.
+            input_features: `(chunks, mels, frames)` float: log-mel features of all clips in prompt order, at 100
+                frames per second, each clip cut into chunks of at most 30 s. Absent in text-only prompts.
+            input_features_mask: `(chunks, frames)`, 1 for real frames, right-padded.
+            audio_hidden_states: `(chunks, encoder_frames, d_audio)` float, precomputed output of the audio tower,
+                instead of `input_features` and with the same mask.
+
+        Raises:
+            ValueError: if the audio gives another number of embeddings than the prompt has placeholders.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            audio_hidden_states=audio_hidden_states,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self._scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """What some LLMs do after their head: Cohere and Granite scale, Gemma caps."""
+        config = self.config.text_config
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration: bool = False, **kwargs):
+        """The audio goes in with the prompt; later steps find it in the cache, if there is one."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in AUDIO_INPUTS:
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """Repeat prompts for beams or samples. A prompt may own several rows of audio, which must stay together."""
+        audio = {name: kwargs.pop(name) for name in AUDIO_INPUTS if kwargs.get(name) is not None}
+        if audio and expand_size > 1:
+            rows = self._expanded_audio_rows(input_ids, expand_size, **audio)
+            audio = {name: value[rows.to(value.device)] for name, value in audio.items()}
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return input_ids, {**kwargs, **audio}
+
+    def _expanded_audio_rows(
+        self, input_ids, expand_size, input_features=None, input_features_mask=None, audio_hidden_states=None
+    ) -> torch.Tensor:
+        """Indices of the audio rows after each prompt is repeated `expand_size` times."""
+        frames = self.model._encoder_frames(input_features, input_features_mask, audio_hidden_states)
+        row_ends = torch.tensor(self.model._num_audio_tokens(frames)).cumsum(0)
+        prompt_ends = (input_ids == self.config.audio_token_id).sum(-1).cumsum(0).cpu()
+        prompts = torch.searchsorted(prompt_ends, row_ends)  # the prompt that each row's last token falls into
+        return torch.cat([(prompts == index).nonzero()[:, 0].repeat(expand_size) for index in range(len(prompt_ends))])
+
+
+LsmForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
+if not __package__:  # a checkout, not remote code: its own class needs no trust
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
+        auto_class.register(LsmConfig, LsmForConditionalGeneration, exist_ok=True)
+
+__all__ = ["LsmForConditionalGeneration", "LsmModel", "LsmPreTrainedModel"]

@@ -1,0 +1,383 @@
+"""Processor of an LSM: prompts and audio in, model inputs out.
+
+One chat template and one function, [`LsmProcessor.conversation`], lay out every prompt. The teacher reads it with the
+transcript in the audio slot, the student with the audio; nothing else differs. This is what makes a set self-powered
+("Self-Powered LLM Modality Expansion for Large Speech-Text Models", arXiv 2410.03798).
+"""
+
+import hashlib
+import io
+import os
+
+import numpy as np
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs
+
+try:
+    import soundfile
+    import soxr
+except ImportError:  # only needed for files and for audio at another rate
+    soundfile = soxr = None
+
+try:
+    from .configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, num_mel_frames, validate_windowing
+except ImportError:
+    from configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, num_mel_frames, validate_windowing
+
+AUDIO_TOKEN = "<|audio|>"
+
+# For LLMs whose tokenizer has no chat template: Vicuna v1.1, which base models have seen most often in the wild.
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ ' USER: ' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+
+# Prepended to the LLM's own template, which then sees plain strings: parts joined by newlines, audio as its token.
+# The newline at the end is eaten by Jinja's `trim_blocks`, which transformers sets.
+_PRELUDE = """\
+{%- set lsm = namespace(messages=[], parts=[]) -%}
+{%- for message in messages -%}
+{%- if message['content'] is defined and message['content'] is not string and message['content'] is iterable -%}
+{%- set lsm.parts = [] -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'audio' -%}
+{%- set lsm.parts = lsm.parts + ['AUDIO_TOKEN'] -%}
+{%- elif part['type'] == 'text' -%}
+{%- set lsm.parts = lsm.parts + [part['text']] -%}
+{%- else -%}
+{{- raise_exception('An LSM takes text and audio, not ' + part['type']) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- set lsm.messages = lsm.messages + [dict(message, content=lsm.parts | join('\\n'))] -%}
+{%- else -%}
+{%- set lsm.messages = lsm.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = lsm.messages %}
+"""
+
+
+def load_audio(source, sampling_rate: int | None = None, target_rate: int = 16_000) -> np.ndarray:
+    """Read one clip, whatever it comes as.
+
+    Args:
+        source: a waveform (numpy array, list or torch tensor; integer or float; `(samples,)`, `(samples, channels)`
+            or `(channels, samples)`), a path, an `http(s)` URL, the bytes of a file, or a `datasets` audio value
+            (`{"array", "sampling_rate"}` or `{"bytes", "path"}`).
+        sampling_rate: rate of a waveform in Hz, `target_rate` if None. Files carry their own.
+        target_rate: rate of the result in Hz.
+
+    Returns:
+        `(samples,)` float32 at `target_rate`, channels averaged, integers scaled to [-1, 1].
+
+    Raises:
+        ValueError: if the audio cannot be read, is empty, or has NaN or infinite samples.
+        ImportError: if soundfile or soxr is needed and not installed.
+    """
+    if isinstance(source, dict):
+        if source.get("array") is not None:
+            source, sampling_rate = source["array"], source.get("sampling_rate", sampling_rate)
+        else:
+            source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+        waveform, sampling_rate = _decode(source)
+    else:
+        waveform = _to_array(source)
+    waveform = _to_mono_float(waveform)
+    if sampling_rate is not None and sampling_rate != target_rate:
+        if sampling_rate <= 0:
+            raise ValueError(f"The sampling rate must be positive, got {sampling_rate} Hz.")
+        _require(soxr, "soxr", "to resample audio")
+        waveform = soxr.resample(waveform, sampling_rate, target_rate)
+        if waveform.size == 0:
+            raise ValueError("The audio is empty: nothing is left of it after resampling.")
+    return np.ascontiguousarray(waveform, dtype=np.float32)
+
+
+def _require(module, name: str, purpose: str) -> None:
+    if module is None:
+        raise ImportError(f"{name} is needed {purpose}: pip install {name}")
+
+
+def _decode(source) -> tuple[np.ndarray, int]:
+    """Samples `(samples,)`, averaged over channels, and rate in Hz of a file given by path, URL or content."""
+    _require(soundfile, "soundfile", "to read audio files")
+    name = "the given bytes" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)
+    try:
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            from transformers.audio_utils import load_audio_as
+
+            source = load_audio_as(source, return_format="buffer")
+        elif isinstance(source, (bytes, bytearray, memoryview)):
+            source = io.BytesIO(source)
+        waveform, sampling_rate = soundfile.read(source, dtype="float32", always_2d=True)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"Cannot read {name} as audio: {error}") from error
+    return waveform.mean(axis=1), sampling_rate
+
+
+def _to_array(source) -> np.ndarray:
+    if hasattr(source, "detach"):
+        source = source.detach().cpu().numpy()
+    try:
+        array = np.asarray(source)
+    except ValueError as error:
+        raise ValueError(f"The audio is not a regular array: {error}") from error
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"Audio must be numbers, a path, a URL or bytes; got {type(source).__name__}.")
+    return array
+
+
+def _to_mono_float(waveform: np.ndarray) -> np.ndarray:
+    if waveform.size == 0:
+        raise ValueError("The audio is empty: it has no samples.")
+    if waveform.ndim not in (1, 2):
+        raise ValueError(f"A waveform has one or two axes (samples, channels), got shape {waveform.shape}.")
+    if waveform.dtype.kind == "u":  # unsigned PCM, as in 8-bit WAV, is centred on half its range
+        waveform = waveform.astype(np.float64) / (np.iinfo(waveform.dtype).max // 2 + 1) - 1
+    elif waveform.dtype.kind == "i":
+        waveform = waveform.astype(np.float64) / -float(np.iinfo(waveform.dtype).min)
+    if not np.isfinite(waveform).all():
+        raise ValueError("The audio has NaN or infinite samples.")
+    if waveform.ndim == 2:
+        waveform = waveform.mean(axis=int(waveform.shape[0] >= waveform.shape[1]))  # channels are the shorter axis
+    return waveform.astype(np.float32)
+
+
+class LsmProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": True}}  # noqa: RUF012
+
+
+class LsmProcessor(ProcessorMixin):
+    """Turns prompts and audio into the inputs of [`LsmForConditionalGeneration`].
+
+    Args:
+        feature_extractor (`WhisperFeatureExtractor`): its `chunk_length` (30 s) is the longest row of audio.
+        tokenizer (`PreTrainedTokenizerBase`): the LLM's, with `audio_token` added to it.
+        chat_template (`str`, *optional*): the LLM's own if absent, and [`DEFAULT_CHAT_TEMPLATE`] if it has none.
+            A prelude that flattens text and audio parts is put in front, unless it is there already.
+        audio_token (`str`): the placeholder of one clip in the text; repeated once per speech token.
+        window_frames, window_mode, queries_per_window, audio_padding: as in [`LsmConfig`].
+        instruction_first (`bool`): whether the instruction stands before or after the speech.
+
+    Raises:
+        ValueError: if the tokenizer lacks `audio_token`, or a setting cannot be used.
+    """
+
+    valid_processor_kwargs = LsmProcessorKwargs
+
+    def __init__(
+        self,
+        feature_extractor,
+        tokenizer,
+        chat_template=None,
+        audio_token=AUDIO_TOKEN,
+        window_frames=17,
+        window_mode="fixed",
+        queries_per_window=1,
+        audio_padding="longest",
+        instruction_first=True,
+    ):
+        validate_windowing(window_frames, window_mode, queries_per_window, audio_padding)
+        self.audio_token = audio_token
+        self.audio_token_id = tokenizer.get_vocab().get(audio_token)
+        if self.audio_token_id is None:
+            raise ValueError(f"The tokenizer has no token {audio_token!r}; add it first, as recipes/compose.py does.")
+        self.window_frames = window_frames
+        self.window_mode = window_mode
+        self.queries_per_window = queries_per_window
+        self.audio_padding = audio_padding
+        self.instruction_first = instruction_first
+        template = _with_prelude(chat_template or tokenizer.chat_template, audio_token)
+        tokenizer.chat_template = template
+        super().__init__(feature_extractor, tokenizer, chat_template=template)
+
+    @property
+    def template_hash(self) -> str:
+        """16 hex digits that name the prompt layout: chat template and order, whatever the audio token is called."""
+        template = self.chat_template.replace(self.audio_token, "<slot>")
+        return hashlib.sha256(f"{template}\ninstruction_first={self.instruction_first}".encode()).hexdigest()[:16]
+
+    def conversation(self, instruction: str, *, audio=None, transcript=None, response=None) -> list[dict]:
+        """Lay out one exchange, for [`apply_chat_template`](ProcessorMixin.apply_chat_template).
+
+        Args:
+            instruction: what is asked of the speech.
+            audio: the clip for the student, anything that [`load_audio`] takes.
+            transcript: the text for the teacher, in the slot where the student has the clip.
+            response: the answer, as the assistant's message.
+
+        Returns:
+            A list of messages. With neither audio nor transcript, the instruction stands alone.
+
+        Raises:
+            ValueError: if both audio and transcript are given.
+        """
+        if audio is not None and transcript is not None:
+            raise ValueError("Give the audio or the transcript, not both: one slot holds one of them.")
+        content = [{"type": "text", "text": instruction}]
+        if audio is not None:
+            content.append({"type": "audio", "audio": audio})
+        elif transcript is not None:
+            content.append({"type": "text", "text": transcript})
+        if not self.instruction_first:
+            content.reverse()
+        messages = [{"role": "user", "content": content}]
+        if response is not None:
+            messages.append({"role": "assistant", "content": response})
+        return messages
+
+    def apply_chat_template(
+        self, conversation, *args, tokenize: bool = False, sampling_rate: int | None = None, **kwargs
+    ):
+        """As in transformers. Audio parts may hold what [`load_audio`] takes, under "audio", "url" or "path", and are
+        read only if `tokenize=True`. Waveforms are at the part's own "sampling_rate" in Hz, or else at the argument's.
+        """
+        batched = isinstance(conversation[0], (list, tuple))
+        conversations = list(conversation) if batched else [conversation]
+        if tokenize:
+            conversations = [self._load_parts(messages, sampling_rate) for messages in conversations]
+        return super().apply_chat_template(
+            conversations if batched else conversations[0], *args, tokenize=tokenize, **kwargs
+        )
+
+    def _load_parts(self, messages: list[dict], sampling_rate: int | None) -> list[dict]:
+        """The messages with the audio of every audio part read, at the feature extractor's rate."""
+        loaded = []
+        for message in messages:
+            if isinstance(message.get("content"), (list, tuple)):
+                parts = [self._load_part(part, sampling_rate) for part in message["content"]]
+                message = {**message, "content": parts}
+            loaded.append(message)
+        return loaded
+
+    def _load_part(self, part: dict, sampling_rate: int | None) -> dict:
+        if part.get("type") != "audio":
+            return part
+        source = next((part[key] for key in ("audio", "url", "path") if part.get(key) is not None), None)
+        if source is None:
+            raise ValueError('An audio part needs its clip under "audio", "url" or "path".')
+        sampling_rate = part.get("sampling_rate", sampling_rate)
+        return {"type": "audio", "audio": load_audio(source, sampling_rate, self.feature_extractor.sampling_rate)}
+
+    def __call__(self, text=None, audio=None, sampling_rate: int | None = None, **kwargs) -> BatchFeature:
+        """
+        Args:
+            text: a prompt or a list of prompts, with one `audio_token` per clip.
+            audio: one clip or a list of clips in prompt order, each anything that [`load_audio`] takes. A list of
+                numbers is one clip.
+            sampling_rate: rate of waveforms in Hz, the feature extractor's (16 kHz) if None; files carry their own.
+            kwargs: as in [`ProcessorMixin`], for instance `return_tensors="pt"` or `padding_side="left"`.
+
+        Returns:
+            `input_ids` and `attention_mask` `(batch, length)`; with audio also `input_features`
+            `(chunks, mels, frames)` float32 and `input_features_mask` `(chunks, frames)` int64, where clips of over
+            30 s take several rows.
+
+        Raises:
+            ValueError: for audio that cannot be used, and if placeholders and clips are not equally many.
+        """
+        if text is None:
+            raise ValueError("An LSM needs text, with one audio placeholder per clip.")
+        texts = [text] if isinstance(text, str) else list(text)
+        clips = [] if audio is None else _as_clips(audio)
+        placeholders = sum(prompt.count(self.audio_token) for prompt in texts)
+        if placeholders != len(clips):
+            raise ValueError(f"The text has {placeholders} {self.audio_token} placeholders for {len(clips)} clips.")
+        rate = self.feature_extractor.sampling_rate
+        clips = [load_audio(clip, sampling_rate, rate) for clip in clips]
+        return super().__call__(text=texts, audio=clips or None, **kwargs)
+
+    def chunk_lengths(self, num_samples: int) -> list[int]:
+        """Samples of each chunk of at most 30 s that a clip of `num_samples` samples is cut into."""
+        longest = self.feature_extractor.n_samples
+        return [min(longest, num_samples - start) for start in range(0, num_samples, longest)]
+
+    def num_audio_tokens(self, num_samples: list[int]) -> list[int]:
+        """Speech tokens that each clip of a batch takes in the prompt, given the clips' lengths in samples."""
+        chunks = [self.chunk_lengths(length) for length in num_samples]
+        hop = self.feature_extractor.hop_length
+        counts = iter(
+            num_audio_tokens(
+                [num_encoder_frames(num_mel_frames(chunk, hop)) for clip in chunks for chunk in clip],
+                window_frames=self.window_frames,
+                window_mode=self.window_mode,
+                queries_per_window=self.queries_per_window,
+            )
+        )
+        return [sum(next(counts) for _ in clip) for clip in chunks]
+
+    def expand_audio_tokens(self, texts: list[str], num_samples: list[int]) -> list[str]:
+        """Repeat each placeholder once per speech token of its clip, as `__call__` does; for callers that keep the
+        audio tower's output and so need no features. `num_samples` are the clips' lengths at 16 kHz, in prompt order.
+        """
+        found = sum(text.count(self.audio_token) for text in texts)
+        if found != len(num_samples):
+            raise ValueError(f"The text has {found} {self.audio_token} placeholders for {len(num_samples)} clips.")
+        counts = iter(self.num_audio_tokens(num_samples) if num_samples else [])
+        expanded = []
+        for text in texts:
+            first, *rest = text.split(self.audio_token)
+            expanded.append(first + "".join(self.audio_token * next(counts) + piece for piece in rest))
+        return expanded
+
+    def audio_features(self, clips: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """Log-mel features of waveforms at the feature extractor's rate: `input_features` `(chunks, mels, frames)`
+        float32 and `input_features_mask` `(chunks, frames)` int64.
+
+        Every chunk is transformed alone and followed by silence, so its features are Whisper's own (those of the
+        clip padded to 30 s) and do not depend on the batch.
+        """
+        chunks = [chunk for clip in clips for chunk in np.split(clip, np.cumsum(self.chunk_lengths(len(clip)))[:-1])]
+        hop = self.feature_extractor.hop_length
+        lengths = [num_mel_frames(len(chunk), hop) for chunk in chunks]
+        frames = self.feature_extractor.nb_max_frames if self.audio_padding == "max_length" else max(lengths)
+        features = np.zeros((len(chunks), self.feature_extractor.feature_size, frames), dtype=np.float32)
+        for row, (chunk, length) in enumerate(zip(chunks, lengths, strict=True)):
+            padded = self.feature_extractor.n_samples
+            if self.audio_padding == "longest":  # one transform window of silence: nothing further off reaches a frame
+                padded = min(padded, length * hop + -(-self.feature_extractor.n_fft // hop) * hop)
+            mel = self.feature_extractor(
+                chunk, max_length=padded, sampling_rate=self.feature_extractor.sampling_rate, return_tensors="np"
+            )["input_features"][0]
+            kept = frames if self.audio_padding == "max_length" else length
+            features[row, :, :kept] = mel[:, :kept]
+        mask = (np.arange(frames) < np.array(lengths)[:, None]).astype(np.int64)
+        return {"input_features": features, "input_features_mask": mask}
+
+    def _process_audio(self, audio, **kwargs):
+        counts = self.num_audio_tokens([len(clip) for clip in audio])
+        return self.audio_features(audio), [self.audio_token * count for count in counts]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return list(dict.fromkeys([*super().model_input_names, "input_features_mask"]))
+
+
+def _with_prelude(template: str | dict | None, audio_token: str) -> str:
+    if isinstance(template, dict):
+        template = template["default"]
+    template = template or DEFAULT_CHAT_TEMPLATE
+    prelude = _PRELUDE.replace("AUDIO_TOKEN", audio_token)
+    return template if template.startswith(prelude) else prelude + template
+
+
+def _as_clips(audio) -> list:
+    """One clip or several: a list is one clip only if it holds plain numbers."""
+    if not isinstance(audio, (list, tuple)):
+        return [audio]
+    return [audio] if audio and np.isscalar(audio[0]) and not isinstance(audio[0], (str, bytes)) else list(audio)
+
+
+LsmProcessor.register_for_auto_class()
+if not __package__:  # a checkout, not remote code: its own class needs no trust
+    AutoProcessor.register(LsmConfig, LsmProcessor, exist_ok=True)
+
+__all__ = ["LsmProcessor", "load_audio"]

@@ -1,0 +1,1 @@
+"""What a user runs: each recipe is a short script that reads top to bottom."""

@@ -1,0 +1,77 @@
+"""From rows of a self-powered set to a training batch: the one prompt layout, with labels on the response alone."""
+
+from dataclasses import dataclass
+
+import torch
+
+from processing_lsm import LsmProcessor, load_audio
+from recipes.audio_features import AudioFeatureStore
+
+
+def render_prompt(processor: LsmProcessor, row: dict, slot: str = "audio") -> str:
+    """The prompt for a row's instruction, up to where the answer begins.
+
+    Args:
+        row: `instruction`, and `transcript` if it goes into the slot.
+        slot: what stands where the speech will be: `audio` (one placeholder) or `transcript`.
+    """
+    filling = {"audio": True} if slot == "audio" else {"transcript": row["transcript"]}
+    messages = processor.conversation(row["instruction"], **filling)
+    return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def render_response(processor: LsmProcessor, row: dict, prompt: str) -> str:
+    """What follows `prompt` when the assistant answers with the row's response: the response and the end of turn.
+
+    Raises:
+        ValueError: an empty response, or a chat template whose prompt is not the beginning of the conversation.
+    """
+    if not row["response"].strip():
+        raise ValueError(f"row {row.get('id')!r} has an empty response; expected text to learn.")
+    messages = processor.conversation(row["instruction"], audio=True, response=row["response"])
+    text = processor.apply_chat_template(messages)
+    if not text.startswith(prompt):
+        raise ValueError(
+            f"the chat template does not continue its own prompt: {prompt!r} is not how {text!r} begins; mend the "
+            "template so that add_generation_prompt only appends."
+        )
+    end = processor.tokenizer.eos_token
+    response = text[len(prompt) :].rstrip()  # templates put a newline behind the end of turn, which nobody needs
+    return response if response.endswith(end) else response + end
+
+
+@dataclass
+class SpeechResponseCollator:
+    """Rows with `instruction`, `response` and a clip → `input_ids`, `attention_mask`, `labels` `(batch, length)` int64,
+    right-padded, and the audio inputs of the model.
+
+    The clip is `audio` (decoded here) or, with a store, `audio_key` (its features are read there).
+    """
+
+    processor: LsmProcessor
+    store: AudioFeatureStore | None = None
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        audio, num_samples = self._audio(rows)
+        prompts = [render_prompt(self.processor, row) for row in rows]
+        responses = [render_response(self.processor, row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+        prompts = self.processor.expand_audio_tokens(prompts, num_samples)
+        tokenizer = self.processor.tokenizer
+        prompt_ids = tokenizer(prompts, add_special_tokens=False).input_ids
+        response_ids = tokenizer(responses, add_special_tokens=False).input_ids
+        pairs = list(zip(prompt_ids, response_ids, strict=True))
+        batch = tokenizer.pad(
+            {"input_ids": [prompt + response for prompt, response in pairs]}, padding_side="right", return_tensors="pt"
+        )
+        labels = [[-100] * len(prompt) + response for prompt, response in pairs]
+        length = batch["input_ids"].shape[1]
+        batch["labels"] = torch.tensor([row + [-100] * (length - len(row)) for row in labels])
+        return {**batch, **audio}
+
+    def _audio(self, rows: list[dict]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        if self.store is not None:
+            keys = [row["audio_key"] for row in rows]
+            return self.store.batch(keys), [self.store.num_samples(key) for key in keys]
+        clips = [load_audio(row["audio"]) for row in rows]
+        features = self.processor.audio_features(clips)
+        return {name: torch.from_numpy(value) for name, value in features.items()}, [len(clip) for clip in clips]

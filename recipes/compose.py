@@ -1,0 +1,220 @@
+"""Put a Whisper and a causal LLM together into a fresh, Hub-ready LSM folder. Only the projector is new.
+
+python -m recipes.compose \
+    --audio openai/whisper-small \
+    --text meta-llama/Llama-3.2-1B-Instruct \
+    --output checkpoints/lsm
+"""
+
+import argparse
+import hashlib
+import logging
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from tokenizers import AddedToken
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
+
+from configuration_lsm import LsmConfig
+from modeling_lsm import LsmForConditionalGeneration, LsmProjector
+from processing_lsm import AUDIO_TOKEN, LsmProcessor
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def compose(
+    audio: str,
+    text: str,
+    output: str | None = None,
+    *,
+    window_frames: int = 17,
+    window_mode: str = "fixed",
+    queries_per_window: int = 1,
+    audio_padding: str = "longest",
+    qformer_layers: int = 2,
+    qformer_hidden: int = 768,
+    qformer_heads: int = 12,
+    qformer_ffn: int | None = None,
+    instruction_first: bool = True,
+    dtype: str | torch.dtype = "auto",
+    seed: int = 0,
+) -> tuple[LsmForConditionalGeneration, LsmProcessor]:
+    """Build an LSM and its processor; the LLM's weights are moved into it, not copied.
+
+    Args:
+        audio: Hub id or folder of a Whisper checkpoint, of which the encoder is kept.
+        text: Hub id or folder of a causal LLM. A tokenizer without a pad token gets its EOS as one.
+        output: folder to save model, processor and code to, if given.
+        window_frames, window_mode, queries_per_window, audio_padding: as in [`LsmConfig`].
+        qformer_layers, qformer_hidden, qformer_heads: size of the Q-Former.
+        qformer_ffn: width of its feed-forward layers, four times its hidden size if None.
+        instruction_first: whether the prompt has the instruction before the speech.
+        dtype: of the whole model; `"auto"` is the LLM checkpoint's.
+        seed: of the projector's initial weights.
+
+    Raises:
+        ValueError: if the two models cannot be put together; the message says why.
+    """
+    whisper, feature_extractor, llm, tokenizer = _load(audio, text, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        audio_token_id = add_audio_token(tokenizer, llm)
+        config = LsmConfig(
+            audio_config=whisper.config,
+            qformer_config={
+                "num_hidden_layers": qformer_layers,
+                "hidden_size": qformer_hidden,
+                "num_attention_heads": qformer_heads,
+                "intermediate_size": qformer_ffn or 4 * qformer_hidden,
+            },
+            text_config=llm.config,
+            window_frames=window_frames,
+            window_mode=window_mode,
+            queries_per_window=queries_per_window,
+            audio_padding=audio_padding,
+            audio_token_id=audio_token_id,
+            lm_head_bias=llm.get_output_embeddings().bias is not None,
+        )
+        model = _assemble(config, whisper, llm)
+
+    processor = LsmProcessor(
+        feature_extractor,
+        tokenizer,
+        window_frames=window_frames,
+        window_mode=window_mode,
+        queries_per_window=queries_per_window,
+        audio_padding=audio_padding,
+        instruction_first=instruction_first,
+    )
+    config.responder = {**identify(text), "template": processor.template_hash}
+    if output is not None:
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
+    return model, processor
+
+
+def add_audio_token(tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel) -> int:
+    """Add the audio placeholder, and embeddings for it only if the LLM has no spare ones. Returns its id."""
+    tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+    if audio_token_id >= llm.get_input_embeddings().num_embeddings:
+        # The new row is never read (speech replaces it) nor written (suppressed), so any value will do.
+        llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    generation_config = llm.generation_config
+    if generation_config.pad_token_id is None:
+        generation_config.pad_token_id = tokenizer.pad_token_id
+    generation_config._from_model_config = False  # it is now more than the LLM's config says
+    generation_config.suppress_tokens = [*(generation_config.suppress_tokens or []), audio_token_id]
+    return audio_token_id
+
+
+def _load(audio: str, text: str, dtype: str | torch.dtype) -> tuple:
+    """Encoder, feature extractor, LLM and tokenizer, checked to fit together."""
+    llm, loaded = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, output_loading_info=True)
+    _check_loaded(text, loaded["missing_keys"])
+    whisper, loaded = WhisperModel.from_pretrained(audio, dtype=llm.dtype, output_loading_info=True)
+    _check_loaded(audio, {key for key in loaded["missing_keys"] if key.startswith("encoder.")})
+    feature_extractor = WhisperFeatureExtractor.from_pretrained(audio)
+    # Batches are padded where generation wants it; a training collator pads on the right by asking for it.
+    tokenizer = AutoTokenizer.from_pretrained(text, padding_side="left")
+    for key in ("is_local", "local_files_only", "name_or_path"):  # of this machine, not of the model
+        tokenizer.init_kwargs.pop(key, None)
+    _check_parts(whisper, feature_extractor, llm)
+    return whisper, feature_extractor, llm, tokenizer
+
+
+def _check_loaded(source: str, missing: set[str]) -> None:
+    if missing:
+        raise ValueError(f"{source} lacks {len(missing)} of its weights, such as {sorted(missing)[:3]}.")
+
+
+def _check_parts(whisper: WhisperModel, feature_extractor: WhisperFeatureExtractor, llm: PreTrainedModel) -> None:
+    mels, frames = whisper.config.num_mel_bins, 2 * whisper.config.max_source_positions
+    if feature_extractor.feature_size != mels:
+        raise ValueError(
+            f"The encoder reads {mels} mels, its feature extractor makes {feature_extractor.feature_size}."
+        )
+    if feature_extractor.nb_max_frames > frames:
+        raise ValueError(
+            f"The encoder takes {frames} frames, but its feature extractor cuts audio into chunks of "
+            f"{feature_extractor.nb_max_frames}; lower its `chunk_length`."
+        )
+    head = llm.get_output_embeddings()
+    if head is None or head.in_features != llm.config.hidden_size or llm.config.vocab_size != head.out_features:
+        raise ValueError(f"{type(llm).__name__} has no plain linear head over its hidden states and vocabulary.")
+
+
+def _assemble(config: LsmConfig, whisper: WhisperModel, llm: PreTrainedModel) -> LsmForConditionalGeneration:
+    """An LSM whose parts are the given modules; only the projector gets memory of its own."""
+    config.dtype = llm.dtype
+    for name in config.sub_configs:
+        sub_config = getattr(config, name)
+        sub_config.dtype = llm.dtype
+        sub_config._name_or_path = ""  # a local folder's path would end up in a published config
+    with torch.device("meta"):
+        model = LsmForConditionalGeneration(config)
+    tower = model.model.audio_tower
+    tower.load_state_dict(whisper.encoder.state_dict(), assign=True)
+    model.model.projector = LsmProjector(config).to(llm.dtype)
+    model.model.language_model = llm.base_model
+    model.lm_head = llm.get_output_embeddings()
+    model.generation_config = llm.generation_config
+    return model.eval()
+
+
+def identify(source: str) -> dict[str, str]:
+    """Which checkpoint this is: `model`, its Hub id or the folder's name, and `revision`, its commit or the hash of
+    its weights (`"sha256:"` and 16 hex digits)."""
+    folder = Path(source)
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(source, "config.json")
+        if not isinstance(cached, str):
+            raise ValueError(f"{source} is neither a folder nor in the Hub cache, so its commit cannot be told.")
+        return {"model": source, "revision": Path(cached).parent.name}
+    files = sorted(file for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern))
+    if not files:
+        raise ValueError(f"{folder.name} holds no weights ({', '.join(WEIGHT_PATTERNS)}).")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return {"model": folder.resolve().name, "revision": f"sha256:{digest.hexdigest()[:16]}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--audio", required=True, help="Hub id or folder of a Whisper checkpoint")
+    parser.add_argument("--text", required=True, help="Hub id or folder of a causal LLM")
+    parser.add_argument("--output", required=True, help="folder to write the LSM to")
+    parser.add_argument("--window-frames", type=int, default=17, help="encoder frames (20 ms) per window")
+    parser.add_argument("--window-mode", default="fixed", choices=["fixed", "proportional"])
+    parser.add_argument("--queries-per-window", type=int, default=1, help="speech tokens per window")
+    parser.add_argument("--audio-padding", default="longest", choices=["longest", "max_length"])
+    parser.add_argument("--qformer-layers", type=int, default=2)
+    parser.add_argument("--qformer-hidden", type=int, default=768)
+    parser.add_argument("--qformer-heads", type=int, default=12)
+    parser.add_argument("--qformer-ffn", type=int, help="four times the hidden size if absent")
+    parser.add_argument("--instruction-first", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--dtype", default="auto", help="auto (the LLM's), float32, bfloat16 or float16")
+    parser.add_argument("--seed", type=int, default=0, help="of the projector's initial weights")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    model, _ = compose(**vars(args))
+    parameters = sum(parameter.numel() for parameter in model.model.projector.parameters())
+    print(f"Wrote {args.output}: {parameters / 1e6:.1f} M new parameters between {args.audio} and {args.text}.")
+
+
+if __name__ == "__main__":
+    main()

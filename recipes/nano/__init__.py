@@ -1,0 +1,1 @@
+"""How the nano base models under `assets/nano` were trained."""

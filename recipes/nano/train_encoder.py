@@ -1,0 +1,247 @@
+"""Train the nano speech encoder: a small Whisper encoder that recognises the nano language, by CTC over its words.
+
+    python -m recipes.nano.train_encoder --output assets/nano/encoder
+
+It hears only `train` sentences in training voices (`nano_speech`), with additive noise, random gain and SpecAugment
+(Park et al. 2019), drawn from `--seed`, and is scored on `test` sentences in voices it never heard. Saved as a
+`WhisperModel` without decoder layers beside its feature extractor; the CTC head that the scores were read with is in
+`ctc_head.safetensors` (`weight`, `bias`; label 0 is the blank, label i the i-th word of the lexicon). A second head spells the same words in
+letters while training: CTC over words alone stays on a plateau where it has learned the grammar and hears nothing.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel, get_cosine_schedule_with_warmup
+
+from dataset_builders.nano_grammar import lexicon
+from dataset_builders.nano_speech import sample_utterance
+from modeling_lsm import LsmAudioTower
+
+logger = logging.getLogger(__name__)
+
+HEAD_FILE = "ctc_head.safetensors"
+LETTERS = list(" abcdefghijklmnopqrstuvwxyz")
+
+
+def featurize(split: str, seed: int, indices: range) -> list[tuple[np.ndarray, str]]:
+    """Log-mel features `(frames, 80)` float16 and transcript of utterances of the nano corpus; training ones noisy."""
+    extractor = WhisperFeatureExtractor()
+    rows = []
+    for index in indices:
+        utterance = sample_utterance(seed, split, index)
+        audio = utterance["audio"]
+        if split == "train":
+            noise = np.random.default_rng([seed, index])
+            audio = audio * 10 ** noise.uniform(-1, 0) + noise.normal(0, 10 ** noise.uniform(-5, -2), len(audio))
+        features = extractor(audio.astype(np.float32), sampling_rate=16_000, padding=False, return_tensors="np")
+        rows.append((features["input_features"][0].T.astype(np.float16), utterance["transcript"]))
+    return rows
+
+
+def _featurize(job: tuple[str, int, range]) -> list[tuple[np.ndarray, str]]:
+    return featurize(*job)
+
+
+def load_clips(split: str, seed: int, count: int, workers: int) -> list[tuple[np.ndarray, str]]:
+    """`count` featurized utterances; independent of the number of workers."""
+    jobs = [(split, seed, range(start, min(start + 250, count))) for start in range(0, count, 250)]
+    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        results = list(tqdm(pool.imap(_featurize, jobs), total=len(jobs), desc=f"speaking {count} {split} clips"))
+    return [row for rows in results for row in rows]
+
+
+def collate(clips: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_features` `(clips, 80, frames)` float32 and `input_features_mask` `(clips, frames)`, zero-padded."""
+    frames = max(len(features) for features, _ in clips)
+    features, mask = torch.zeros(len(clips), frames, 80), torch.zeros(len(clips), frames, dtype=torch.long)
+    for row, (clip, _) in enumerate(clips):
+        features[row, : len(clip)] = torch.from_numpy(clip.astype(np.float32))
+        mask[row, : len(clip)] = 1
+    return features.transpose(1, 2).contiguous(), mask
+
+
+def spec_augment(features: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Silence two bands of up to 16 mels and two stretches of up to 0.25 s in each clip."""
+    clips, mels, frames = features.shape
+    keep = torch.ones_like(features)
+    for row in range(clips):
+        for dim, length, widest in ((0, mels, 16), (1, frames, 25)):
+            for _ in range(2):
+                width = int(torch.randint(0, widest, (), generator=generator))
+                start = int(torch.randint(0, length - width, (), generator=generator))
+                keep[row].narrow(dim, start, width).zero_()
+    return features * keep
+
+
+def labels_of(transcripts: list[str], units: list[str], split: Callable[[str], Iterable[str]]):
+    """CTC targets: concatenated labels (int64, 1-based index into `units`) and how many each transcript has."""
+    label = {unit: index for index, unit in enumerate(units, start=1)}
+    rows = [[label[unit] for unit in split(transcript)] for transcript in transcripts]
+    return torch.tensor([index for row in rows for index in row]), torch.tensor([len(row) for row in rows])
+
+
+def ctc_loss(logits: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor, target_lengths: torch.Tensor):
+    """Mean CTC loss per label of `(clips, frames, labels)` float32 logits."""
+    log_probs = logits.log_softmax(-1).transpose(0, 1)
+    lengths = encoded_lengths(mask)
+    return nn.functional.ctc_loss(log_probs, targets.to(logits.device), lengths, target_lengths, zero_infinity=True)
+
+
+def encoded_lengths(mask: torch.Tensor) -> torch.Tensor:
+    """Encoder frames (50 per second) of clips of mel frames (100 per second)."""
+    return (mask.sum(-1) + 1) // 2
+
+
+def read_words(logits: torch.Tensor, lengths: torch.Tensor) -> list[str]:
+    """Greedy CTC decoding of `(clips, frames, 1 + words)`."""
+    words, texts = lexicon().words, []
+    for row, length in zip(logits.argmax(-1), lengths, strict=True):
+        labels = torch.unique_consecutive(row[:length])
+        texts.append(" ".join(words[label - 1] for label in labels.tolist() if label))
+    return texts
+
+
+@torch.inference_mode()
+def word_error_rate(encoder: nn.Module, head: nn.Linear, clips: list[tuple[np.ndarray, str]]) -> float:
+    heard = []
+    encoder.eval()
+    for start in range(0, len(clips), 64):
+        features, mask = collate(clips[start : start + 64])
+        device = head.weight.device
+        hidden = encoder(features.to(device), mask.to(device)).last_hidden_state
+        heard += read_words(head(hidden).cpu(), encoded_lengths(mask))
+    encoder.train()
+    return jiwer.wer([transcript for _, transcript in clips], heard)
+
+
+def load_recognizer(folder: str | Path) -> tuple[LsmAudioTower, nn.Linear]:
+    """The saved encoder and its CTC head, as `word_error_rate` takes them."""
+    model = WhisperModel.from_pretrained(folder)
+    encoder = LsmAudioTower(model.config)
+    encoder.load_state_dict(model.encoder.state_dict())
+    weights = load_file(Path(folder) / HEAD_FILE)
+    head = nn.Linear(*reversed(weights["weight"].shape))
+    head.load_state_dict(weights)
+    return encoder.eval(), head
+
+
+def save(encoder: LsmAudioTower, head: nn.Linear, output: Path) -> None:
+    model = WhisperModel(encoder.config)
+    model.encoder.load_state_dict(encoder.state_dict())
+    model.save_pretrained(output)
+    WhisperFeatureExtractor().save_pretrained(output)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}, output / HEAD_FILE)
+
+
+class TrainableTower(LsmAudioTower):
+    """The audio tower, thawed: inside an LSM it is frozen (no gradient, always in eval mode), here it learns."""
+
+    forward = LsmAudioTower.forward.__wrapped__  # without its `torch.no_grad`
+    train = nn.Module.train
+
+
+def trainable_tower(args: argparse.Namespace) -> TrainableTower:
+    config = WhisperConfig(
+        d_model=args.hidden_size,
+        encoder_layers=args.layers,
+        encoder_attention_heads=args.heads,
+        encoder_ffn_dim=4 * args.hidden_size,
+        decoder_layers=0,
+        decoder_attention_heads=args.heads,
+        decoder_ffn_dim=4,
+        max_target_positions=1,
+        vocab_size=1,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+    )
+    return TrainableTower(config)
+
+
+def batches(clips: list[tuple[np.ndarray, str]], size: int, generator: torch.Generator):
+    """Endless batches of clips of similar length."""
+    while True:
+        order = torch.randperm(len(clips), generator=generator).tolist()
+        for start in range(0, len(order), size * 50):
+            pool = sorted(order[start : start + size * 50], key=lambda index: len(clips[index][0]))
+            groups = [pool[first : first + size] for first in range(0, len(pool), size)]
+            for group in torch.randperm(len(groups), generator=generator).tolist():
+                yield [clips[index] for index in groups[group]]
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    generator = torch.Generator().manual_seed(args.seed)
+    clips = load_clips("train", args.seed, args.clips, args.workers)
+    test = load_clips("test", args.seed, args.test_clips, args.workers)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = trainable_tower(args).to(device)
+    head = nn.Linear(args.hidden_size, 1 + len(lexicon().words)).to(device)
+    speller = nn.Linear(args.hidden_size, 1 + len(LETTERS)).to(device)
+    modules = (encoder, head, speller)
+    parameters = [parameter.requires_grad_() for module in modules for parameter in module.parameters()]
+    encoder.embed_positions.requires_grad_(False)  # Whisper's sinusoids
+    logger.info("%.2f M parameters", sum(parameter.numel() for parameter in parameters) / 1e6)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 400, args.steps)
+    output, scores = Path(args.output), {}
+    progress = tqdm(zip(range(1, args.steps + 1), batches(clips, args.batch_size, generator), strict=False), total=args.steps)
+    encoder.train()
+    for step, batch in progress:
+        features, mask = collate(batch)
+        transcripts = [transcript for _, transcript in batch]
+        with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+            hidden = encoder(spec_augment(features, generator).to(device), mask.to(device)).last_hidden_state
+        hidden = hidden.float()
+        loss = ctc_loss(head(hidden), mask, *labels_of(transcripts, lexicon().words, str.split))
+        loss = loss + ctc_loss(speller(hidden), mask, *labels_of(transcripts, LETTERS, list))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if step % args.eval_every == 0 or step == args.steps:
+            scores[step] = word_error_rate(encoder, head, test[:200] if step < args.steps else test)
+            logger.info("step %d loss %.3f test WER %.4f", step, loss.item(), scores[step])
+            save(encoder, head, output)
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    report = {"settings": settings, "test_wer": scores[args.steps], "test_clips": len(test)}
+    (output / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--clips", type=int, default=30_000)
+    parser.add_argument("--test-clips", type=int, default=1_000)
+    parser.add_argument("--steps", type=int, default=9_000)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--eval-every", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="autocast; pays on CPUs with AVX512-BF16 and on GPUs")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

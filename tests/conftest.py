@@ -1,0 +1,144 @@
+"""Tiny models, composed once per session through the recipe that users run. Everything is offline and on the CPU."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] | trim + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the speech says what is said and what is asked"] * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def whisper_dir(tmp_path_factory) -> Path:
+    """A Whisper of width 32 with 80 mels and the usual 30 s."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("parts") / "tiny-whisper"
+    config = WhisperConfig(
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=32,
+        vocab_size=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    model = WhisperModel(config)
+    # Default weights of 0.02 leave attention all but uniform; larger ones make leaks between clips visible.
+    for parameter in model.encoder.layers.parameters():
+        parameter.data.mul_(4)
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llm_dir(tmp_path_factory) -> Path:
+    """A Llama of width 48 with grouped queries, an untied head and a chat template."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("parts") / "tiny-llama"
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compose_tiny():
+    """`recipes.compose.compose` with a Q-Former of width 32."""
+    from recipes.compose import compose
+
+    return functools.partial(compose, qformer_hidden=32, qformer_heads=4, qformer_ffn=64)
+
+
+@pytest.fixture(scope="session")
+def lsm_dir(tmp_path_factory, compose_tiny, whisper_dir, llm_dir) -> Path:
+    """An LSM folder as `recipes.compose` writes it."""
+    folder = tmp_path_factory.mktemp("lsm") / "tiny-lsm"
+    compose_tiny(str(whisper_dir), str(llm_dir), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processor(lsm_dir):
+    from processing_lsm import LsmProcessor
+
+    return LsmProcessor.from_pretrained(lsm_dir)
+
+
+@pytest.fixture(scope="session")
+def lsm(lsm_dir):
+    """Shared by all tests: do not change its weights or its mode."""
+    from modeling_lsm import LsmForConditionalGeneration
+
+    return LsmForConditionalGeneration.from_pretrained(lsm_dir).eval()
+
+
+@pytest.fixture
+def clip():
+    """Makes clips: `clip(seconds, seed)` is 16 kHz float32 noise under a slow envelope."""
+
+    def make(seconds: float, seed: int = 0) -> np.ndarray:
+        samples = int(seconds * 16_000)
+        noise = np.random.default_rng(seed).normal(size=samples)
+        envelope = 0.1 + 0.1 * np.sin(np.arange(samples) / 1500)
+        return (noise * envelope).astype(np.float32)
+
+    return make

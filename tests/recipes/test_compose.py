@@ -1,0 +1,142 @@
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GPT2Config,
+    PhiConfig,
+    Qwen2Config,
+    WhisperFeatureExtractor,
+)
+
+from modeling_lsm import LsmForConditionalGeneration
+from processing_lsm import AUDIO_TOKEN
+from recipes.compose import identify, main
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLMS = {
+    "gemma2, tied, capped logits": Gemma2Config(
+        **SIZES, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5, initializer_range=0.3
+    ),
+    "qwen2, tied": Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "phi, head with a bias": PhiConfig(**SIZES),
+    "gpt2, tied, other names": GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=512),
+}
+
+
+@pytest.fixture(params=LLMS)
+def other_llm_dir(request, llm_dir, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(llm_dir)
+    config = LLMS[request.param]
+    config.update({"vocab_size": len(tokenizer), "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1})
+    llm = AutoModelForCausalLM.from_config(config)
+    if llm.get_output_embeddings().bias is not None:
+        torch.nn.init.normal_(llm.get_output_embeddings().bias)
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    return tmp_path / "llm"
+
+
+@torch.no_grad()
+def test_the_llm_inside_is_the_llm(compose_tiny, whisper_dir, other_llm_dir, tmp_path, clip):
+    compose_tiny(str(whisper_dir), str(other_llm_dir), str(tmp_path / "lsm"))
+    lsm = LsmForConditionalGeneration.from_pretrained(tmp_path / "lsm")
+    llm = AutoModelForCausalLM.from_pretrained(other_llm_dir)
+    ids = torch.arange(2, 20)[None]
+    vocab = llm.config.vocab_size
+    torch.testing.assert_close(lsm(ids).logits[..., :vocab], llm(ids).logits, atol=1e-5, rtol=0)
+    tied = lsm.lm_head.weight is lsm.get_input_embeddings().weight
+    assert tied == llm.config.tie_word_embeddings == lsm.config.tie_word_embeddings
+
+
+def test_no_second_copy_of_the_llm(compose_tiny, whisper_dir, llm_dir):
+    model, _ = compose_tiny(str(whisper_dir), str(llm_dir))
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert model.config.text_config is model.model.language_model.config
+
+
+def test_the_folder_names_no_machine(lsm_dir, llm_dir, whisper_dir):
+    for file in lsm_dir.iterdir():
+        if file.suffix in {".json", ".jinja"}:
+            text = file.read_text()
+            assert str(llm_dir.parent) not in text and str(whisper_dir.parent) not in text, file.name
+    config = json.loads((lsm_dir / "config.json").read_text())
+    assert config["responder"]["model"] == "tiny-llama"
+    assert config["responder"]["revision"].startswith("sha256:")
+
+
+def test_the_responder_is_known_by_its_weights(llm_dir, lsm_dir, processor, tmp_path):
+    responder = LsmForConditionalGeneration.from_pretrained(lsm_dir).config.responder
+    assert responder == {**identify(str(llm_dir)), "template": processor.template_hash}
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(llm_dir, copy)
+    assert identify(str(copy))["revision"] == responder["revision"]
+    llm = AutoModelForCausalLM.from_pretrained(copy)
+    llm.lm_head.weight.data[0, 0] += 1
+    llm.save_pretrained(copy)
+    assert identify(str(copy))["revision"] != responder["revision"]
+
+
+@pytest.mark.parametrize("source", ["org/never-downloaded", "empty folder"])
+def test_a_responder_without_a_revision_is_refused(source, tmp_path):
+    with pytest.raises(ValueError, match=r"commit|no weights"):
+        identify(str(tmp_path) if source == "empty folder" else source)
+
+
+def test_spare_embeddings_are_used_before_new_ones(compose_tiny, whisper_dir, llm_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(llm_dir)
+    llm = AutoModelForCausalLM.from_pretrained(llm_dir)
+    llm.resize_token_embeddings(len(tokenizer) + 20, mean_resizing=False)
+    llm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, processor = compose_tiny(str(whisper_dir), str(tmp_path))
+    assert model.config.text_config.vocab_size == len(tokenizer) + 20
+    assert processor.audio_token_id == len(tokenizer)
+    assert processor.tokenizer.pad_token == "</s>"
+    assert processor.tokenizer.tokenize(AUDIO_TOKEN) == [AUDIO_TOKEN]
+
+
+def test_the_seed_decides(compose_tiny, whisper_dir, llm_dir):
+    def queries(seed):
+        return compose_tiny(str(whisper_dir), str(llm_dir), seed=seed)[0].model.projector.queries
+
+    state = torch.random.get_rng_state()
+    assert torch.equal(queries(3), queries(3))
+    assert not torch.equal(queries(3), queries(4))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_dtype_is_of_the_whole_model(compose_tiny, whisper_dir, llm_dir, tmp_path):
+    compose_tiny(str(whisper_dir), str(llm_dir), str(tmp_path), dtype="bfloat16")
+    lsm = LsmForConditionalGeneration.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in lsm.parameters()} == {torch.bfloat16}
+
+
+def test_parts_that_do_not_fit_are_refused(compose_tiny, whisper_dir, llm_dir, tmp_path):
+    folder = tmp_path / "whisper"
+    shutil.copytree(whisper_dir, folder)
+    WhisperFeatureExtractor(feature_size=128).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"80 mels.*128"):
+        compose_tiny(str(folder), str(llm_dir))
+    WhisperFeatureExtractor(chunk_length=40).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"3000 frames.*4000"):
+        compose_tiny(str(folder), str(llm_dir))
+    with pytest.raises(ValueError, match="lacks"):
+        compose_tiny(str(llm_dir), str(llm_dir))
+
+
+def test_the_command_line(whisper_dir, llm_dir, tmp_path, monkeypatch, capsys):
+    options = ["--qformer-hidden", "16", "--qformer-heads", "2", "--window-frames", "8", "--no-instruction-first"]
+    paths = ["--audio", str(whisper_dir), "--text", str(llm_dir), "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["compose", *paths, *options])
+    main()
+    assert "new parameters" in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["window_frames"], config["qformer_config"]["intermediate_size"]) == (8, 64)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["instruction_first"] is False

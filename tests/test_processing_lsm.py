@@ -1,0 +1,295 @@
+import copy
+import io
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import AutoTokenizer, WhisperFeatureExtractor
+
+from processing_lsm import AUDIO_TOKEN, DEFAULT_CHAT_TEMPLATE, LsmProcessor, load_audio
+
+
+def wav_bytes(waveform, rate, subtype="PCM_16"):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, waveform, rate, format="WAV", subtype=subtype)
+    return buffer.getvalue()
+
+
+# Audio in
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 48_000])
+def test_any_rate_is_resampled(rate):
+    tone = np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    audio = load_audio(tone, rate)
+    assert audio.dtype == np.float32
+    assert audio.shape == (16_000,)
+    expected = np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
+    np.testing.assert_allclose(audio[500:-500], expected[500:-500], atol=2e-3)
+
+
+def test_the_same_clip_however_it_comes(clip, tmp_path):
+    integers = (clip(0.5) * 32_767).astype(np.int16)
+    expected = integers.astype(np.float32) / 32_768
+    path = tmp_path / "clip.wav"
+    path.write_bytes(wav_bytes(integers, 16_000))
+    sources = {
+        "int16": integers,
+        "int32": integers.astype(np.int32) << 16,
+        "float64": expected.astype(np.float64),
+        "list": expected.tolist(),
+        "tensor": torch.from_numpy(expected),
+        "stereo (samples, channels)": np.stack([expected, expected], axis=1),
+        "stereo (channels, samples)": np.stack([expected, expected]),
+        "path": path,
+        "string": str(path),
+        "bytes": path.read_bytes(),
+        "datasets array": {"array": expected, "sampling_rate": 16_000},
+        "datasets bytes": {"bytes": path.read_bytes(), "path": None},
+        "datasets path": {"bytes": None, "path": str(path)},
+    }
+    for name, source in sources.items():
+        np.testing.assert_allclose(load_audio(source), expected, atol=1e-6, err_msg=name)
+
+
+def test_stereo_is_averaged_and_files_carry_their_rate():
+    stereo = np.stack([np.full(800, 0.5), np.zeros(800)], axis=1)
+    audio = load_audio(wav_bytes(stereo, 8_000))
+    assert audio.shape == (1_600,)
+    assert abs(audio[800] - 0.25) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.zeros(0), "empty"),
+        ([], "empty"),
+        (np.array([0.1, np.nan]), "NaN"),
+        (np.array([0.1, np.inf]), "NaN or infinite"),
+        (b"not audio at all", "Cannot read"),
+        (b"", "Cannot read"),
+        ("no/such/file.wav", "no/such/file.wav"),
+        (wav_bytes(np.zeros(100), 16_000)[:20], "Cannot read"),
+        (wav_bytes(np.zeros(0), 16_000), "empty"),
+        (np.zeros((2, 3, 4)), "axes"),
+        ([[0.1], [0.2, 0.3]], "regular"),
+        (np.array(["a"]), "numbers"),
+        (None, "numbers"),
+    ],
+)
+def test_unusable_audio_is_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_audio(source)
+
+
+def test_a_rate_of_zero_is_refused():
+    with pytest.raises(ValueError, match="sampling rate"):
+        load_audio(np.zeros(10), 0)
+
+
+# Features
+
+
+def test_features_are_whispers_own(processor, clip):
+    audio = clip(1.234)
+    ours = processor.audio_features([audio])
+    whispers = WhisperFeatureExtractor()(audio, sampling_rate=16_000, return_tensors="np")["input_features"][0]
+    length = ours["input_features"].shape[-1]
+    assert length == 124
+    np.testing.assert_allclose(ours["input_features"][0], whispers[:, :length], atol=1e-6)
+
+
+def test_features_do_not_depend_on_the_batch(processor, clip):
+    clips = [clip(0.7, 1), clip(3.1, 2) * 3, clip(0.05, 3)]
+    together = processor.audio_features(clips)
+    for row, audio in enumerate(clips):
+        alone = processor.audio_features([audio])
+        length = alone["input_features"].shape[-1]
+        np.testing.assert_array_equal(together["input_features"][row, :, :length], alone["input_features"][0])
+        assert together["input_features_mask"][row].sum() == length
+        assert not together["input_features"][row, :, length:].any()
+
+
+def test_long_audio_becomes_rows(processor, clip):
+    inputs = processor(text=AUDIO_TOKEN, audio=clip(70), return_tensors="pt")
+    assert inputs["input_features"].shape == (3, 80, 3000)
+    assert inputs["input_features_mask"].sum(-1).tolist() == [3000, 3000, 1000]
+    assert (inputs["input_ids"] == processor.audio_token_id).sum() == 89 + 89 + 30
+
+
+def test_one_sample_is_one_token(processor):
+    inputs = processor(text=AUDIO_TOKEN, audio=[np.array([0.1])], return_tensors="pt")
+    assert inputs["input_features"].shape == (1, 80, 1)
+    assert (inputs["input_ids"] == processor.audio_token_id).sum() == 1
+
+
+def test_max_length_pads_to_whispers_30_seconds(lsm_dir, clip):
+    processor = LsmProcessor.from_pretrained(lsm_dir, audio_padding="max_length")
+    inputs = processor(text=AUDIO_TOKEN, audio=clip(1), return_tensors="pt")
+    assert inputs["input_features"].shape == (1, 80, 3000)
+    assert inputs["input_features_mask"].sum() == 100
+    assert (inputs["input_ids"] == processor.audio_token_id).sum() == 3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_text_padding_leaves_the_audio_alone(processor, clip, side):
+    inputs = processor(
+        text=[AUDIO_TOKEN, AUDIO_TOKEN + " and more"],
+        audio=[clip(0.5), clip(2)],
+        return_tensors="pt",
+        padding_side=side,
+    )
+    assert inputs["attention_mask"][0, -1 if side == "left" else 0] == 1
+    assert inputs["attention_mask"][0].sum() < inputs["attention_mask"].shape[1]
+    assert inputs["input_features_mask"][0].tolist() == [1] * 50 + [0] * 150
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("instruction_first", [True, False])
+def test_teacher_and_student_read_the_same_prompt(lsm_dir, clip, instruction_first):
+    processor = LsmProcessor.from_pretrained(lsm_dir, instruction_first=instruction_first)
+    transcript = "the cat sat on the mat"
+    for response in (None, "An answer."):
+        teacher = processor.conversation("Say it again.", transcript=transcript, response=response)
+        student = processor.conversation("Say it again.", audio=clip(1), response=response)
+        render = {"add_generation_prompt": response is None}
+        teacher = processor.apply_chat_template(teacher, **render)
+        student = processor.apply_chat_template(student, **render)
+        assert teacher.replace(transcript, AUDIO_TOKEN) == student
+        assert (student.index("Say it") < student.index(AUDIO_TOKEN)) == instruction_first
+
+
+def test_the_llms_own_template_follows_untouched(processor, llm_dir):
+    llm = AutoTokenizer.from_pretrained(llm_dir)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "Bye."},
+    ]
+    expected = llm.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == expected
+    as_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    assert processor.apply_chat_template(as_parts, add_generation_prompt=True) == expected
+
+
+# How LLMs in use treat `messages`: cut off the system prompt, look back from the end, call macros, trim, ask for types.
+TEMPLATES = [
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set messages = messages[1:] %}"
+    "{% else %}{% set system = 'S' %}{% endif %}{{ system }}"
+    "{% for m in messages %}[{{ m['content'] | trim }}]{% endfor %}",
+    "{%- set ns = namespace(last=0) -%}{%- for m in messages[::-1] -%}"
+    "{%- if m.content is string and m.role == 'user' -%}{%- set ns.last = m.content -%}{%- endif -%}{%- endfor -%}"
+    "{{ ns.last }}",
+    "{% macro show(m) %}<{{ m.role }}>{{ m.content }}{% endmacro %}{% for m in messages %}{{ show(m) }}{% endfor %}",
+    "\n  {% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}\n{% endfor %}",
+    "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endif %}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_of_all_kinds_see_plain_messages(processor, template, clip):
+    llm = processor.tokenizer
+    own = LsmProcessor(processor.feature_extractor, copy.deepcopy(llm), chat_template=template)
+    messages = [{"role": "user", "content": "Do this.\nhello"}, {"role": "assistant", "content": "Done."}]
+    expected = llm.apply_chat_template(messages, chat_template=template, tokenize=False)
+    teacher = own.conversation("Do this.", transcript="hello", response="Done.")
+    assert own.apply_chat_template(teacher) == expected
+    student = own.conversation("Do this.", audio=clip(1), response="Done.")
+    assert own.apply_chat_template(student) == expected.replace("hello", AUDIO_TOKEN)
+
+
+def test_an_instruction_may_stand_alone(processor):
+    messages = processor.conversation("Hello.")
+    assert messages == [{"role": "user", "content": [{"type": "text", "text": "Hello."}]}]
+
+
+def test_one_slot_holds_one_thing(processor, clip):
+    with pytest.raises(ValueError, match="not both"):
+        processor.conversation("Hello.", audio=clip(1), transcript="hello")
+
+
+def test_parts_of_another_kind_are_refused(processor):
+    with pytest.raises(Exception, match="not image"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+
+
+def test_the_template_hash_names_the_layout(processor, lsm_dir):
+    other = LsmProcessor.from_pretrained(lsm_dir, instruction_first=False)
+    assert processor.template_hash == LsmProcessor.from_pretrained(lsm_dir).template_hash
+    assert processor.template_hash != other.template_hash
+    assert len(processor.template_hash) == 16
+
+
+def test_the_default_template_serves_tokenizers_without_one(processor, llm_dir):
+    tokenizer = AutoTokenizer.from_pretrained(llm_dir)
+    tokenizer.chat_template = None
+    tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
+    plain = LsmProcessor(processor.feature_extractor, tokenizer)
+    assert plain.chat_template.endswith(DEFAULT_CHAT_TEMPLATE)
+    messages = plain.conversation("What is said?", transcript="hello", response="Hello.")
+    assert plain.apply_chat_template(messages).endswith("USER: What is said?\nhello ASSISTANT: Hello.</s>")
+
+
+def test_a_tokenizer_without_the_placeholder_is_refused(processor, llm_dir):
+    with pytest.raises(ValueError, match="no token"):
+        LsmProcessor(processor.feature_extractor, AutoTokenizer.from_pretrained(llm_dir))
+
+
+def test_audio_parts_are_read_by_every_name(processor, clip, tmp_path):
+    path = tmp_path / "clip.wav"
+    path.write_bytes(wav_bytes(clip(0.5), 8_000))  # half a second of samples, one second at 8 kHz
+    array = load_audio(path)
+    parts = [
+        {"type": "audio", "audio": array},
+        {"type": "audio", "path": str(path)},
+        {"type": "audio", "url": str(path)},
+        {"type": "audio", "audio": soundfile.read(path)[0], "sampling_rate": 8_000},
+    ]
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Compare."}, *parts]}]
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )
+    assert inputs["input_features_mask"].tolist() == [[1] * 100] * 4
+    features = inputs["input_features"]
+    torch.testing.assert_close(features, features[:1].expand(4, -1, -1), atol=1e-4, rtol=0)
+    assert (inputs["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [(AUDIO_TOKEN, 0), ("no slot", 1), (AUDIO_TOKEN * 2, 1), ([AUDIO_TOKEN, "x"], 2)]
+)
+def test_placeholders_and_clips_must_match(processor, clip, text, count):
+    with pytest.raises(ValueError, match=f"placeholders for {count} clips"):
+        processor(text=text, audio=[clip(0.1)] * count or None)
+
+
+def test_clips_may_be_anywhere_in_the_batch(processor, clip):
+    inputs = processor(
+        text=["text only", f"{AUDIO_TOKEN} or {AUDIO_TOKEN}?"], audio=[clip(1), clip(2)], return_tensors="pt"
+    )
+    assert (inputs["input_ids"] == processor.audio_token_id).sum(-1).tolist() == [0, 3 + 6]
+
+
+def test_expansion_by_length_is_that_of_the_processor(processor, clip):
+    texts = [f"a {AUDIO_TOKEN} b {AUDIO_TOKEN}", "plain", f"{AUDIO_TOKEN} c"]
+    clips = [clip(0.3), clip(31), clip(2.2)]
+    expected = processor(text=texts, audio=clips)["input_ids"]
+    expanded = processor.expand_audio_tokens(texts, [len(audio) for audio in clips])
+    assert processor(text=[text.replace(AUDIO_TOKEN, "~") for text in texts])["input_ids"] != expected
+    assert processor.tokenizer(expanded, padding=True)["input_ids"] == expected
+    with pytest.raises(ValueError, match=r"3 .* placeholders for 1 clips"):
+        processor.expand_audio_tokens(texts, [100])
+
+
+def test_settings_survive_saving(lsm_dir, tmp_path):
+    settings = {"window_frames": 5, "queries_per_window": 2, "instruction_first": False, "audio_padding": "max_length"}
+    LsmProcessor.from_pretrained(lsm_dir, **settings).save_pretrained(tmp_path)
+    loaded = LsmProcessor.from_pretrained(tmp_path)
+    assert {name: getattr(loaded, name) for name in settings} == settings
+    assert loaded.chat_template == loaded.tokenizer.chat_template
