@@ -27,10 +27,42 @@ logger = logging.getLogger(__name__)
 
 _LANGUAGES = ("en-us", "en", "en-gb-x-rp", "en-us-nyc", "en-gb-x-gbclan", "en-029")
 _VARIANTS = (
-    "f1 f3 f4 m1 m2 m4 m5 m6 m8 Alex Alicia Andy Annie Denis Gene Jacky Lee Mario Michael Mike Reed adam aunty belinda "
-    "benjamin caleb david ed edward grandma grandpa ian iven john klatt linda max paul quincy rob robert shelby steph "
-    "travis victor zac"
-).split()
+    *(
+        "f1",
+        "f3",
+        "f4",
+        "m1",
+        "m2",
+        "m4",
+        "m5",
+        "m6",
+        "m8",
+        "Alex",
+        "Alicia",
+        "Andy",
+        "Annie",
+        "Denis",
+        "Gene",
+        "Jacky",
+    ),
+    *("Lee", "Mario", "Michael", "Mike", "Reed", "adam", "aunty", "belinda", "benjamin", "caleb", "david", "ed"),
+    *(
+        "edward",
+        "grandma",
+        "grandpa",
+        "ian",
+        "iven",
+        "john",
+        "klatt",
+        "linda",
+        "max",
+        "paul",
+        "quincy",
+        "rob",
+        "robert",
+    ),
+    *("shelby", "steph", "travis", "victor", "zac"),
+)
 TRAIN_VOICES = tuple(f"{language}+{variant}" for language in _LANGUAGES for variant in _VARIANTS)
 TEST_VOICES = ("en-us+f2", "en-us+m3", "en-gb-x-rp+f5", "en-us+m7")
 FEATURES = Features(
@@ -97,7 +129,9 @@ def build(output: str | Path, sizes: dict[str, int], seed: int = 0, num_proc: in
     output = Path(output)
     for split, size in sizes.items():
         if split not in SPLITS or size < 1:
-            raise ValueError(f"cannot build {size} rows of split {split!r}; expected at least 1 row of one of {SPLITS}.")
+            raise ValueError(
+                f"cannot build {size} rows of split {split!r}; expected at least 1 row of one of {SPLITS}."
+            )
     output.mkdir(parents=True, exist_ok=True)
     needed, free = sum(sizes.values()) * _BYTES_PER_CLIP * 2, shutil.disk_usage(output).free
     if free < needed:

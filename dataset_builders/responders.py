@@ -65,7 +65,7 @@ class LocalResponder:
         return responses
 
     def _batches(self, lengths: list[int]) -> list[list[int]]:
-        """Row indices in batches of similar length within the token budget, longest first so that memory fails early."""
+        """Row indices in batches of similar length within the token budget, longest first: memory fails early."""
         batches: list[list[int]] = []
         for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
             longest = lengths[batches[-1][0]] if batches else 0
@@ -96,5 +96,8 @@ def foreign(provenance: str, responder: dict | None) -> list[str]:
     except json.JSONDecodeError:
         written = {}
     mine = responder or {}
-    return [f"{key}: {written.get(key)!r} wrote it, {mine.get(key)!r} would learn it" for key in IDENTITY
-            if written.get(key) is None or written.get(key) != mine.get(key)]
+    return [
+        f"{key}: {written.get(key)!r} wrote it, {mine.get(key)!r} would learn it"
+        for key in IDENTITY
+        if written.get(key) is None or written.get(key) != mine.get(key)
+    ]

@@ -110,7 +110,9 @@ def write(rows: list[dict], corpus: Dataset, split: str, output: Path) -> None:
             utterances = utterances.add_column(name, values)
         path = output / "data" / task / f"{split}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        utterances.select_columns(list(FEATURES)).cast(FEATURES).cast_column("audio", Audio(16_000)).to_parquet(str(path))
+        utterances.select_columns(list(FEATURES)).cast(FEATURES).cast_column("audio", Audio(16_000)).to_parquet(
+            str(path)
+        )
 
 
 def write_card(rows: list[dict], dropped: collections.Counter, split: str, output: Path) -> None:
@@ -128,8 +130,9 @@ def write_card(rows: list[dict], dropped: collections.Counter, split: str, outpu
     table = "\n".join(f"| {task} | {count} |" for task, count in sorted(counts.items()))
     losses = "\n".join(f"- {task}: {count} × {reason}" for (task, reason), count in sorted(dropped.items())) or "- none"
     text = (
-        f"# Self-powered set\n\nResponses by `{responder['model']}` (revision `{responder['revision']}`, prompt template "
-        f"`{responder['template']}`), decoding `{responder['decoding']}`.\n\n| task | rows |\n|---|---|\n{table}\n\n"
+        f"# Self-powered set\n\nResponses by `{responder['model']}` (revision `{responder['revision']}`, prompt "
+        f"template `{responder['template']}`), decoding `{responder['decoding']}`.\n\n"
+        f"| task | rows |\n|---|---|\n{table}\n\n"
         f"Dropped:\n{losses}\n"
     )
     DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(output / "README.md")

@@ -26,7 +26,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 from dataset_builders.asr_corpora import load_corpus
 from dataset_builders.self_powered import SELF_POWERED_TASKS, TRANSCRIPTION, draw_requests
 from processing_lsm import LsmProcessor, load_audio
-from recipes.audio_features import AudioFeatureStore
+from recipes.audio_features import AudioFeatureStore, audio_key
 from recipes.collator import render_prompt
 
 logger = logging.getLogger(__name__)
@@ -88,9 +88,9 @@ def respond(
     """Greedy answers, in order.
 
     Args:
-        rows: `instruction` with `audio` (or `audio_key`, with a store), and `transcript` when that is heard.
+        rows: `instruction` and `audio`, and `transcript` when that is heard.
         hear: `audio`, `transcript` or `silence` (as long as the clip); shuffle the rows for `shuffled`.
-        store: features of the clips, computed before.
+        store: the audio tower's output for clips it was run on before; other clips are encoded here.
     """
     responses: dict[int, str] = {}
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].get("transcript", "")))
@@ -108,8 +108,8 @@ def _inputs(processor: LsmProcessor, rows: list[dict], hear: str, store: AudioFe
     settings = {"add_special_tokens": False, "padding_side": "left", "padding": True, "return_tensors": "pt"}
     if hear == "transcript":
         return processor.tokenizer(prompts, **settings)
-    if store is not None and hear == "audio":
-        keys = [row["audio_key"] for row in rows]
+    keys = [audio_key(row["audio"]) for row in rows] if store is not None and hear == "audio" else []
+    if keys and all(key in store for key in keys):
         prompts = processor.expand_audio_tokens(prompts, [store.num_samples(key) for key in keys])
         inputs = processor.tokenizer(prompts, **settings)
         inputs.update(store.batch(keys))

@@ -9,21 +9,20 @@ The audio tower stays frozen, the projector is trained, the LLM is trained (`--l
 
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from datasets import Audio, Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoProcessor, TrainerCallback
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
+from dataset_builders.asr_corpora import load_corpus
 from dataset_builders.instructions import draw_fraction
 from dataset_builders.responders import foreign
-from dataset_builders.self_powered import TRANSCRIPTION
+from dataset_builders.self_powered import SELF_POWERED_TASKS, TRANSCRIPTION
 from recipes.audio_features import AudioFeatureStore, audio_key
 from recipes.collator import SpeechResponseCollator
-from recipes.evaluate import load_checker, respond, score
+from recipes.evaluate import held_out_rows, load_checker, respond, score
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +48,14 @@ class LsmScriptArguments(ScriptArguments):
     audio_feature_store: str | None = field(
         default=None, metadata={"help": "Folder for the frozen tower's output, computed once and shared by runs."}
     )
-    following_rows: str | None = field(
-        default=None, metadata={"help": "JSONL rows (with audio_key) answered every `following_steps`."}
+    following_corpus: str | None = field(
+        default=None, metadata={"help": "ASR corpus whose clips are asked held-out wordings while training."}
     )
-    following_steps: int = field(default=200, metadata={"help": "Steps between two looks at `following_rows`."})
+    following_split: str = field(default="validation", metadata={"help": "Split of `following_corpus`."})
+    following_limit: int = field(default=64, metadata={"help": "Clips of `following_corpus`."})
+    following_steps: int = field(default=200, metadata={"help": "Steps between two looks at `following_corpus`."})
     checker: str = field(
-        default="dataset_builders.nano_tasks", metadata={"help": "Module whose is_correct scores `following_rows`."}
+        default="dataset_builders.nano_tasks", metadata={"help": "Module whose is_correct scores the answers."}
     )
 
     def __post_init__(self):
@@ -121,22 +122,41 @@ class LsmTrainer(SFTTrainer):
         return self.optimizer
 
 
-class FollowingCallback(TrainerCallback):
-    """Every so many steps, let the model answer a few held-out rows, and append the scores to `following.jsonl`."""
+def append_line(file: Path, record: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record) + "\n")
 
-    def __init__(self, rows: list[dict], processor, store: AudioFeatureStore, checker, every: int):
-        self.rows, self.processor, self.store, self.checker, self.every = rows, processor, store, checker, every
+
+class LogCallback(TrainerCallback):
+    """Append what the trainer logs (loss, rates, ...) to `log.jsonl`, as it happens."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            record = {"step": state.global_step, "max_steps": state.max_steps, **(logs or {})}
+            append_line(Path(args.output_dir) / "log.jsonl", record)
+
+
+class FollowingCallback(TrainerCallback):
+    """Every so many steps let the model answer held-out instructions, and append the scores to `following.jsonl`."""
+
+    def __init__(self, script_args: LsmScriptArguments, processor, store: AudioFeatureStore | None):
+        corpus = load_corpus(
+            script_args.following_corpus, script_args.following_split, limit=script_args.following_limit
+        )
+        self.rows = held_out_rows(corpus, SELF_POWERED_TASKS)
+        self.checker = load_checker(script_args.checker)
+        self.processor, self.store, self.every = processor, store, script_args.following_steps
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if not state.is_world_process_zero or (state.global_step % self.every and state.global_step != state.max_steps):
+        due = state.global_step % self.every == 0 or state.global_step == state.max_steps
+        if not due or not state.is_world_process_zero:
             return
         model.eval()
         responses = respond(model, self.processor, self.rows, store=self.store, progress=False)
         model.train()
-        scores = score(self.rows, responses, self.checker)
-        line = json.dumps({"step": state.global_step, **scores})
-        with open(Path(args.output_dir) / "following.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        record = {"step": state.global_step, **score(self.rows, responses, self.checker)}
+        append_line(Path(args.output_dir) / "following.jsonl", record)
 
 
 def load_model(script_args: LsmScriptArguments, model_args: ModelConfig):
@@ -181,6 +201,11 @@ def main(script_args: LsmScriptArguments, training_args: SFTConfig, model_args: 
         audio = (row["audio"] for row in dataset.select_columns("audio"))
         store = AudioFeatureStore.build(script_args.audio_feature_store, model, processor, audio)
         dataset = dataset.map(lambda row: {"audio_key": audio_key(row["audio"])}, remove_columns="audio")
+        if missing := sum(key not in store for key in dataset["audio_key"]):
+            raise ValueError(
+                f"{script_args.audio_feature_store} was made for other clips: it lacks {missing} of {len(dataset)}. "
+                "Delete it or name another --audio_feature_store."
+            )
 
     # Training
     training_args.max_length = None  # a cut prompt has fewer placeholders than its clip has tokens
@@ -193,12 +218,11 @@ def main(script_args: LsmScriptArguments, training_args: SFTConfig, model_args: 
         data_collator=SpeechResponseCollator(processor, store),
         processing_class=processor.tokenizer,
         peft_config=get_peft_config(model_args),
+        callbacks=[LogCallback()],
     )
     trainer.projector_learning_rate = script_args.projector_learning_rate
-    if script_args.following_rows:
-        lines = Path(script_args.following_rows).read_text(encoding="utf-8").splitlines()
-        rows, checker = [json.loads(line) for line in lines], load_checker(script_args.checker)
-        trainer.add_callback(FollowingCallback(rows, processor, store, checker, script_args.following_steps))
+    if script_args.following_corpus:
+        trainer.add_callback(FollowingCallback(script_args, processor, store))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     processor.save_pretrained(training_args.output_dir)

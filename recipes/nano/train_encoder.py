@@ -5,8 +5,9 @@
 It hears only `train` sentences in training voices (`nano_speech`), with additive noise, random gain and SpecAugment
 (Park et al. 2019), drawn from `--seed`, and is scored on `test` sentences in voices it never heard. Saved as a
 `WhisperModel` without decoder layers beside its feature extractor; the CTC head that the scores were read with is in
-`ctc_head.safetensors` (`weight`, `bias`; label 0 is the blank, label i the i-th word of the lexicon). A second head spells the same words in
-letters while training: CTC over words alone stays on a plateau where it has learned the grammar and hears nothing.
+`ctc_head.safetensors` (`weight`, `bias`; label 0 is the blank, label i the i-th word of the lexicon). A second head
+spells the same words in letters while training: CTC over words alone stays on a plateau where it has learned the
+grammar and hears nothing.
 """
 
 import argparse
@@ -141,7 +142,9 @@ def save(encoder: LsmAudioTower, head: nn.Linear, output: Path) -> None:
     model.encoder.load_state_dict(encoder.state_dict())
     model.save_pretrained(output)
     WhisperFeatureExtractor().save_pretrained(output)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}, output / HEAD_FILE)
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}, output / HEAD_FILE
+    )
 
 
 class TrainableTower(LsmAudioTower):
@@ -198,7 +201,9 @@ def train(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, 400, args.steps)
     output, scores = Path(args.output), {}
-    progress = tqdm(zip(range(1, args.steps + 1), batches(clips, args.batch_size, generator), strict=False), total=args.steps)
+    progress = tqdm(
+        zip(range(1, args.steps + 1), batches(clips, args.batch_size, generator), strict=False), total=args.steps
+    )
     encoder.train()
     for step, batch in progress:
         features, mask = collate(batch)

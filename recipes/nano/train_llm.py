@@ -123,7 +123,9 @@ def evaluate(model, tokenizer, pool: dict[str, Task], rows: int, seed: int) -> d
     model.eval()
     for start in range(0, rows, 250):
         batch = examples[start : start + 250]
-        prompts = [tokenizer.apply_chat_template(user_turn(e), tokenize=False, add_generation_prompt=True) for e in batch]
+        prompts = [
+            tokenizer.apply_chat_template(user_turn(e), tokenize=False, add_generation_prompt=True) for e in batch
+        ]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
         output = model.generate(**inputs, max_new_tokens=48, do_sample=False)[:, inputs.input_ids.shape[1] :]
         for example, answer in zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):

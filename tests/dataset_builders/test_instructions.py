@@ -86,7 +86,7 @@ def test_seed_id_and_parts_each_matter():
 
 def test_fractions_are_uniform_and_every_line_is_drawn():
     fractions = [draw_fraction(3, str(n)) for n in range(2000)]
-    assert 0 <= min(fractions) and max(fractions) < 1
+    assert min(fractions) >= 0 and max(fractions) < 1
     assert math.isclose(sum(fractions) / 2000, 0.5, abs_tol=0.03)
     for split in ("seen", "held_out"):
         drawn = {draw_instruction(POOL, "intent", str(n), 0, split) for n in range(500)}

@@ -1,0 +1,290 @@
+"""The whole story, in minutes, on a CPU: expand a text LLM to speech twice, and see which of the two listens.
+
+    make quickstart            # or: python -m recipes.quickstart --output runs/quickstart
+
+A corpus is spoken, an LSM composed, the LLM inside it answers instructions over the transcripts, and two LSMs are
+trained for the same number of steps: `vanilla` on transcription rows alone, `self_powered` on the LLM's answers. Both
+are asked held-out instructions about held-out speech. Every stage appears under `--output` when it is whole, so an
+interrupted run goes on where it stopped.
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import soundfile
+import yaml
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from tqdm import tqdm
+
+from dataset_builders import nano_speech, self_powered
+from dataset_builders.asr_corpora import load_corpus
+from dataset_builders.nano_tasks import QUESTION_TASKS
+from processing_lsm import load_audio
+from recipes.audio_features import AudioFeatureStore
+from recipes.compose import compose
+from recipes.evaluate import evaluate, held_out_rows, load_checker, load_lsm
+from recipes.report import bootstrap_interval, percent, read_lines, table, write_report
+
+logger = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).parent / "configs"
+CHECKER = "dataset_builders.nano_tasks"
+MODELS = ("vanilla", "self_powered")
+NEEDED_BYTES = 4 * 2**30
+
+
+class Stages:
+    """Makes folders, each whole or not at all, and keeps how long each took in `stages.json`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.file = folder / "stages.json"
+        self.seconds: dict[str, float] = json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def run(self, name: str, make: Callable[[Path], object]) -> Path:
+        """`folder/name`, made by `make(partial)` unless it is there."""
+        target, partial = self.folder / name, self.folder / f"{name}.partial"
+        if target.exists() and name in self.seconds:
+            logger.info("%-14s done before", name)
+            return target
+        for leftover in (target, partial):
+            shutil.rmtree(leftover, ignore_errors=True)
+        logger.info("%-14s ...", name)
+        start = time.monotonic()
+        make(partial)
+        os.replace(partial, target)
+        self.seconds[name] = round(time.monotonic() - start, 1)
+        scratch = self.file.with_suffix(".partial")
+        scratch.write_text(json.dumps(self.seconds), encoding="utf-8")
+        os.replace(scratch, self.file)
+        logger.info("%-14s %.0f s", name, self.seconds[name])
+        return target
+
+
+@dataclasses.dataclass
+class Quickstart:
+    """One run: `settings` as in `recipes/configs/quickstart.yaml`, everything under `folder`."""
+
+    folder: Path
+    settings: dict
+    seed: int
+    steps: int | None = None
+
+    def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.stages = Stages(self.folder)
+
+    def run(self) -> dict:
+        """All stages in order; returns the report."""
+        self.stages.run("corpus", self.speak)
+        self.stages.run("base", self.compose)
+        self.stages.run("self_powered", self.answer)
+        self.stages.run("features", self.encode)
+        self.stages.run("training", self.train)
+        self.stages.run("predictions", self.evaluate)
+        return self.report()
+
+    def speak(self, folder: Path) -> None:
+        sizes = {split: self.settings[f"{split}_clips"] for split in ("train", "validation", "test")}
+        nano_speech.build(folder, sizes, self.seed, num_proc=os.cpu_count() or 1)
+
+    def compose(self, folder: Path) -> None:
+        shape = {key: self.settings[key] for key in ("window_frames", "qformer_hidden", "qformer_heads")}
+        compose(self.settings["audio"], self.settings["text"], str(folder), seed=self.seed, **shape)
+
+    def answer(self, folder: Path) -> None:
+        base, corpus = self.folder / "base", self.folder / "corpus"
+        self_powered.build(
+            base, corpus, "train", folder, seed=self.seed, max_new_tokens=self.settings["max_new_tokens"]
+        )
+
+    def encode(self, folder: Path) -> None:
+        model, processor = load_lsm(self.folder / "base")
+        corpora = [load_corpus(self.folder / "corpus", split) for split in ("train", "validation", "test")]
+        AudioFeatureStore.build(folder, model, processor, (row["audio"] for corpus in corpora for row in corpus))
+
+    def train(self, folder: Path) -> None:
+        """Both trainings side by side, each on its share of the cores, under a live table."""
+        threads = max(1, (os.cpu_count() or 1) // len(MODELS))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        folder.mkdir(parents=True)
+        processes = {}
+        for name in MODELS:
+            with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
+                processes[name] = subprocess.Popen(
+                    self.training_command(name, folder / name),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    preexec_fn=_die_with_parent,
+                )
+        try:
+            _watch(processes, folder)
+        finally:
+            for process in processes.values():
+                process.kill()
+
+    def training_command(self, name: str, output: Path) -> list[str]:
+        options = {
+            "config": CONFIGS / f"nano_{name}.yaml",
+            "model_name_or_path": self.folder / "base",
+            "dataset_name": self.folder / "self_powered",
+            "output_dir": output,
+            "audio_feature_store": self.folder / "features",
+            "following_corpus": self.folder / "corpus",
+            "following_limit": self.settings["validation_clips"],
+            "following_steps": self.settings["following_steps"],
+            "checker": CHECKER,
+            "seed": self.seed,
+        }
+        if self.steps is not None:
+            options["max_steps"] = self.steps
+        flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+        return [sys.executable, "-m", "recipes.sft", *flags]
+
+    def evaluate(self, folder: Path) -> None:
+        """Answers and scores of both LSMs, the text LLM and the controls."""
+        folder.mkdir(parents=True)
+        checker, store = load_checker(CHECKER), AudioFeatureStore(self.folder / "features")
+        corpus = load_corpus(self.folder / "corpus", "test")
+        rows = held_out_rows(corpus, self_powered.SELF_POWERED_TASKS, self.seed)
+        questions = corpus.select(range(min(len(corpus), self.settings["question_clips"])))
+        questions = [
+            row for row in held_out_rows(questions, QUESTION_TASKS, self.seed) if row["task"] in QUESTION_TASKS
+        ]
+        quiet = [row for row in rows if row["row"] < self.settings["silence_clips"]]
+        runs = {
+            "text_llm": ("base", "transcript", rows + questions),
+            "vanilla": ("training/vanilla", "audio", rows + questions),
+            "self_powered": ("training/self_powered", "audio", rows + questions),
+            "shuffled": ("training/self_powered", "shuffled", rows),
+            "silence": ("training/self_powered", "silence", quiet),
+        }
+        scores = {}
+        for name, (path, hear, asked) in runs.items():
+            model, processor = load_lsm(self.folder / path)
+            options = {"store": store, "max_new_tokens": self.settings["max_new_tokens"], "batch_size": 128}
+            scores[name], records = evaluate(model, processor, asked, checker, hear, name, **options)
+            scores[name]["following_interval"] = bootstrap_interval(records)
+            Dataset.from_list(records).to_parquet(str(folder / f"{name}.parquet"))
+        (folder / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
+
+    def report(self) -> dict:
+        """`report.json`, `report.md`, plots, `predictions.parquet`, `checkpoint/` and `example.wav`."""
+        answers = self.folder / "predictions"
+        report = json.loads((answers / "scores.json").read_text(encoding="utf-8"))
+        names = ("text_llm", "vanilla", "self_powered", "shuffled")
+        records = [record for name in names for record in Dataset.from_parquet(str(answers / f"{name}.parquet"))]
+        Dataset.from_list(records).to_parquet(str(self.folder / "predictions.parquet"))
+        training = self.folder / "training"
+        report["steps"] = {name: read_lines(training / name / "log.jsonl")[-1]["step"] for name in MODELS}
+        report["rows"] = sum(
+            r["model"] == "self_powered" and r["task"] in self_powered.SELF_POWERED_TASKS for r in records
+        )
+        report["stages"] = self.stages.seconds
+        report["seconds"] = round(sum(self.stages.seconds.values()), 1)
+        report["seed"] = self.seed
+        write_report(self.folder, report, records)
+        self.stages.run("checkpoint", lambda folder: shutil.copytree(training / "self_powered", folder))
+        clip = load_corpus(self.folder / "corpus", "test", limit=1)[0]["audio"]
+        soundfile.write(self.folder / "example.wav", load_audio(clip), 16_000)
+        return report
+
+
+def _die_with_parent() -> None:
+    """A killed quickstart must not leave trainings behind that write where the next run starts anew."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _watch(processes: dict[str, subprocess.Popen], folder: Path) -> None:
+    """Progress bars with time left, and a line of scores whenever a model has looked at the validation clips.
+
+    Raises:
+        RuntimeError: a training failed; says where its log is.
+    """
+    bars = {name: tqdm(desc=name, position=row, unit="step") for row, name in enumerate(processes)}
+    seen = dict.fromkeys(processes, 0)
+    while True:
+        running = [name for name, process in processes.items() if process.poll() is None]
+        for name, bar in bars.items():
+            if log := read_lines(folder / name / "log.jsonl"):
+                bar.total = log[-1]["max_steps"]
+                bar.update(log[-1]["step"] - bar.n)
+            for look in read_lines(folder / name / "following.jsonl")[seen[name] :]:
+                figures = (f"{key} {percent(look[key]):>7}" for key in ("following", "transcript_copy", "wer"))
+                bar.write(f"step {look['step']:>5}  {name:<13} {'  '.join(figures)}")
+                seen[name] += 1
+        for name, process in processes.items():
+            if process.returncode not in (None, 0):
+                log = (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+                raise RuntimeError(f"training {name} failed (exit {process.returncode}):\n{log[-3000:]}")
+        if not running:
+            break
+        time.sleep(1)
+    for bar in bars.values():
+        bar.close()
+
+
+def check_folder(folder: Path, identity: dict) -> None:
+    """Refuse a folder of another run and a disk without room; remember what this run is.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+        OSError: too little free disk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "settings.json"
+    if not file.exists():
+        if (free := shutil.disk_usage(folder).free) < NEEDED_BYTES:
+            raise OSError(
+                f"{folder} has {free / 2**30:.1f} GiB free, the quickstart needs {NEEDED_BYTES / 2**30:.0f} GiB: free "
+                "some space or name another --output."
+            )
+        scratch = file.with_suffix(".partial")
+        scratch.write_text(json.dumps(identity, indent=2), encoding="utf-8")
+        os.replace(scratch, file)
+    elif json.loads(file.read_text(encoding="utf-8")) != identity:
+        raise ValueError(f"{folder} holds a run with other settings ({file}): delete it or name another --output.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="runs/quickstart")
+    parser.add_argument("--config", default=str(CONFIGS / "quickstart.yaml"))
+    parser.add_argument("--steps", type=int, help="of both trainings, instead of their configs'")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    disable_progress_bar()
+    folder = Path(args.output)
+    settings = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    check_folder(folder, {**settings, "seed": args.seed, "steps": args.steps})
+    with open(folder / "lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"another quickstart is at work in {folder}; wait for it or name another --output.")
+        try:
+            report = Quickstart(folder, settings, args.seed, args.steps).run()
+        except KeyboardInterrupt:
+            sys.exit("\ninterrupted; the same command goes on with what is whole.")
+    print(f"\n{table(report)}\n\nReport: {folder}/report.md, {report['seconds'] / 60:.1f} minutes. Talk to it:\n")
+    print(f"  {sys.executable} -m recipes.chat --model {folder}/checkpoint --audio {folder}/example.wav")
+
+
+if __name__ == "__main__":
+    main()
