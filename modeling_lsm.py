@@ -259,6 +259,7 @@ class LsmModel(LsmPreTrainedModel):
         speech = speech.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(placeholders[..., None], speech)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

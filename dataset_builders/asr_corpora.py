@@ -7,7 +7,8 @@ passed on as the bytes of its file, never decoded and encoded again.
 import io
 from pathlib import Path
 
-from datasets import Audio, Dataset, load_dataset
+import numpy as np
+from datasets import Audio, Dataset, Value, load_dataset
 
 
 def load_corpus(
@@ -48,6 +49,9 @@ def load_corpus(
         dataset = dataset.select(range(min(limit, len(dataset))))
     kept = [*wanted, *(["duration"] if "duration" in dataset.column_names else [])]
     dataset = dataset.select_columns(kept).rename_columns({old: new for old, new in wanted.items() if old != new})
+    for column, kind in {"id": Value("string"), "duration": Value("float32")}.items():
+        if dataset.features.get(column, kind) != kind:
+            dataset = dataset.cast_column(column, kind)
     dataset = dataset.cast_column("audio", Audio(16_000, decode=False))
     return dataset.map(_complete, fn_kwargs={"source": f"{name}/{split}"}, desc=f"reading {name}/{split}")
 
@@ -74,4 +78,4 @@ def _complete(row: dict, source: str) -> dict:
     if not row["transcript"] or not row["transcript"].strip():
         raise ValueError(f"row {row['id']!r} of {source} has no transcript; expected the text of its audio.")
     duration = row["duration"] if row.get("duration") is not None else duration_of(row["audio"])
-    return {"transcript": row["transcript"].strip(), "duration": duration, "source": source}
+    return {"transcript": row["transcript"].strip(), "duration": np.float32(duration), "source": source}

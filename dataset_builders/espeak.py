@@ -4,8 +4,9 @@ No system package is needed. The library keeps one global state per process: `sp
 processes, not from many threads.
 """
 
+import _ctypes
 import ctypes
-import functools
+from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +19,11 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 
 class _Library:
-    """The loaded library and the samples of the utterance being spoken."""
+    """The library, freshly loaded, and the samples of the one utterance that it is loaded for.
+
+    It never resets where it is in its pitch flutter, so a second utterance would depend on the first; and it breathes
+    at random, seeded by the clock, or in some voices by libc. Loading it takes 2 ms.
+    """
 
     def __init__(self):
         try:
@@ -27,7 +32,7 @@ class _Library:
             raise ImportError(
                 "espeakng-loader is needed to synthesise speech and is not installed: pip install 'lsm[nano]'."
             ) from error
-        path, data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
+        path, self.data = espeakng_loader.get_library_path(), Path(espeakng_loader.get_data_path())
         try:
             self.lib = ctypes.CDLL(str(path))
         except OSError as error:
@@ -35,9 +40,13 @@ class _Library:
                 f"the espeak-ng library at {path} cannot be loaded ({error}): pip install --force-reinstall "
                 "espeakng-loader, on a platform for which it has a wheel."
             ) from error
-        self.rate = self.lib.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, str(data).encode(), _DONT_EXIT)
+        self.rate = self.lib.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, str(self.data).encode(), _DONT_EXIT)
         if self.rate <= 0:
-            raise ImportError(f"espeak-ng found no data at {data}: pip install --force-reinstall espeakng-loader.")
+            self._unload()
+            raise ImportError(f"espeak-ng found no data at {self.data}: pip install --force-reinstall espeakng-loader.")
+        self.lib.espeak_ng_SetRandSeed(ctypes.c_long(0))
+        if hasattr(self.lib, "srand"):  # libc's, where the library's own links can be followed
+            self.lib.srand(0)
         self.chunks: list[np.ndarray] = []
         self.callback = _CALLBACK(self._collect)  # kept: ctypes does not hold a reference
         self.lib.espeak_SetSynthCallback(self.callback)
@@ -47,14 +56,23 @@ class _Library:
             self.chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
+    def set_voice(self, voice: str) -> None:
+        variant = voice.partition("+")[2]  # an unknown one is silently ignored by espeak-ng
+        known = not variant or (self.data / "voices" / "!v" / variant).is_file()
+        if not known or self.lib.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise ValueError(f"espeak-ng has no voice {voice!r}; expected a language such as 'en-us', or 'en-us+f2'.")
 
-@functools.cache
-def _library() -> _Library:
-    return _Library()
+    def close(self) -> None:
+        self.lib.espeak_Terminate()
+        self._unload()
+
+    def _unload(self) -> None:
+        free = _ctypes.dlclose if hasattr(_ctypes, "dlclose") else _ctypes.FreeLibrary
+        free(self.lib._handle)
 
 
 def speak(text: str, voice: str = "en-us", words_per_minute: int = 170, pitch: int = 50) -> np.ndarray:
-    """Say `text`.
+    """Say `text`; the same arguments give the same samples, whatever was said before.
 
     Args:
         text: what to say; not empty.
@@ -73,16 +91,17 @@ def speak(text: str, voice: str = "en-us", words_per_minute: int = 170, pitch: i
         raise ValueError(f"{words_per_minute=} must be 80 to 450 and {pitch=} 0 to 99.")
     import soxr
 
-    library = _library()
-    if library.lib.espeak_SetVoiceByName(voice.encode()) != 0:
-        raise ValueError(f"espeak-ng has no voice {voice!r}; expected a language such as 'en-us', or 'en-us+f2'.")
-    library.lib.espeak_SetParameter(_RATE, words_per_minute, 0)
-    library.lib.espeak_SetParameter(_PITCH, pitch, 0)
-    library.chunks.clear()
-    data = text.encode() + b"\0"
-    library.lib.espeak_Synth(data, len(data), 0, _POS_CHARACTER, 0, _CHARS_UTF8, None, None)
-    library.lib.espeak_Synchronize()
-    if not library.chunks:
+    library = _Library()
+    try:
+        library.set_voice(voice)
+        library.lib.espeak_SetParameter(_RATE, words_per_minute, 0)
+        library.lib.espeak_SetParameter(_PITCH, pitch, 0)
+        data = text.encode() + b"\0"
+        library.lib.espeak_Synth(data, len(data), 0, _POS_CHARACTER, 0, _CHARS_UTF8, None, None)
+        library.lib.espeak_Synchronize()
+    finally:
+        library.close()
+    samples = np.concatenate(library.chunks or [np.zeros(0, np.int16)]).astype(np.float32) / 32768
+    if not samples.any():
         raise ValueError(f"espeak-ng said nothing for {text!r}; expected text with words.")
-    samples = np.concatenate(library.chunks).astype(np.float32) / 32768
     return np.clip(soxr.resample(samples, library.rate, SAMPLING_RATE), -1, 1)  # resampling overshoots

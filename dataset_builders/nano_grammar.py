@@ -101,7 +101,8 @@ class Sentence:
         phrases = (phrase for phrase in lex.circumstances if transcript.endswith(" " + phrase))
         taken["circumstance"] = next(phrases, None)
         sentence = cls(**taken)
-        if str(sentence) != " ".join(words):
+        whole = all((sentence.subject, sentence.verb, sentence.object, sentence.circumstance))
+        if not whole or str(sentence) != " ".join(words):
             raise ValueError(
                 f"{transcript!r} is not a sentence of the nano language; expected "
                 "'the SUBJECT [ADVERB] VERB the [ADJECTIVE] OBJECT CIRCUMSTANCE' with words of nano_lexicon.yaml."

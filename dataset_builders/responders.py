@@ -92,8 +92,8 @@ def foreign(provenance: str, responder: dict | None) -> list[str]:
         responder: `config.responder` of the LSM that would train on it.
     """
     try:
-        written = json.loads(provenance)
-    except json.JSONDecodeError:
+        written = dict(json.loads(provenance))
+    except (TypeError, ValueError):  # another program's column
         written = {}
     mine = responder or {}
     return [

@@ -17,7 +17,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from datasets import Audio, Dataset, Features, Value
+from datasets import Audio, Dataset, Features, Value, load_dataset
+from datasets.table import embed_table_storage
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from dataset_builders.asr_corpora import load_corpus
@@ -105,6 +106,8 @@ def write(rows: list[dict], corpus: Dataset, split: str, output: Path) -> None:
     for task in sorted({row["task"] for row in rows}):
         mine = [row for row in rows if row["task"] == task]
         utterances = corpus.select([row["row"] for row in mine]).select_columns(["audio", "duration", "source"])
+        if utterances[0]["audio"]["bytes"] is None:  # the corpus lists files, which the set must carry
+            utterances = utterances.with_format("arrow").map(embed_table_storage, batched=True).with_format(None)
         columns = {name: [row[name] for row in mine] for name in FEATURES if name not in utterances.column_names}
         for name, values in columns.items():
             utterances = utterances.add_column(name, values)
@@ -136,6 +139,24 @@ def write_card(rows: list[dict], dropped: collections.Counter, split: str, outpu
         f"Dropped:\n{losses}\n"
     )
     DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(output / "README.md")
+
+
+def load_self_powered(name: str | Path, config: str = "all", split: str = "train") -> Dataset:
+    """Open a self-powered set, folder or Hub id: one task's rows, or all of them; audio not decoded.
+
+    A folder's files are named one by one: `load_dataset(folder, config)` of datasets 5.2 keys its cache on the folder's
+    name and the configuration alone, and would return the rows of an older set of that name.
+
+    Raises:
+        ValueError: the folder has no such rows.
+    """
+    if not Path(name).is_dir():
+        return load_dataset(str(name), config, split=split).cast_column("audio", Audio(16_000, decode=False))
+    files = sorted(map(str, Path(name).glob(f"data/{'*' if config == 'all' else config}/{split}.parquet")))
+    if not files:
+        raise ValueError(f"{name} has no data/{config}/{split}.parquet; expected a folder that self_powered.py wrote.")
+    dataset = load_dataset("parquet", data_files={split: files}, split=split)
+    return dataset.cast_column("audio", Audio(16_000, decode=False))
 
 
 def build(

@@ -12,14 +12,14 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Audio, Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoProcessor, TrainerCallback
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from dataset_builders.asr_corpora import load_corpus
 from dataset_builders.instructions import draw_fraction
 from dataset_builders.responders import foreign
-from dataset_builders.self_powered import SELF_POWERED_TASKS, TRANSCRIPTION
+from dataset_builders.self_powered import SELF_POWERED_TASKS, TRANSCRIPTION, load_self_powered
 from recipes.audio_features import AudioFeatureStore, audio_key
 from recipes.collator import SpeechResponseCollator
 from recipes.evaluate import held_out_rows, load_checker, respond, score
@@ -182,11 +182,9 @@ def load_model(script_args: LsmScriptArguments, model_args: ModelConfig):
 
 def load_rows(script_args: LsmScriptArguments, seed: int, responder: dict | None) -> Dataset:
     """The training rows, checked and mixed; their audio not decoded."""
-    split = script_args.dataset_train_split
-    dataset = load_dataset(script_args.dataset_name, script_args.dataset_config, split=split)
+    dataset = load_self_powered(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
     if not script_args.allow_foreign_responses:
         refuse_foreign(dataset, responder)
-    dataset = dataset.cast_column("audio", Audio(16_000, decode=False))
     return select_rows(dataset, script_args.tasks, script_args.transcription_ratio, seed)
 
 

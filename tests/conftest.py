@@ -5,11 +5,15 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import functools
+import io
+import random
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import soundfile
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -31,6 +35,14 @@ CHAT_TEMPLATE = (
     "{{ '<|' + message['role'] + '|>' + message['content'] | trim + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """What `datasets` keeps of a test's files goes away with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -142,3 +154,21 @@ def clip():
         return (noise * envelope).astype(np.float32)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory) -> Path:
+    """An ASR corpus as a Hub repository has it: eight clips of noise with sentences of the nano language."""
+    from dataset_builders.nano_grammar import sample_sentence
+
+    rows, draw = [], random.Random(0)
+    for index in range(8):
+        wav = io.BytesIO()
+        noise = np.random.default_rng(index).normal(0, 0.1, 4000 + 800 * index)
+        soundfile.write(wav, noise, 16_000, format="WAV", subtype="PCM_16")
+        audio = {"bytes": wav.getvalue(), "path": f"utt-{index}.wav"}
+        rows.append({"id": f"utt-{index}", "audio": audio, "transcript": str(sample_sentence(draw, "train"))})
+    folder = tmp_path_factory.mktemp("corpora") / "noise"
+    folder.mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(str(folder / "train.parquet"))
+    return folder

@@ -6,11 +6,12 @@ It hears only `train` sentences in training voices (`nano_speech`), with additiv
 (Park et al. 2019), drawn from `--seed`, and is scored on `test` sentences in voices it never heard. Saved as a
 `WhisperModel` without decoder layers beside its feature extractor; the CTC head that the scores were read with is in
 `ctc_head.safetensors` (`weight`, `bias`; label 0 is the blank, label i the i-th word of the lexicon). A second head
-spells the same words in letters while training: CTC over words alone stays on a plateau where it has learned the
-grammar and hears nothing.
+spells the same words in letters while training, and the first steps hear one or two words at a time: on whole
+sentences alone, CTC stays for long on a plateau where it has learned the grammar and hears nothing.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import multiprocessing
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel, get_cosine_schedule_with_warmup
+from transformers.models.whisper.modeling_whisper import sinusoids
 
 from dataset_builders.nano_grammar import lexicon
 from dataset_builders.nano_speech import sample_utterance
@@ -35,12 +37,12 @@ HEAD_FILE = "ctc_head.safetensors"
 LETTERS = list(" abcdefghijklmnopqrstuvwxyz")
 
 
-def featurize(split: str, seed: int, indices: range) -> list[tuple[np.ndarray, str]]:
+def featurize(split: str, seed: int, indices: range, most_words: int | None = None) -> list[tuple[np.ndarray, str]]:
     """Log-mel features `(frames, 80)` float16 and transcript of utterances of the nano corpus; training ones noisy."""
     extractor = WhisperFeatureExtractor()
     rows = []
     for index in indices:
-        utterance = sample_utterance(seed, split, index)
+        utterance = sample_utterance(seed, split, index, most_words)
         audio = utterance["audio"]
         if split == "train":
             noise = np.random.default_rng([seed, index])
@@ -50,13 +52,15 @@ def featurize(split: str, seed: int, indices: range) -> list[tuple[np.ndarray, s
     return rows
 
 
-def _featurize(job: tuple[str, int, range]) -> list[tuple[np.ndarray, str]]:
+def _featurize(job: tuple[str, int, range, int | None]) -> list[tuple[np.ndarray, str]]:
     return featurize(*job)
 
 
-def load_clips(split: str, seed: int, count: int, workers: int) -> list[tuple[np.ndarray, str]]:
+def load_clips(
+    split: str, seed: int, count: int, workers: int, most_words: int | None = None
+) -> list[tuple[np.ndarray, str]]:
     """`count` featurized utterances; independent of the number of workers."""
-    jobs = [(split, seed, range(start, min(start + 250, count))) for start in range(0, count, 250)]
+    jobs = [(split, seed, range(start, min(start + 250, count)), most_words) for start in range(0, count, 250)]
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         results = list(tqdm(pool.imap(_featurize, jobs), total=len(jobs), desc=f"speaking {count} {split} clips"))
     return [row for rows in results for row in rows]
@@ -73,11 +77,11 @@ def collate(clips: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, torch.Te
 
 
 def spec_augment(features: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Silence two bands of up to 16 mels and two stretches of up to 0.25 s in each clip."""
+    """Silence two bands of up to 16 mels and two stretches of up to a tenth (at most 0.25 s) of each clip."""
     clips, mels, frames = features.shape
     keep = torch.ones_like(features)
     for row in range(clips):
-        for dim, length, widest in ((0, mels, 16), (1, frames, 25)):
+        for dim, length, widest in ((0, mels, 16), (1, frames, min(25, frames // 10 + 1))):
             for _ in range(2):
                 width = int(torch.randint(0, widest, (), generator=generator))
                 start = int(torch.randint(0, length - width, (), generator=generator))
@@ -170,16 +174,26 @@ def trainable_tower(args: argparse.Namespace) -> TrainableTower:
         eos_token_id=0,
         decoder_start_token_id=0,
     )
-    return TrainableTower(config)
+    tower = TrainableTower(config)
+    for module in tower.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d):
+            # The library's N(0, 0.02) is for loading over: from it, 2 % of the signal would survive the convolutions.
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear" if isinstance(module, nn.Linear) else "relu")
+    with torch.no_grad():  # Whisper's sinusoids, quiet enough for the speech to be heard over them
+        tower.embed_positions.weight.copy_(0.3 * sinusoids(*tower.embed_positions.weight.shape))
+    return tower
 
 
-def batches(clips: list[tuple[np.ndarray, str]], size: int, generator: torch.Generator):
-    """Endless batches of clips of similar length."""
+def batches(clips: list[tuple[np.ndarray, str]], frames: int, generator: torch.Generator):
+    """Endless batches of clips of similar length, of at most `frames` mel frames each, padding included."""
     while True:
         order = torch.randperm(len(clips), generator=generator).tolist()
-        for start in range(0, len(order), size * 50):
-            pool = sorted(order[start : start + size * 50], key=lambda index: len(clips[index][0]))
-            groups = [pool[first : first + size] for first in range(0, len(pool), size)]
+        for start in range(0, len(order), 1024):
+            groups: list[list[int]] = [[]]
+            for index in sorted(order[start : start + 1024], key=lambda index: len(clips[index][0])):
+                if groups[-1] and (len(groups[-1]) + 1) * len(clips[index][0]) > frames:
+                    groups.append([])
+                groups[-1].append(index)
             for group in torch.randperm(len(groups), generator=generator).tolist():
                 yield [clips[index] for index in groups[group]]
 
@@ -188,6 +202,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     generator = torch.Generator().manual_seed(args.seed)
+    phrases = load_clips("train", args.seed, args.phrases, args.workers, most_words=2)
     clips = load_clips("train", args.seed, args.clips, args.workers)
     test = load_clips("test", args.seed, args.test_clips, args.workers)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -196,20 +211,22 @@ def train(args: argparse.Namespace) -> None:
     speller = nn.Linear(args.hidden_size, 1 + len(LETTERS)).to(device)
     modules = (encoder, head, speller)
     parameters = [parameter.requires_grad_() for module in modules for parameter in module.parameters()]
-    encoder.embed_positions.requires_grad_(False)  # Whisper's sinusoids
+    encoder.embed_positions.requires_grad_(False)
     logger.info("%.2f M parameters", sum(parameter.numel() for parameter in parameters) / 1e6)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, 400, args.steps)
     output, scores = Path(args.output), {}
-    progress = tqdm(
-        zip(range(1, args.steps + 1), batches(clips, args.batch_size, generator), strict=False), total=args.steps
-    )
+    alone = itertools.islice(batches(phrases, args.batch_frames, generator), args.phrase_steps)
+    mixed = batches(phrases + clips, args.batch_frames, generator)
+    steps = zip(range(1, args.steps + 1), itertools.chain(alone, mixed), strict=False)
+    progress = tqdm(steps, total=args.steps, desc="nano encoder")
     encoder.train()
     for step, batch in progress:
         features, mask = collate(batch)
         transcripts = [transcript for _, transcript in batch]
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-            hidden = encoder(spec_augment(features, generator).to(device), mask.to(device)).last_hidden_state
+            heard = features if step <= args.phrase_steps else spec_augment(features, generator)
+            hidden = encoder(heard.to(device), mask.to(device)).last_hidden_state
         hidden = hidden.float()
         loss = ctc_loss(head(hidden), mask, *labels_of(transcripts, lexicon().words, str.split))
         loss = loss + ctc_loss(speller(hidden), mask, *labels_of(transcripts, LETTERS, list))
@@ -233,8 +250,10 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("--clips", type=int, default=30_000)
     parser.add_argument("--test-clips", type=int, default=1_000)
-    parser.add_argument("--steps", type=int, default=9_000)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=7_000)
+    parser.add_argument("--batch-frames", type=int, default=4_800, help="mel frames (10 ms) per batch")
+    parser.add_argument("--phrases", type=int, default=12_000, help="clips of one or two words")
+    parser.add_argument("--phrase-steps", type=int, default=1_000, help="steps on these alone, at first")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)

@@ -1,0 +1,99 @@
+"""A training batch: the prompt of inference, then the response, which alone is learned."""
+
+import copy
+
+import pytest
+import torch
+
+from recipes.collator import SpeechResponseCollator, render_prompt, render_response
+
+
+def split(batch, row):
+    """Token ids of a row's prompt and of what is learned, without padding."""
+    ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+    labels = batch["labels"][row][: len(ids)]
+    prompt = int((labels == -100).sum())
+    return ids[:prompt], ids[prompt:]
+
+
+def test_labels_are_the_response_and_its_end_and_nothing_else(processor, rows):
+    batch = SpeechResponseCollator(processor)(rows[:4])
+    for index, row in enumerate(rows[:4]):
+        prompt, response = split(batch, index)
+        assert processor.tokenizer.decode(response) == row["response"] + processor.tokenizer.eos_token
+        learned = batch["labels"][index] != -100
+        assert torch.equal(batch["labels"][index][learned], response)
+        assert batch["attention_mask"][index].sum() == len(prompt) + len(response)
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_the_prompt_is_what_inference_reads(processor, rows):
+    batch = SpeechResponseCollator(processor)(rows[:4])
+    for index, row in enumerate(rows[:4]):
+        inputs = processor(
+            text=render_prompt(processor, row), audio=row["audio"], add_special_tokens=False, return_tensors="pt"
+        )
+        assert torch.equal(split(batch, index)[0], inputs["input_ids"][0])
+        frames = inputs["input_features"].shape[-1]
+        assert torch.equal(batch["input_features"][index, :, :frames], inputs["input_features"][0])
+        assert batch["input_features_mask"][index].sum() == frames
+
+
+def test_instruction_and_speech_alone_are_in_the_prompt(processor, rows):
+    prompt = render_prompt(processor, rows[0])
+    assert prompt.count(processor.audio_token) == 1
+    assert rows[0]["instruction"] in prompt
+    assert rows[0]["transcript"] not in prompt
+    heard = render_prompt(processor, rows[0], slot="transcript")
+    assert heard == prompt.replace(processor.audio_token, rows[0]["transcript"])
+
+
+def test_training_is_on_the_right_and_generation_on_the_left(processor, rows):
+    """The collator must not turn the side of the tokenizer that generation relies on."""
+    batch = SpeechResponseCollator(processor)(sorted(rows, key=lambda row: len(row["response"])))
+    assert batch["attention_mask"][:, 0].all()
+    assert not batch["attention_mask"][:, -1].all()
+    assert processor.tokenizer.padding_side == "left"
+
+
+def test_a_batch_gives_the_loss_of_its_rows(processor, lsm, rows):
+    """Padding, neighbours and clips of other lengths do not matter."""
+    collate = SpeechResponseCollator(processor)
+    with torch.no_grad():
+        together = lsm(**collate(rows[:3])).loss
+        losses = [(lsm(**batch).loss, (batch["labels"] != -100).sum()) for batch in ([collate([r]) for r in rows[:3]])]
+    apart = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("response", ["", "  \n"])
+def test_an_empty_response_is_refused_by_its_row(processor, rows, response):
+    row = {**rows[0], "response": response}
+    with pytest.raises(ValueError, match=f"row '{row['id']}' has an empty response"):
+        SpeechResponseCollator(processor)([row])
+
+
+def test_a_template_that_does_not_continue_its_own_prompt_is_refused(processor, rows):
+    """As some reasoning models' do: their prompt ends in a thought that the finished conversation leaves out."""
+    other = copy.copy(processor)
+    other.chat_template = processor.chat_template.replace("{{ '<|assistant|>' }}", "{{ '<|assistant|><think>' }}")
+    with pytest.raises(ValueError, match="does not continue its own prompt"):
+        SpeechResponseCollator(other)([rows[0]])
+
+
+def test_what_a_template_puts_behind_the_end_is_not_learned(processor, rows):
+    other = copy.copy(processor)
+    other.chat_template = processor.chat_template.replace(
+        "eos_token }}{% endfor %}", "eos_token + '\\n' }}{% endfor %}"
+    )
+    assert other.chat_template != processor.chat_template
+    response = render_response(other, rows[0], render_prompt(other, rows[0]))
+    assert response == rows[0]["response"] + "</s>"
+
+
+def test_a_template_without_an_end_gets_one(processor, rows):
+    other = copy.copy(processor)
+    other.chat_template = processor.chat_template.replace(" + eos_token", "")
+    assert other.chat_template != processor.chat_template
+    response = render_response(other, rows[0], render_prompt(other, rows[0]))
+    assert response == rows[0]["response"] + "</s>"
