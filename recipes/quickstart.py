@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import soundfile
+import torch
 import yaml
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
@@ -95,6 +96,8 @@ class Quickstart:
         self.stages.run("features", self.encode)
         self.stages.run("training", self.train)
         self.stages.run("predictions", self.evaluate)
+        trained = self.folder / "training" / "self_powered"
+        self.stages.run("checkpoint", lambda folder: shutil.copytree(trained, folder))
         return self.report()
 
     def speak(self, folder: Path) -> None:
@@ -149,6 +152,8 @@ class Quickstart:
             "following_steps": self.settings["following_steps"],
             "checker": CHECKER,
             "seed": self.seed,
+            "use_cpu": not torch.cuda.is_available(),
+            "bf16": has_fast_bf16(),
         }
         if self.steps is not None:
             options["max_steps"] = self.steps
@@ -183,7 +188,7 @@ class Quickstart:
         (folder / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
 
     def report(self) -> dict:
-        """`report.json`, `report.md`, plots, `predictions.parquet`, `checkpoint/` and `example.wav`."""
+        """`report.json`, `report.md`, plots, `predictions.parquet` and `example.wav`."""
         answers = self.folder / "predictions"
         report = json.loads((answers / "scores.json").read_text(encoding="utf-8"))
         names = ("text_llm", "vanilla", "self_powered", "shuffled")
@@ -194,14 +199,20 @@ class Quickstart:
         report["rows"] = sum(
             r["model"] == "self_powered" and r["task"] in self_powered.SELF_POWERED_TASKS for r in records
         )
-        report["stages"] = self.stages.seconds
+        report["stages"] = dict(self.stages.seconds)
         report["seconds"] = round(sum(self.stages.seconds.values()), 1)
         report["seed"] = self.seed
         write_report(self.folder, report, records)
-        self.stages.run("checkpoint", lambda folder: shutil.copytree(training / "self_powered", folder))
         clip = load_corpus(self.folder / "corpus", "test", limit=1)[0]["audio"]
         soundfile.write(self.folder / "example.wav", load_audio(clip), 16_000)
         return report
+
+
+def has_fast_bf16() -> bool:
+    """Whether bf16 matrix products have hardware here; elsewhere they are slower than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def _die_with_parent() -> None:
