@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import soundfile
 import torch
 import yaml
@@ -250,6 +251,12 @@ def _watch(processes: dict[str, subprocess.Popen], folder: Path) -> None:
         bar.close()
 
 
+def keep_caches_in(folder: Path) -> None:
+    """Arrow copies of the corpora belong to this run, not to the user's home; the trainings are told, too."""
+    datasets.config.HF_DATASETS_CACHE = str(folder)
+    os.environ["HF_DATASETS_CACHE"] = str(folder)
+
+
 def check_folder(folder: Path, identity: dict) -> None:
     """Refuse a folder of another run and a disk without room; remember what this run is.
 
@@ -282,6 +289,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     disable_progress_bar()
     folder = Path(args.output)
+    keep_caches_in(folder / ".cache")
     settings = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
     check_folder(folder, {**settings, "seed": args.seed, "steps": args.steps})
     with open(folder / "lock", "w", encoding="utf-8") as lock:
