@@ -2,7 +2,7 @@
 
     python -m recipes.nano.train_llm --output assets/nano/llm
 
-It learns the six tasks, transcription (copying) and three plain questions on sentences of the `train` split and on the
+It learns the six tasks and three plain questions on sentences of the `train` split and on the
 `seen` paraphrases alone; evaluation uses `test` sentences and `held_out` paraphrases. Everything is drawn from
 `--seed`. Saved as an ordinary `LlamaForCausalLM` with a BPE tokenizer and a chat template.
 """
@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from dataset_builders.instructions import Task, load_pool
 from dataset_builders.nano_grammar import sample_sentence
 from dataset_builders.nano_tasks import answers, is_correct, normalize
+from dataset_builders.self_powered import TRANSCRIPTION
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,14 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+
+
+def load_tasks() -> dict[str, Task]:
+    """The pool's tasks but transcription: a text LLM has a transcript before it and is not asked to write it down.
+
+    What an LSM does when told to transcribe it thus learns from speech alone, as an LLM off the Hub would.
+    """
+    return {name: task for name, task in load_pool().items() if name != TRANSCRIPTION}
 
 
 def sample_example(rng: random.Random, pool: dict[str, Task], split: str, paraphrases: str) -> dict[str, str]:
@@ -145,7 +154,7 @@ def evaluate(model, tokenizer, pool: dict[str, Task], rows: int, seed: int) -> d
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    pool, rng = load_pool(), random.Random(args.seed)
+    pool, rng = load_tasks(), random.Random(args.seed)
     decisive = decisive_words(pool)
     tokenizer = train_tokenizer(pool, args.seed)
     config = LlamaConfig(
@@ -181,7 +190,7 @@ def train(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if step % args.eval_every == 0 or step == args.steps:
-            scores = evaluate(model, tokenizer, pool, 600 if step < args.steps else 4000, seed=1)
+            scores = evaluate(model, tokenizer, pool, 600 if step < args.steps else 2000, seed=1)
             logger.info("step %d %s", step, {task: round(score, 3) for task, score in scores.items()})
             model.save_pretrained(output)
             tokenizer.save_pretrained(output)
@@ -193,7 +202,7 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--eval-every", type=int, default=500)

@@ -10,15 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dataset_builders.instructions import load_pool
 from dataset_builders.nano_grammar import lexicon, sample_sentence, split_of
 from dataset_builders.nano_tasks import is_correct
 from recipes.nano import train_encoder, train_llm
 from recipes.nano.train_encoder import labels_of, read_words, spec_augment, trainable_tower
-from recipes.nano.train_llm import decisive_words, sample_example, train_tokenizer, user_turn, vary
+from recipes.nano.train_llm import decisive_words, load_tasks, sample_example, train_tokenizer, user_turn, vary
 
 ASSETS = Path(__file__).parents[2] / "assets" / "nano"
-POOL = load_pool()
+POOL = load_tasks()
 
 
 # The LLM
