@@ -173,19 +173,23 @@ class Quickstart:
         ]
         quiet = [row for row in rows if row["row"] < self.settings["silence_clips"]]
         runs = {
-            "text_llm": ("base", "transcript", rows + questions),
-            "vanilla": ("training/vanilla", "audio", rows + questions),
-            "self_powered": ("training/self_powered", "audio", rows + questions),
+            "text_llm": ("base", "transcript", rows),
+            "vanilla": ("training/vanilla", "audio", rows),
+            "self_powered": ("training/self_powered", "audio", rows),
             "shuffled": ("training/self_powered", "shuffled", rows),
             "silence": ("training/self_powered", "silence", quiet),
         }
-        scores = {}
+        scores, unseen = {}, {}
         for name, (path, hear, asked) in runs.items():
             model, processor = load_lsm(self.folder / path)
             options = {"store": store, "max_new_tokens": self.settings["max_new_tokens"], "batch_size": 128}
             scores[name], records = evaluate(model, processor, asked, checker, hear, name, **options)
             scores[name]["following_interval"] = bootstrap_interval(records)
             Dataset.from_list(records).to_parquet(str(folder / f"{name}.parquet"))
+            if name in ("text_llm", *MODELS):
+                unseen[name], records = evaluate(model, processor, questions, checker, hear, name, **options)
+                Dataset.from_list(records).to_parquet(str(folder / f"{name}_unseen_tasks.parquet"))
+        scores["unseen_tasks"] = unseen
         (folder / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
 
     def report(self) -> dict:

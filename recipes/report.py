@@ -49,6 +49,16 @@ def task_table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def unseen_table(unseen: dict) -> str:
+    """Tasks that no training row had: share right per question, and transcript copies, as a Markdown table."""
+    tasks = list(dict.fromkeys(task for scores in unseen.values() for task in scores["tasks"]))
+    lines = [f"| | {' | '.join(tasks)} | transcript copies |", "|---" * (len(tasks) + 2) + "|"]
+    for name, scores in unseen.items():
+        shares = [percent(scores["tasks"].get(task)) for task in tasks] + [percent(scores["transcript_copy"])]
+        lines.append(f"| {STYLES[name][0]} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
 def bootstrap_interval(records: Sequence[dict], draws: int = 1000, seed: int = 0) -> list[float]:
     """95 % interval of the following rate: rows resampled within each task, 1000 times."""
     rng = np.random.default_rng(seed)
@@ -132,14 +142,16 @@ Scored on {report["rows"]} (sentence, voice, instruction) triples: sentences, vo
 {table(report)}
 
 *Following*: mean over the six tasks of the share of right answers. *Transcript copies*: answers to tasks other than
-repetition whose word error rate against the transcript is below 0.2. *WER*: of the plain transcription prompt.
-The last two rows are controls: a model that listens must fail there.
+repetition whose word error rate against the transcript is below 0.2. *WER*: of the plain transcription prompt
+(nano's text LLM was never taught to transcribe). The last two rows are controls: a model that listens must fail there.
 
 ![Following rate per task](following.png)
 
 {task_table(report)}
 
-The `question_*` rows are tasks that no training row had.
+Plain questions, which the text LLM answers and no training row asked (not counted above):
+
+{unseen_table(report["unseen_tasks"])}
 
 ![Training](training.png)
 
