@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from configuration_lsm import num_encoder_frames
 from processing_lsm import LsmProcessor, load_audio
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _write(folder: Path, model, processor: LsmProcessor, audio: Iterable[dict], 
             features = {name: torch.from_numpy(value).to(model.device) for name, value in features.items()}
             mask = features["input_features_mask"] if model.config.audio_padding == "longest" else None
             hidden = model.model.audio_tower(features["input_features"], mask).last_hidden_state
-            lengths = ((features["input_features_mask"].sum(-1) + 1) // 2).tolist()
+            lengths = [num_encoder_frames(frames) for frames in features["input_features_mask"].sum(-1).tolist()]
             for key, states, frames in zip(batch, hidden.cpu(), lengths, strict=True):
                 clips[key] = [start, frames, len(waveforms[key])]
                 pieces.append(states[:frames].to(torch.float16).numpy())

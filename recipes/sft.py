@@ -3,6 +3,8 @@
     accelerate launch recipes/sft.py --config recipes/configs/nano_self_powered.yaml \
         --model_name_or_path runs/quickstart/base --dataset_name runs/quickstart/self_powered --output_dir runs/mine
 
+Without a GPU add `--use_cpu true --bf16 false` (bf16 `true` where the CPU has it): TRL asks for bf16 by default.
+
 The audio tower stays frozen, the projector is trained, the LLM is trained (`--llm full`), adapted (`lora`, with TRL's
 `--lora_*`) or left alone (`frozen`). Rows that another LLM or prompt template wrote are refused.
 """

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel, get_cosine_schedule_with_warmup
 from transformers.models.whisper.modeling_whisper import sinusoids
 
+from configuration_lsm import num_encoder_frames
 from dataset_builders.nano_grammar import lexicon
 from dataset_builders.nano_speech import sample_utterance
 from modeling_lsm import LsmAudioTower
@@ -105,7 +106,7 @@ def ctc_loss(logits: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor, ta
 
 def encoded_lengths(mask: torch.Tensor) -> torch.Tensor:
     """Encoder frames (50 per second) of clips of mel frames (100 per second)."""
-    return (mask.sum(-1) + 1) // 2
+    return num_encoder_frames(mask.sum(-1))
 
 
 def read_words(logits: torch.Tensor, lengths: torch.Tensor) -> list[str]:
