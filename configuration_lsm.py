@@ -145,6 +145,17 @@ class LsmConfig(PretrainedConfig):
         kwargs["auto_map"] = kwargs.get("auto_map") or dict(_AUTO_MAP)
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, which would only warn of another family's configuration and go on with defaults."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This is the configuration of a {model_type!r} model, not of an LSM; recipes/compose.py makes an LSM "
+                "of a Whisper and a causal LLM."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
 
 def _sub_config(name: str, config, model_type: str, defaults: dict | None = None) -> PretrainedConfig:
     """A sub-config from None, a dict or a config object; `model_type` and `defaults` fill what a dict leaves out."""

@@ -21,17 +21,18 @@ try:
 except ImportError:
     from configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, window_layout
 
-AUDIO_INPUTS = ("input_features", "input_features_mask", "audio_hidden_states")
+AUDIO_INPUTS = ("input_features", "input_features_mask", "audio_hidden_states", "audio_embeds")
 
 
 @dataclass
 class LsmAudioOutput(ModelOutput):
-    """What [`LsmModel.get_audio_features`] returns.
+    """What [`LsmModel.get_audio_features`] returns. Of one clip, it may stand for that clip in
+    [`LsmProcessor.__call__`], which then asks about it without encoding it again.
 
     Args:
         last_hidden_state: `(chunks, encoder_frames, d_audio)`, the audio tower's output. Pass it as
-            `audio_hidden_states` to reuse it: the tower is frozen.
-        pooler_output: `(total_tokens, hidden)`, the speech embeddings in prompt order.
+            `audio_hidden_states` to reuse it while the projector is trained: the tower is frozen.
+        pooler_output: `(total_tokens, hidden)`, the speech embeddings in prompt order, for `audio_embeds`.
         num_tokens: `(chunks,)` int64 on the CPU; `pooler_output.split(num_tokens.tolist())` gives them per chunk.
     """
 
@@ -201,10 +202,13 @@ class LsmModel(LsmPreTrainedModel):
                 chunks, given instead of `input_features`.
 
         Raises:
-            ValueError: unless exactly one of `input_features` and `audio_hidden_states` is given.
+            ValueError: unless exactly one of `input_features` and `audio_hidden_states` is given, and not empty.
         """
         if (input_features is None) == (audio_hidden_states is None):
             raise ValueError("Give exactly one of `input_features` and `audio_hidden_states`.")
+        audio = input_features if audio_hidden_states is None else audio_hidden_states
+        if audio.ndim != 3 or audio.numel() == 0:
+            raise ValueError(f"The audio must have three axes and no empty one, got shape {tuple(audio.shape)}.")
         encoder_frames = self._encoder_frames(input_features, input_features_mask, audio_hidden_states)
         if audio_hidden_states is None:
             # Whisper itself is trained on 30 s with silence attended to, and so were the original checkpoints.
@@ -239,22 +243,34 @@ class LsmModel(LsmPreTrainedModel):
             return [audio_hidden_states.shape[1]] * audio_hidden_states.shape[0]
         return [num_encoder_frames(input_features.shape[-1])] * input_features.shape[0]
 
+    def _speech(self, input_features, input_features_mask, audio_hidden_states, audio_embeds) -> torch.Tensor | None:
+        """The speech embeddings `(total_tokens, hidden)`, whatever they come from; None without audio."""
+        sources = (input_features, audio_hidden_states, audio_embeds)
+        if (given := sum(source is not None for source in sources)) > 1:
+            raise ValueError(
+                "Give exactly one of `input_features`, `audio_hidden_states` and `audio_embeds`, or none of them; got "
+                f"{given}."
+            )
+        if not given or audio_embeds is not None:
+            return audio_embeds
+        return self.get_audio_features(input_features, input_features_mask, audio_hidden_states).pooler_output
+
     def _embed(self, input_ids: torch.Tensor, past_key_values, **audio) -> torch.Tensor:
         """Embed the prompt, with the speech embeddings in place of the audio placeholders."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
-        has_audio = audio["input_features"] is not None or audio["audio_hidden_states"] is not None
+        speech = self._speech(**audio)
         # Generated tokens hold no placeholders, and counting them would wait for the device at every step.
         generating = past_key_values is not None and (input_ids.shape[1] == 1 or past_key_values.get_seq_length() > 0)
-        if generating and not has_audio:
+        if generating and speech is None:
             return inputs_embeds
         placeholders = input_ids == self.config.audio_token_id
         expected = int(placeholders.sum()) if self.config.audio_token_id is not None else 0
-        speech = self.get_audio_features(**audio).pooler_output if has_audio else inputs_embeds[:0, 0]
-        if expected != speech.shape[0]:
+        found = 0 if speech is None else speech.shape[0]
+        if expected != found:
             raise ValueError(
-                f"The prompt has {expected} audio placeholder tokens, but the audio gives {speech.shape[0]} embeddings."
+                f"The prompt has {expected} audio placeholder tokens, but the audio gives {found} embeddings."
             )
-        if not has_audio:
+        if speech is None:
             return inputs_embeds
         speech = speech.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(placeholders[..., None], speech)
@@ -271,20 +287,24 @@ class LsmModel(LsmPreTrainedModel):
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
+        audio_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """The LLM's last hidden states `(batch, length, hidden)`; arguments as in [`LsmForConditionalGeneration`]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
+            if input_ids.numel() == 0:
+                raise ValueError(f"The prompt is empty: `input_ids` has the shape {tuple(input_ids.shape)}.")
             inputs_embeds = self._embed(
                 input_ids,
                 past_key_values,
                 input_features=input_features,
                 input_features_mask=input_features_mask,
                 audio_hidden_states=audio_hidden_states,
+                audio_embeds=audio_embeds,
             )
-        elif input_features is not None or audio_hidden_states is not None:
+        elif any(audio is not None for audio in (input_features, audio_hidden_states, audio_embeds)):
             raise ValueError("Audio needs `input_ids`, whose placeholder tokens say where it goes.")
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -350,6 +370,7 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
+        audio_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -363,6 +384,7 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             input_features_mask: `(chunks, frames)`, 1 for real frames, right-padded.
             audio_hidden_states: `(chunks, encoder_frames, d_audio)` float, precomputed output of the audio tower,
                 instead of `input_features` and with the same mask.
+            audio_embeds: `(total_tokens, hidden)` float, precomputed speech embeddings, instead of both.
 
         Raises:
             ValueError: if the audio gives another number of embeddings than the prompt has placeholders.
@@ -377,6 +399,7 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             input_features=input_features,
             input_features_mask=input_features_mask,
             audio_hidden_states=audio_hidden_states,
+            audio_embeds=audio_embeds,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -422,11 +445,20 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         return input_ids, {**kwargs, **audio}
 
     def _expanded_audio_rows(
-        self, input_ids, expand_size, input_features=None, input_features_mask=None, audio_hidden_states=None
+        self,
+        input_ids,
+        expand_size,
+        input_features=None,
+        input_features_mask=None,
+        audio_hidden_states=None,
+        audio_embeds=None,
     ) -> torch.Tensor:
         """Indices of the audio rows after each prompt is repeated `expand_size` times."""
-        frames = self.model._encoder_frames(input_features, input_features_mask, audio_hidden_states)
-        row_ends = torch.tensor(self.model._num_audio_tokens(frames)).cumsum(0)
+        if audio_embeds is not None:
+            row_ends = torch.arange(1, audio_embeds.shape[0] + 1)
+        else:
+            frames = self.model._encoder_frames(input_features, input_features_mask, audio_hidden_states)
+            row_ends = torch.tensor(self.model._num_audio_tokens(frames)).cumsum(0)
         prompt_ends = (input_ids == self.config.audio_token_id).sum(-1).cumsum(0).cpu()
         prompts = torch.searchsorted(prompt_ends, row_ends)  # the prompt that each row's last token falls into
         return torch.cat([(prompts == index).nonzero()[:, 0].repeat(expand_size) for index in range(len(prompt_ends))])

@@ -10,6 +10,8 @@ import io
 import os
 
 import numpy as np
+import torch
+from jinja2 import TemplateError
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
@@ -37,6 +39,14 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+
+# For LLMs whose template takes no system message (Gemma, early Mistrals): it opens the user's first message instead.
+FOLD_SYSTEM = (
+    "{%- if messages[0]['role'] == 'system' and messages[1] is defined and messages[1]['role'] == 'user' -%}"
+    "{%- set opening = messages[0]['content'] + '\\n\\n' + messages[1]['content'] -%}"
+    "{%- set messages = [dict(messages[1], content=opening)] + messages[2:] -%}"
+    "{%- endif %}\n"
 )
 
 # Prepended to the LLM's own template, which then sees plain strings: parts joined by newlines, audio as its token.
@@ -152,7 +162,8 @@ def _to_mono_float(waveform: np.ndarray) -> np.ndarray:
 
 
 class LsmProcessorKwargs(ProcessingKwargs, total=False):
-    _defaults = {"text_kwargs": {"padding": True}}  # noqa: RUF012
+    # Prompts hold the special tokens that the chat template puts there, and no second BOS.
+    _defaults = {"text_kwargs": {"padding": True, "add_special_tokens": False}}  # noqa: RUF012
 
 
 class LsmProcessor(ProcessorMixin):
@@ -162,13 +173,14 @@ class LsmProcessor(ProcessorMixin):
         feature_extractor (`WhisperFeatureExtractor`): its `chunk_length` (30 s) is the longest row of audio.
         tokenizer (`PreTrainedTokenizerBase`): the LLM's, with `audio_token` added to it.
         chat_template (`str`, *optional*): the LLM's own if absent, and [`DEFAULT_CHAT_TEMPLATE`] if it has none.
-            A prelude that flattens text and audio parts is put in front, unless it is there already.
+            A prelude that flattens text and audio parts is put in front, with [`FOLD_SYSTEM`] where the LLM takes no
+            system message. A template that names `audio_token` is taken to render audio parts by itself.
         audio_token (`str`): the placeholder of one clip in the text; repeated once per speech token.
         window_frames, window_mode, queries_per_window, audio_padding: as in [`LsmConfig`].
         instruction_first (`bool`): whether the instruction stands before or after the speech.
 
     Raises:
-        ValueError: if the tokenizer lacks `audio_token`, or a setting cannot be used.
+        ValueError: if the tokenizer lacks `audio_token` or an EOS token, or a setting cannot be used.
     """
 
     valid_processor_kwargs = LsmProcessorKwargs
@@ -190,12 +202,14 @@ class LsmProcessor(ProcessorMixin):
         self.audio_token_id = tokenizer.get_vocab().get(audio_token)
         if self.audio_token_id is None:
             raise ValueError(f"The tokenizer has no token {audio_token!r}; add it first, as recipes/compose.py does.")
+        if tokenizer.eos_token is None:
+            raise ValueError("The tokenizer has no EOS token, so no answer could end; set `tokenizer.eos_token`.")
         self.window_frames = window_frames
         self.window_mode = window_mode
         self.queries_per_window = queries_per_window
         self.audio_padding = audio_padding
         self.instruction_first = instruction_first
-        template = _with_prelude(chat_template or tokenizer.chat_template, audio_token)
+        template = _with_prelude(chat_template or tokenizer.chat_template, tokenizer, audio_token)
         tokenizer.chat_template = template
         super().__init__(feature_extractor, tokenizer, chat_template=template)
 
@@ -210,7 +224,7 @@ class LsmProcessor(ProcessorMixin):
 
         Args:
             instruction: what is asked of the speech.
-            audio: the clip for the student, anything that [`load_audio`] takes.
+            audio: the clip for the student, anything that `__call__` takes.
             transcript: the text for the teacher, in the slot where the student has the clip.
             response: the answer, as the assistant's message.
 
@@ -237,9 +251,11 @@ class LsmProcessor(ProcessorMixin):
     def apply_chat_template(
         self, conversation, *args, tokenize: bool = False, sampling_rate: int | None = None, **kwargs
     ):
-        """As in transformers. Audio parts may hold what [`load_audio`] takes, under "audio", "url" or "path", and are
-        read only if `tokenize=True`. Waveforms are at the part's own "sampling_rate" in Hz, or else at the argument's.
+        """As in transformers. Audio parts may hold what `__call__` takes, under "audio", "url" or "path", and are read
+        only if `tokenize=True`. Waveforms are at the part's own "sampling_rate" in Hz, or else at the argument's.
         """
+        if not conversation:
+            raise ValueError("The conversation is empty; expected a list of messages, or of such lists.")
         batched = isinstance(conversation[0], (list, tuple))
         conversations = list(conversation) if batched else [conversation]
         if tokenize:
@@ -264,36 +280,52 @@ class LsmProcessor(ProcessorMixin):
         source = next((part[key] for key in ("audio", "url", "path") if part.get(key) is not None), None)
         if source is None:
             raise ValueError('An audio part needs its clip under "audio", "url" or "path".')
+        if _is_heard(source):  # boxed, as transformers passes on nothing but arrays
+            boxed = np.empty((), dtype=object)
+            boxed[()] = source
+            return {"type": "audio", "audio": boxed}
         sampling_rate = part.get("sampling_rate", sampling_rate)
         return {"type": "audio", "audio": load_audio(source, sampling_rate, self.feature_extractor.sampling_rate)}
 
     def __call__(self, text=None, audio=None, sampling_rate: int | None = None, **kwargs) -> BatchFeature:
         """
         Args:
-            text: a prompt or a list of prompts, with one `audio_token` per clip.
+            text: a prompt or a list of prompts, as the chat template renders them: special tokens included, and one
+                `audio_token` per clip. Without it, the features of `audio` alone are returned.
             audio: one clip or a list of clips in prompt order, each anything that [`load_audio`] takes. A list of
-                numbers is one clip.
+                numbers is one clip. Or what [`LsmModel.get_audio_features`] returned for each clip, which is then
+                not encoded again: hear once, ask many times.
             sampling_rate: rate of waveforms in Hz, the feature extractor's (16 kHz) if None; files carry their own.
             kwargs: as in [`ProcessorMixin`], for instance `return_tensors="pt"` or `padding_side="left"`.
 
         Returns:
             `input_ids` and `attention_mask` `(batch, length)`; with audio also `input_features`
             `(chunks, mels, frames)` float32 and `input_features_mask` `(chunks, frames)` int64, where clips of over
-            30 s take several rows.
+            30 s take several rows; with clips heard before, `audio_embeds` `(total_tokens, hidden)` instead.
 
         Raises:
-            ValueError: for audio that cannot be used, and if placeholders and clips are not equally many.
+            ValueError: for audio that cannot be used, no prompt, and unequal numbers of placeholders and clips.
         """
-        if text is None:
-            raise ValueError("An LSM needs text, with one audio placeholder per clip.")
-        texts = [text] if isinstance(text, str) else list(text)
         clips = [] if audio is None else _as_clips(audio)
-        placeholders = sum(prompt.count(self.audio_token) for prompt in texts)
-        if placeholders != len(clips):
-            raise ValueError(f"The text has {placeholders} {self.audio_token} placeholders for {len(clips)} clips.")
-        rate = self.feature_extractor.sampling_rate
-        clips = [load_audio(clip, sampling_rate, rate) for clip in clips]
-        return super().__call__(text=texts, audio=clips or None, **kwargs)
+        heard = [clip for clip in clips if _is_heard(clip)]
+        if heard and len(heard) < len(clips):
+            raise ValueError(f"{len(heard)} of {len(clips)} clips were heard before: hear all of them, or none.")
+        if not heard:
+            rate = self.feature_extractor.sampling_rate
+            clips = [load_audio(clip, sampling_rate, rate) for clip in clips]
+        if text is None:
+            if not clips or heard:
+                raise ValueError("Without text there is nothing to do but hear clips: give `audio`, or `text`.")
+            return BatchFeature(self.audio_features(clips), tensor_type=kwargs.get("return_tensors"))
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("The batch is empty; expected at least one prompt.")
+        self._check_placeholders(texts, len(clips))
+        if not heard:
+            return super().__call__(text=texts, audio=clips or None, **kwargs)
+        inputs = super().__call__(text=self._expand(texts, [int(clip.num_tokens.sum()) for clip in heard]), **kwargs)
+        inputs["audio_embeds"] = torch.cat([clip.pooler_output for clip in heard])
+        return inputs
 
     def chunk_lengths(self, num_samples: int) -> list[int]:
         """Samples of each chunk of at most 30 s that a clip of `num_samples` samples is cut into."""
@@ -318,14 +350,20 @@ class LsmProcessor(ProcessorMixin):
         """Repeat each placeholder once per speech token of its clip, as `__call__` does; for callers that keep the
         audio tower's output and so need no features. `num_samples` are the clips' lengths at 16 kHz, in prompt order.
         """
+        self._check_placeholders(texts, len(num_samples))
+        return self._expand(texts, self.num_audio_tokens(num_samples) if num_samples else [])
+
+    def _check_placeholders(self, texts: list[str], clips: int) -> None:
         found = sum(text.count(self.audio_token) for text in texts)
-        if found != len(num_samples):
-            raise ValueError(f"The text has {found} {self.audio_token} placeholders for {len(num_samples)} clips.")
-        counts = iter(self.num_audio_tokens(num_samples) if num_samples else [])
-        expanded = []
+        if found != clips:
+            raise ValueError(f"The text has {found} {self.audio_token} placeholders for {clips} clips.")
+
+    def _expand(self, texts: list[str], counts: list[int]) -> list[str]:
+        """The texts with their n-th placeholder repeated `counts[n]` times."""
+        remaining, expanded = iter(counts), []
         for text in texts:
             first, *rest = text.split(self.audio_token)
-            expanded.append(first + "".join(self.audio_token * next(counts) + piece for piece in rest))
+            expanded.append(first + "".join(self.audio_token * next(remaining) + piece for piece in rest))
         return expanded
 
     def audio_features(self, clips: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -361,19 +399,41 @@ class LsmProcessor(ProcessorMixin):
         return list(dict.fromkeys([*super().model_input_names, "input_features_mask"]))
 
 
-def _with_prelude(template: str | dict | None, audio_token: str) -> str:
+def _with_prelude(template: str | dict | None, tokenizer, audio_token: str) -> str:
     if isinstance(template, dict):
         template = template["default"]
     template = template or DEFAULT_CHAT_TEMPLATE
-    prelude = _PRELUDE.replace("AUDIO_TOKEN", audio_token)
-    return template if template.startswith(prelude) else prelude + template
+    if audio_token in template:
+        return template
+    fold = "" if _takes_system(template, tokenizer) else FOLD_SYSTEM
+    return _PRELUDE.replace("AUDIO_TOKEN", audio_token) + fold + template
+
+
+def _takes_system(template: str, tokenizer) -> bool:
+    """Whether a system message gets into the prompt; some templates raise an error, some drop it silently."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
+    try:
+        return "Be brief." in tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    except TemplateError:
+        return False
+
+
+def _is_heard(clip) -> bool:
+    """Whether a clip comes as `LsmAudioOutput`; by its fields, since remote code has a class of its own."""
+    return getattr(clip, "pooler_output", None) is not None and getattr(clip, "num_tokens", None) is not None
 
 
 def _as_clips(audio) -> list:
     """One clip or several: a list is one clip only if it holds plain numbers."""
     if not isinstance(audio, (list, tuple)):
-        return [audio]
-    return [audio] if audio and np.isscalar(audio[0]) and not isinstance(audio[0], (str, bytes)) else list(audio)
+        return [_unbox(audio)]
+    numbers = bool(audio) and np.isscalar(audio[0]) and not isinstance(audio[0], (str, bytes))
+    return [audio] if numbers else [_unbox(clip) for clip in audio]
+
+
+def _unbox(clip):
+    """What an array of no dimensions holds, see `LsmProcessor._load_part`."""
+    return clip.item() if isinstance(clip, np.ndarray) and clip.dtype == object and clip.ndim == 0 else clip
 
 
 LsmProcessor.register_for_auto_class()

@@ -17,6 +17,7 @@ from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
@@ -53,7 +54,9 @@ def compose(
 
     Args:
         audio: Hub id or folder of a Whisper checkpoint, of which the encoder is kept.
-        text: Hub id or folder of a causal LLM. A tokenizer without a pad token gets its EOS as one.
+        text: Hub id or folder of a causal LLM, or of a vision-language model, whose LLM is taken. What its tokenizer
+            lacks gets a default: a pad token is the EOS token; a chat template is `DEFAULT_CHAT_TEMPLATE`; and where
+            the template takes no system message, `FOLD_SYSTEM` puts that into the user's first (`processing_lsm.py`).
         output: folder to save model, processor and code to, if given.
         window_frames, window_mode, queries_per_window, audio_padding: as in [`LsmConfig`].
         qformer_layers, qformer_hidden, qformer_heads: size of the Q-Former.
@@ -68,7 +71,7 @@ def compose(
     whisper, feature_extractor, llm, tokenizer = _load(audio, text, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        audio_token_id = add_audio_token(tokenizer, llm)
+        audio_token_id = make_room(llm, tokenizer)
         config = LsmConfig(
             audio_config=whisper.config,
             qformer_config={
@@ -77,7 +80,7 @@ def compose(
                 "num_attention_heads": qformer_heads,
                 "intermediate_size": qformer_ffn or 4 * qformer_hidden,
             },
-            text_config=llm.config,
+            text_config=llm.config.get_text_config(),
             window_frames=window_frames,
             window_mode=window_mode,
             queries_per_window=queries_per_window,
@@ -103,34 +106,50 @@ def compose(
     return model, processor
 
 
-def add_audio_token(tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel) -> int:
-    """Add the audio placeholder, and embeddings for it only if the LLM has no spare ones. Returns its id."""
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The LLM's tokenizer with the audio placeholder, and with EOS as pad token if it has none.
+
+    Raises:
+        ValueError: if it has no EOS token.
+    """
+    # Batches are padded where generation wants it; a training collator pads on the right by asking for it.
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    for key in ("is_local", "local_files_only", "name_or_path"):  # of this machine, not of the model
+        tokenizer.init_kwargs.pop(key, None)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"The tokenizer of {source} has no EOS token, so no answer could end; set its `eos_token`.")
     tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def make_room(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give the placeholder an embedding, a new one only if the LLM has no spare ones. Returns its id."""
     audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
     if audio_token_id >= llm.get_input_embeddings().num_embeddings:
         # The new row is never read (speech replaces it) nor written (suppressed), so any value will do.
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    generation_config = llm.generation_config
+    never_write(llm.generation_config, audio_token_id, tokenizer.pad_token_id)
+    return audio_token_id
+
+
+def never_write(generation_config: GenerationConfig, audio_token_id: int, pad_token_id: int | None) -> None:
+    """Keep generation from writing the placeholder, and give it a pad token if it has none."""
     if generation_config.pad_token_id is None:
-        generation_config.pad_token_id = tokenizer.pad_token_id
+        generation_config.pad_token_id = pad_token_id
     generation_config._from_model_config = False  # it is now more than the LLM's config says
     generation_config.suppress_tokens = [*(generation_config.suppress_tokens or []), audio_token_id]
-    return audio_token_id
 
 
 def _load(audio: str, text: str, dtype: str | torch.dtype) -> tuple:
     """Encoder, feature extractor, LLM and tokenizer, checked to fit together."""
+    tokenizer = load_tokenizer(text)
     llm, loaded = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, output_loading_info=True)
     _check_loaded(text, loaded["missing_keys"])
     whisper, loaded = WhisperModel.from_pretrained(audio, dtype=llm.dtype, output_loading_info=True)
     _check_loaded(audio, {key for key in loaded["missing_keys"] if key.startswith("encoder.")})
     feature_extractor = WhisperFeatureExtractor.from_pretrained(audio)
-    # Batches are padded where generation wants it; a training collator pads on the right by asking for it.
-    tokenizer = AutoTokenizer.from_pretrained(text, padding_side="left")
-    for key in ("is_local", "local_files_only", "name_or_path"):  # of this machine, not of the model
-        tokenizer.init_kwargs.pop(key, None)
     _check_parts(whisper, feature_extractor, llm)
     return whisper, feature_extractor, llm, tokenizer
 
@@ -151,8 +170,8 @@ def _check_parts(whisper: WhisperModel, feature_extractor: WhisperFeatureExtract
             f"The encoder takes {frames} frames, but its feature extractor cuts audio into chunks of "
             f"{feature_extractor.nb_max_frames}; lower its `chunk_length`."
         )
-    head = llm.get_output_embeddings()
-    if head is None or head.in_features != llm.config.hidden_size or llm.config.vocab_size != head.out_features:
+    head, text_config = llm.get_output_embeddings(), llm.config.get_text_config()
+    if head is None or (head.in_features, head.out_features) != (text_config.hidden_size, text_config.vocab_size):
         raise ValueError(f"{type(llm).__name__} has no plain linear head over its hidden states and vocabulary.")
 
 
@@ -168,7 +187,7 @@ def _assemble(config: LsmConfig, whisper: WhisperModel, llm: PreTrainedModel) ->
     tower = model.model.audio_tower
     tower.load_state_dict(whisper.encoder.state_dict(), assign=True)
     model.model.projector = LsmProjector(config).to(llm.dtype)
-    model.model.language_model = llm.base_model
+    model.model.language_model = llm.get_decoder()
     model.lm_head = llm.get_output_embeddings()
     model.generation_config = llm.generation_config
     return model.eval()
