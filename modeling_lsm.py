@@ -306,6 +306,9 @@ class LsmModel(LsmPreTrainedModel):
             )
         elif any(audio is not None for audio in (input_features, audio_hidden_states, audio_embeds)):
             raise ValueError("Audio needs `input_ids`, whose placeholder tokens say where it goes.")
+        if position_ids is None and past_key_values is None and attention_mask is not None and attention_mask.ndim == 2:
+            # As `generate` counts them: padding on the left must not shift a prompt that does without it.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

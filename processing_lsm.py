@@ -280,10 +280,8 @@ class LsmProcessor(ProcessorMixin):
         source = next((part[key] for key in ("audio", "url", "path") if part.get(key) is not None), None)
         if source is None:
             raise ValueError('An audio part needs its clip under "audio", "url" or "path".')
-        if _is_heard(source):  # boxed, as transformers passes on nothing but arrays
-            boxed = np.empty((), dtype=object)
-            boxed[()] = source
-            return {"type": "audio", "audio": boxed}
+        if _is_heard(source):
+            return {"type": "audio", "audio": _box(source)}
         sampling_rate = part.get("sampling_rate", sampling_rate)
         return {"type": "audio", "audio": load_audio(source, sampling_rate, self.feature_extractor.sampling_rate)}
 
@@ -307,25 +305,22 @@ class LsmProcessor(ProcessorMixin):
             ValueError: for audio that cannot be used, no prompt, and unequal numbers of placeholders and clips.
         """
         clips = [] if audio is None else _as_clips(audio)
-        heard = [clip for clip in clips if _is_heard(clip)]
-        if heard and len(heard) < len(clips):
-            raise ValueError(f"{len(heard)} of {len(clips)} clips were heard before: hear all of them, or none.")
-        if not heard:
-            rate = self.feature_extractor.sampling_rate
-            clips = [load_audio(clip, sampling_rate, rate) for clip in clips]
+        heard = sum(map(_is_heard, clips))
+        if heard not in (0, len(clips)):
+            raise ValueError(f"{heard} of {len(clips)} clips were heard before: hear all of them, or none.")
+        rate = self.feature_extractor.sampling_rate
+        clips = [_box(clip) if heard else load_audio(clip, sampling_rate, rate) for clip in clips]
         if text is None:
-            if not clips or heard:
+            if heard or not clips:
                 raise ValueError("Without text there is nothing to do but hear clips: give `audio`, or `text`.")
             return BatchFeature(self.audio_features(clips), tensor_type=kwargs.get("return_tensors"))
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("The batch is empty; expected at least one prompt.")
-        self._check_placeholders(texts, len(clips))
-        if not heard:
-            return super().__call__(text=texts, audio=clips or None, **kwargs)
-        inputs = super().__call__(text=self._expand(texts, [int(clip.num_tokens.sum()) for clip in heard]), **kwargs)
-        inputs["audio_embeds"] = torch.cat([clip.pooler_output for clip in heard])
-        return inputs
+        placeholders = sum(prompt.count(self.audio_token) for prompt in texts)
+        if placeholders != len(clips):
+            raise ValueError(f"The text has {placeholders} {self.audio_token} placeholders for {len(clips)} clips.")
+        return super().__call__(text=texts, audio=clips or None, **kwargs)
 
     def chunk_lengths(self, num_samples: int) -> list[int]:
         """Samples of each chunk of at most 30 s that a clip of `num_samples` samples is cut into."""
@@ -350,20 +345,14 @@ class LsmProcessor(ProcessorMixin):
         """Repeat each placeholder once per speech token of its clip, as `__call__` does; for callers that keep the
         audio tower's output and so need no features. `num_samples` are the clips' lengths at 16 kHz, in prompt order.
         """
-        self._check_placeholders(texts, len(num_samples))
-        return self._expand(texts, self.num_audio_tokens(num_samples) if num_samples else [])
-
-    def _check_placeholders(self, texts: list[str], clips: int) -> None:
         found = sum(text.count(self.audio_token) for text in texts)
-        if found != clips:
-            raise ValueError(f"The text has {found} {self.audio_token} placeholders for {clips} clips.")
-
-    def _expand(self, texts: list[str], counts: list[int]) -> list[str]:
-        """The texts with their n-th placeholder repeated `counts[n]` times."""
-        remaining, expanded = iter(counts), []
+        if found != len(num_samples):
+            raise ValueError(f"The text has {found} {self.audio_token} placeholders for {len(num_samples)} clips.")
+        counts = iter(self.num_audio_tokens(num_samples) if num_samples else [])
+        expanded = []
         for text in texts:
             first, *rest = text.split(self.audio_token)
-            expanded.append(first + "".join(self.audio_token * next(remaining) + piece for piece in rest))
+            expanded.append(first + "".join(self.audio_token * next(counts) + piece for piece in rest))
         return expanded
 
     def audio_features(self, clips: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -391,6 +380,10 @@ class LsmProcessor(ProcessorMixin):
         return {"input_features": features, "input_features_mask": mask}
 
     def _process_audio(self, audio, **kwargs):
+        if audio[0].dtype == object:
+            heard = [_unbox(clip) for clip in audio]
+            embeds = torch.cat([clip.pooler_output for clip in heard])
+            return {"audio_embeds": embeds}, [self.audio_token * int(clip.num_tokens.sum()) for clip in heard]
         counts = self.num_audio_tokens([len(clip) for clip in audio])
         return self.audio_features(audio), [self.audio_token * count for count in counts]
 
@@ -431,8 +424,14 @@ def _as_clips(audio) -> list:
     return [audio] if numbers else [_unbox(clip) for clip in audio]
 
 
+def _box(clip) -> np.ndarray:
+    """A clip heard before as an array of no dimensions, since transformers passes on nothing but arrays as audio."""
+    boxed = np.empty((), dtype=object)
+    boxed[()] = clip
+    return boxed
+
+
 def _unbox(clip):
-    """What an array of no dimensions holds, see `LsmProcessor._load_part`."""
     return clip.item() if isinstance(clip, np.ndarray) and clip.dtype == object and clip.ndim == 0 else clip
 
 

@@ -12,7 +12,6 @@ import argparse
 import torch
 from transformers import TextStreamer
 
-from processing_lsm import load_audio
 from recipes.evaluate import load_lsm
 
 
@@ -30,28 +29,24 @@ class Conversation:
     def __init__(self, model: str, audio: str | None = None, max_new_tokens: int = 256):
         self.model, self.processor = load_lsm(model)
         self.max_new_tokens = max_new_tokens
-        self.waveform = None if audio is None else load_audio(audio)
-        self.heard = None if audio is None else self._listen()
+        self.heard = None if audio is None else self._listen(audio)
 
     @torch.inference_mode()
-    def _listen(self) -> dict[str, torch.Tensor]:
-        features = self.processor.audio_features([self.waveform])
-        features = {name: torch.from_numpy(value).to(self.model.device) for name, value in features.items()}
-        heard = self.model.get_audio_features(**features)
-        mask = features["input_features_mask"]
-        return {"audio_hidden_states": heard.last_hidden_state, "input_features_mask": mask}
+    def _listen(self, audio: str):
+        features = self.processor(audio=audio, return_tensors="pt").to(self.model.device)
+        return self.model.get_audio_features(**features)
 
     @torch.inference_mode()
     def ask(self, instruction: str, streamer: TextStreamer | None = None) -> str:
         """The greedy answer; `streamer` receives it as it is written."""
-        messages = self.processor.conversation(instruction, audio=None if self.heard is None else True)
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        if self.heard is not None:
-            [prompt] = self.processor.expand_audio_tokens([prompt], [len(self.waveform)])
-        inputs = self.processor.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(self.model.device)
-        output = self.model.generate(
-            **inputs, **(self.heard or {}), max_new_tokens=self.max_new_tokens, do_sample=False, streamer=streamer
-        )
+        inputs = self.processor.apply_chat_template(
+            self.processor.conversation(instruction, audio=self.heard),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, streamer=streamer)
         return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
