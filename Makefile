@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-oldest lint format clean
 
 .venv: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "LSM needs Python 3.11 or later, this is " + sys.version)'
@@ -17,6 +17,16 @@ quickstart: .venv
 
 test: .venv lint
 	$(BIN)/python -m pytest
+
+# The same tests under the oldest transformers that setup.cfg allows.
+test-oldest: .venv-oldest
+	.venv-oldest/bin/python -m pytest
+
+.venv-oldest: setup.cfg pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-oldest.txt)"
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt --editable '.[nano,dev]'
+	touch .venv-oldest
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -180,6 +180,13 @@ class LsmModel(LsmPreTrainedModel):
         self.projector = LsmProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+        self._no_split_modules = self._layer_classes()
+
+    def _layer_classes(self) -> set[str]:
+        """What FSDP wraps and `device_map` keeps whole. transformers adds all that a part's family knows of, and
+        accelerate refuses names that the model does not have, such as Whisper's decoder layers."""
+        known = {*LsmPreTrainedModel._no_split_modules, *(self.language_model._no_split_modules or ())}
+        return known & {type(module).__name__ for module in self.modules()}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -332,6 +339,7 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}  # its name is the LLM's own choice
         self.post_init()
+        self._no_split_modules = self.model._no_split_modules
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):

@@ -1,0 +1,153 @@
+"""Ways to generate: whatever the cache, the search or the front end, the words are those of plain greedy decoding."""
+
+import threading
+
+import pytest
+import torch
+from transformers import CompileConfig, TextIteratorStreamer, pipeline
+
+from processing_lsm import AUDIO_TOKEN
+
+GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+
+def ask(processor, clips, questions=("what is said?", "and what is asked now?"), **kwargs):
+    """One prompt per question and clip, as the chat template renders them."""
+    conversations = [processor.conversation(text, audio=audio) for text, audio in zip(questions, clips, strict=True)]
+    return processor.apply_chat_template(
+        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **kwargs
+    )
+
+
+def new_tokens(inputs, output):
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+# Hear once, ask many times
+
+
+@pytest.mark.parametrize("seconds", [1.3, 65])
+def test_a_clip_heard_before_is_the_clip(lsm, processor, clip, seconds, monkeypatch):
+    questions = ["what is said?", "and what is asked now?", "the speech"]
+    inputs = ask(processor, [clip(seconds)] * 3, questions)
+    expected = new_tokens(inputs, lsm.generate(**inputs, **GREEDY))
+    logits = lsm(**inputs).logits
+    heard = lsm.get_audio_features(**processor(audio=clip(seconds), return_tensors="pt"))
+    monkeypatch.setattr(lsm.model.audio_tower, "forward", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr(lsm.model.projector, "forward", lambda *_, **__: pytest.fail("projected again"))
+    again = ask(processor, [heard] * 3, questions)
+    assert torch.equal(again["input_ids"], inputs["input_ids"])
+    assert "input_features" not in again
+    torch.testing.assert_close(lsm(**again).logits, logits, atol=1e-5, rtol=0)
+    assert torch.equal(new_tokens(again, lsm.generate(**again, **GREEDY)), expected)
+    sampled = lsm.generate(**again, max_new_tokens=6, min_new_tokens=6, do_sample=True, top_k=1, num_return_sequences=2)
+    assert torch.equal(new_tokens(again, sampled), expected.repeat_interleave(2, dim=0))
+
+
+def test_clips_heard_and_unheard_do_not_mix(lsm, processor, clip):
+    heard = lsm.get_audio_features(**processor(audio=clip(1), return_tensors="pt"))
+    with pytest.raises(ValueError, match="1 of 2 clips were heard before"):
+        processor(text=AUDIO_TOKEN * 2, audio=[heard, clip(1)])
+    with pytest.raises(ValueError, match="0 .* placeholders for 1 clips"):
+        processor(text="none", audio=heard)
+    with pytest.raises(ValueError, match="Without text"):
+        processor(audio=heard)
+    with pytest.raises(ValueError, match="exactly one"):
+        inputs = processor(text=AUDIO_TOKEN, audio=clip(1), return_tensors="pt")
+        lsm(**inputs, audio_embeds=heard.pooler_output)
+
+
+# Long and many
+
+
+@torch.no_grad()
+def test_half_an_hour_in_one_prompt(lsm, processor, clip):
+    lecture = clip(30 * 60)
+    inputs = ask(processor, [lecture], ["what is said?"])
+    assert inputs["input_features"].shape == (60, 80, 3000)
+    assert (inputs["input_ids"] == processor.audio_token_id).sum() == 60 * 89
+    lsm(**inputs, logits_to_keep=1)
+    # What is heard last is what is heard of it alone: chunks do not disturb each other.
+    heard = lsm.get_audio_features(inputs["input_features"], inputs["input_features_mask"]).pooler_output
+    alone = lsm.get_audio_features(**processor(audio=lecture[-30 * 16_000 :], return_tensors="pt")).pooler_output
+    torch.testing.assert_close(heard[-89:], alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_conversation_of_several_turns_and_clips(lsm, processor, clip):
+    turns = [
+        *processor.conversation("what is said?", audio=clip(1, 1), response="the speech"),
+        {"role": "user", "content": "and what is asked"},
+        {"role": "assistant", "content": "what is said"},
+        *processor.conversation("what is said now?", audio=clip(2, 2)),
+    ]
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    inputs = processor.apply_chat_template(turns, **settings)
+    assert (inputs["input_ids"] == processor.audio_token_id).sum() == 3 + 6
+    swapped = [dict(turn) for turn in turns]
+    swapped[0], swapped[4] = (
+        *processor.conversation("what is said?", audio=clip(1, 2)),
+        *processor.conversation("what is said now?", audio=clip(2, 1)),
+    )
+    other = lsm(**processor.apply_chat_template(swapped, **settings)).logits
+    assert (lsm(**inputs).logits[0, -1] - other[0, -1]).abs().max() > 1e-3
+
+
+# Search, cache, front end
+
+
+def test_beams_of_a_batch_are_those_of_each(lsm, processor, clip):
+    clips, questions = [clip(0.6, 1), clip(33, 2)], ["what is said?", "and what is asked now?"]
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    inputs = ask(processor, clips, questions)
+    together = new_tokens(inputs, lsm.generate(**inputs, **settings))
+    for row in range(2):
+        alone = ask(processor, clips[row : row + 1], questions[row : row + 1])
+        assert torch.equal(new_tokens(alone, lsm.generate(**alone, **settings))[0], together[row])
+
+
+def test_sampling_is_repeatable_and_varies(lsm, processor, clip):
+    inputs = ask(processor, [clip(1)], ["what is said?"])
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return lsm.generate(**inputs, max_new_tokens=8, do_sample=True, top_k=0, num_return_sequences=3)
+
+    with torch.random.fork_rng():
+        assert torch.equal(draw(0), draw(0))
+        assert not torch.equal(draw(0), draw(1))
+
+
+@pytest.mark.parametrize("compiler", [None, "eager", "inductor"])
+def test_static_cache_and_compiled_decode_are_the_dynamic(lsm, processor, clip, compiler):
+    inputs = ask(processor, [clip(0.6, 1), clip(3.3, 2)])
+    expected = lsm.generate(**inputs, **GREEDY)
+    settings = {"disable_compile": True}
+    if compiler is not None:
+        settings = {"compile_config": CompileConfig(backend=compiler, fullgraph=True, mode=None)}
+        settings["compile_config"]._compile_all_devices = True  # transformers would not compile on a CPU
+        torch.compiler.reset()
+    assert torch.equal(lsm.generate(**inputs, **GREEDY, cache_implementation="static", **settings), expected)
+
+
+def test_the_answer_streams(lsm, processor, clip):
+    inputs = ask(processor, [clip(1)], ["what is said?"])
+    expected = processor.decode(new_tokens(inputs, lsm.generate(**inputs, **GREEDY))[0], skip_special_tokens=True)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    thread = threading.Thread(target=lsm.generate, kwargs={**inputs, **GREEDY, "streamer": streamer})
+    thread.start()
+    assert "".join(streamer) == expected
+    thread.join()
+
+
+def test_the_any_to_any_pipeline_answers(lsm, processor, clip, tmp_path):
+    import soundfile
+
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, clip(1), 16_000, subtype="FLOAT")
+    answers = pipeline("any-to-any", model=lsm, processor=processor)
+    inputs = ask(processor, [str(path)], ["what is said?"])
+    expected = processor.decode(new_tokens(inputs, lsm.generate(**inputs, **GREEDY))[0], skip_special_tokens=True)
+    messages = processor.conversation("what is said?", audio=str(path))
+    [answer] = answers(text=messages, return_full_text=False, generate_kwargs=GREEDY)
+    assert answer["generated_text"] == expected
