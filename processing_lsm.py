@@ -8,6 +8,7 @@ transcript in the audio slot, the student with the audio; nothing else differs. 
 import hashlib
 import io
 import os
+import urllib.request
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ except ImportError:
     from configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, num_mel_frames, validate_windowing
 
 AUDIO_TOKEN = "<|audio|>"
+URL_TIMEOUT = 60  # seconds
 
 # For LLMs whose tokenizer has no chat template: Vicuna v1.1, which base models have seen most often in the wild.
 DEFAULT_CHAT_TEMPLATE = (
@@ -122,9 +124,10 @@ def _decode(source) -> tuple[np.ndarray, int]:
     name = "the given bytes" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)
     try:
         if isinstance(source, str) and source.startswith(("http://", "https://")):
-            from transformers.audio_utils import load_audio_as
-
-            source = load_audio_as(source, return_format="buffer")
+            with urllib.request.urlopen(
+                source, timeout=URL_TIMEOUT
+            ) as response:  # transformers' loader makes it 16 bit
+                source = io.BytesIO(response.read())
         elif isinstance(source, (bytes, bytearray, memoryview)):
             source = io.BytesIO(source)
         waveform, sampling_rate = soundfile.read(source, dtype="float32", always_2d=True)
@@ -154,11 +157,13 @@ def _to_mono_float(waveform: np.ndarray) -> np.ndarray:
         waveform = waveform.astype(np.float64) / (np.iinfo(waveform.dtype).max // 2 + 1) - 1
     elif waveform.dtype.kind == "i":
         waveform = waveform.astype(np.float64) / -float(np.iinfo(waveform.dtype).min)
-    if not np.isfinite(waveform).all():
-        raise ValueError("The audio has NaN or infinite samples.")
     if waveform.ndim == 2:
         waveform = waveform.mean(axis=int(waveform.shape[0] >= waveform.shape[1]))  # channels are the shorter axis
-    return waveform.astype(np.float32)
+    with np.errstate(over="ignore"):  # the check below says it better
+        waveform = waveform.astype(np.float32)
+    if not np.isfinite(waveform).all():
+        raise ValueError("The audio has NaN or infinite samples.")
+    return waveform
 
 
 class LsmProcessorKwargs(ProcessingKwargs, total=False):

@@ -91,3 +91,9 @@ def test_proportional_windows_are_the_original_codes(frames, window, count):
 def test_rows_without_frames_are_refused(frames):
     with pytest.raises(ValueError, match="at least one"):
         window_layout(frames, 17, "fixed")
+
+
+def test_the_configuration_of_another_family_is_refused(llm_dir, whisper_dir):
+    for folder, family in ((llm_dir, "llama"), (whisper_dir, "whisper")):
+        with pytest.raises(ValueError, match=f"'{family}' model, not of an LSM"):
+            LsmConfig.from_pretrained(folder)

@@ -185,6 +185,18 @@ def test_a_mask_of_other_audio_is_refused(lsm):
             lsm.get_audio_features(input_features_mask=mask.long(), audio_hidden_states=tower)
 
 
+def test_empty_inputs_are_refused(lsm):
+    for shape in ((0, 4), (1, 0)):
+        with pytest.raises(ValueError, match="prompt is empty"):
+            lsm(input_ids=torch.zeros(shape, dtype=torch.long))
+    for shape in ((0, 80, 100), (1, 80, 0), (80, 100)):
+        with pytest.raises(ValueError, match="no empty one, got shape"):
+            lsm.get_audio_features(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"at least one encoder frame.*\[50, 0\]"):
+        mask = torch.tensor([[1] * 100, [0] * 100])
+        lsm.get_audio_features(torch.zeros(2, 80, 100), mask)
+
+
 # Generation
 
 

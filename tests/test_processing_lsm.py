@@ -1,10 +1,16 @@
 import copy
+import functools
 import io
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 from transformers import AutoTokenizer, WhisperFeatureExtractor
 
 from processing_lsm import AUDIO_TOKEN, DEFAULT_CHAT_TEMPLATE, LsmProcessor, load_audio
@@ -86,6 +92,77 @@ def test_unusable_audio_is_refused(source, message):
 def test_a_rate_of_zero_is_refused():
     with pytest.raises(ValueError, match="sampling rate"):
         load_audio(np.zeros(10), 0)
+
+
+def test_a_url_is_fetched_and_a_dead_one_named(clip, tmp_path):
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    (tmp_path / "clip.wav").write_bytes(wav_bytes(clip(0.5), 8_000, "FLOAT"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        np.testing.assert_array_equal(load_audio(f"{url}/clip.wav"), load_audio(tmp_path / "clip.wav"))
+        with pytest.raises(ValueError, match="missing.wav"):
+            load_audio(f"{url}/missing.wav")
+        server.shutdown()
+
+
+RAW = arrays.arrays(
+    st.sampled_from([np.float32, np.float64, np.float16, np.int16, np.int32, np.uint8, np.int8, np.bool_]),
+    arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=400),
+)
+
+
+@given(
+    source=st.one_of(RAW, st.binary(max_size=200), st.text(max_size=20), st.none(), st.lists(st.floats(), max_size=5)),
+    rate=st.sampled_from([None, 8_000, 16_000, 44_100]),
+)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_whatever_comes_is_audio_or_a_value_error(source, rate):
+    try:
+        audio = load_audio(source, rate)
+    except ValueError as error:
+        assert str(error)
+        return
+    assert audio.dtype == np.float32 and audio.ndim == 1 and audio.size > 0
+    assert np.isfinite(audio).all()
+
+
+@given(
+    prompts=st.lists(st.lists(st.sampled_from(["what", " is said", AUDIO_TOKEN, "<s>"]), max_size=5), max_size=3),
+    clips=st.lists(st.integers(0, 3000), max_size=4),
+)
+@settings(
+    max_examples=100, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+def test_the_processor_takes_matching_prompts_and_refuses_the_others(processor, clip, prompts, clips):
+    texts = ["".join(pieces) for pieces in prompts]
+    slots = sum(text.count(AUDIO_TOKEN) for text in texts)
+    audio = [clip(samples / 16_000) for samples in clips]
+    if not texts or slots != len(clips) or 0 in clips:
+        with pytest.raises(ValueError, match="empty|placeholders"):
+            processor(text=texts, audio=audio or None)
+        return
+    inputs = processor(text=texts, audio=audio or None)
+    found = sum(row.count(processor.audio_token_id) for row in inputs["input_ids"])
+    assert found == sum(processor.num_audio_tokens(clips)) if clips else found == 0
+    assert ("input_features" in inputs) == bool(clips)
+
+
+def test_a_conversation_of_nothing_is_refused(processor):
+    with pytest.raises(ValueError, match="empty"):
+        processor.apply_chat_template([])
+
+
+def test_audio_alone_gives_features_alone(processor, clip):
+    inputs = processor(audio=[clip(0.5), clip(1)], return_tensors="pt")
+    assert set(inputs) == {"input_features", "input_features_mask"}
+    assert inputs["input_features_mask"].sum(-1).tolist() == [50, 100]
+    with pytest.raises(ValueError, match="Without text"):
+        processor()
 
 
 # Features
