@@ -141,7 +141,7 @@ class LsmConfig(PretrainedConfig):
             raise ValueError(f"`audio_token_id` {audio_token_id} is outside of the LLM's {vocab_size} embeddings.")
         # Tying is decided at the top level in transformers, but it is the LLM's own property.
         kwargs["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
-        # `register_for_auto_class` remembers one auto class only; a Hub load brings its own, repo-qualified map.
+        # `register_for_auto_class` remembers one auto class only.
         kwargs["auto_map"] = kwargs.get("auto_map") or dict(_AUTO_MAP)
         super().__init__(**kwargs)
 

@@ -124,9 +124,8 @@ def _decode(source) -> tuple[np.ndarray, int]:
     name = "the given bytes" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)
     try:
         if isinstance(source, str) and source.startswith(("http://", "https://")):
-            with urllib.request.urlopen(
-                source, timeout=URL_TIMEOUT
-            ) as response:  # transformers' loader makes it 16 bit
+            # Not transformers' own loader, which makes 16-bit samples of whatever comes.
+            with urllib.request.urlopen(source, timeout=URL_TIMEOUT) as response:
                 source = io.BytesIO(response.read())
         elif isinstance(source, (bytes, bytearray, memoryview)):
             source = io.BytesIO(source)

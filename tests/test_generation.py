@@ -1,5 +1,6 @@
 """Ways to generate: whatever the cache, the search or the front end, the words are those of plain greedy decoding."""
 
+import shutil
 import threading
 
 import pytest
@@ -121,7 +122,10 @@ def test_sampling_is_repeatable_and_varies(lsm, processor, clip):
         assert not torch.equal(draw(0), draw(1))
 
 
-@pytest.mark.parametrize("compiler", [None, "eager", "inductor"])
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++ on a CPU")
+
+
+@pytest.mark.parametrize("compiler", [None, "eager", pytest.param("inductor", marks=needs_compiler)])
 def test_static_cache_and_compiled_decode_are_the_dynamic(lsm, processor, clip, compiler):
     inputs = ask(processor, [clip(0.6, 1), clip(3.3, 2)])
     expected = lsm.generate(**inputs, **GREEDY)
