@@ -213,6 +213,8 @@ class LsmProcessor(ProcessorMixin):
         self.queries_per_window = queries_per_window
         self.audio_padding = audio_padding
         self.instruction_first = instruction_first
+        for key in ("is_local", "local_files_only", "name_or_path"):  # of this machine, and saved with the tokenizer
+            tokenizer.init_kwargs.pop(key, None)
         template = _with_prelude(chat_template or tokenizer.chat_template, tokenizer, audio_token)
         tokenizer.chat_template = template
         super().__init__(feature_extractor, tokenizer, chat_template=template)

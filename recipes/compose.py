@@ -114,8 +114,6 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     # Batches are padded where generation wants it; a training collator pads on the right by asking for it.
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    for key in ("is_local", "local_files_only", "name_or_path"):  # of this machine, not of the model
-        tokenizer.init_kwargs.pop(key, None)
     if tokenizer.eos_token is None:
         raise ValueError(f"The tokenizer of {source} has no EOS token, so no answer could end; set its `eos_token`.")
     tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)

@@ -1,6 +1,7 @@
 import copy
 import functools
 import io
+import json
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -362,6 +363,12 @@ def test_expansion_by_length_is_that_of_the_processor(processor, clip):
     assert processor.tokenizer(expanded, padding=True)["input_ids"] == expected
     with pytest.raises(ValueError, match=r"3 .* placeholders for 1 clips"):
         processor.expand_audio_tokens(texts, [100])
+
+
+def test_what_is_loaded_and_saved_again_names_no_machine(lsm_dir, tmp_path):
+    LsmProcessor.from_pretrained(lsm_dir).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert not {"is_local", "local_files_only", "name_or_path"} & set(saved)
 
 
 def test_settings_survive_saving(lsm_dir, tmp_path):
