@@ -4,13 +4,21 @@ BIN := .venv/bin
 
 .PHONY: quickstart test test-oldest lint format clean
 
+# $(call install,CONSTRAINTS) makes the environment that the target names. torch first and alone: what follows then finds
+# it installed and no CUDA build is resolved beside it.
+define install
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "LSM needs Python 3.11 or later, this is " + sys.version)'
+$(PYTHON) -m venv $@
+$@/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $(1))"
+$@/bin/python -m pip install --quiet --disable-pip-version-check -c $(1) --editable '.[nano,dev]'
+touch $@
+endef
+
 .venv: setup.cfg pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "LSM needs Python 3.11 or later, this is " + sys.version)'
-	$(PYTHON) -m venv .venv
-	# torch first and alone: what follows then finds it installed and no CUDA build is resolved beside it
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[nano,dev]'
-	touch .venv
+	$(call install,constraints.txt)
+
+.venv-oldest: setup.cfg pyproject.toml constraints-oldest.txt
+	$(call install,constraints-oldest.txt)
 
 quickstart: .venv
 	$(BIN)/python -m recipes.quickstart
@@ -21,12 +29,6 @@ test: .venv lint
 # The same tests under the oldest transformers that setup.cfg allows.
 test-oldest: .venv-oldest
 	.venv-oldest/bin/python -m pytest
-
-.venv-oldest: setup.cfg pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-oldest.txt)"
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt --editable '.[nano,dev]'
-	touch .venv-oldest
 
 lint: .venv
 	$(BIN)/ruff check .

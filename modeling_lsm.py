@@ -53,7 +53,6 @@ class LsmPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False
 
     @torch.no_grad()
     def _init_weights(self, module):
