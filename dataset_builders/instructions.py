@@ -1,19 +1,26 @@
-"""The instruction pool: how each task is asked for, and which wording an utterance gets.
+"""The instruction pool: how each task is asked for, and which tasks and wordings an utterance gets.
 
 Draws are functions of their arguments alone, so the same rows come out on any machine, number of workers and order.
 """
 
 import hashlib
-from collections.abc import Mapping
+import math
+import string
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import yaml
 
 POOL_PATH = Path(__file__).with_name("instructions.yaml")
 
+TRANSCRIPTION = "transcription"
+SELF_POWERED_TASKS = ("continuation", "repetition", "keyword", "intent", "sentiment", "translation")
+
 REQUIRED_KEYS = {"description", "seen", "held_out"}
-OPTIONAL_KEYS = {"held_out_task"}
+SWITCHES = {"held_out_task": False, "ends_like_a_sentence": True, "may_copy_transcript": False}
+OPTIONAL_KEYS = {*SWITCHES, "slots"}
 
 
 @dataclass(frozen=True)
@@ -25,13 +32,23 @@ class Task:
     seen: tuple[str, ...]
     held_out: tuple[str, ...]
     held_out_task: bool = False  # never in the training mix: it measures an unseen task
+    ends_like_a_sentence: bool = True  # whether a response must
+    may_copy_transcript: bool = False  # whether a response may
+    slots: tuple[tuple[str, tuple[str, ...]], ...] = ()  # names and values, which the paraphrases were filled with
 
 
-def load_pool(path: str | Path = POOL_PATH) -> dict[str, Task]:
+def load_pool(path: str | Path = POOL_PATH, slots: Mapping[str, Sequence[str]] | None = None) -> dict[str, Task]:
     """Read and check the pool at `path`; returns the tasks by name, in the file's order.
 
-    Raises ValueError, naming the file and the task, for a missing or unknown key, a value of the wrong type, an empty
-    list, or a paraphrase that occurs twice in the pool (within a split, in both splits, or in two tasks).
+    Args:
+        path: the pool.
+        slots: values that replace those of the file, such as `{"language": ["German", "French"]}`. Every paraphrase
+            is repeated for every value of its task's slots.
+
+    Raises:
+        ValueError: a missing or unknown key, a value of the wrong type, an empty list, a paraphrase without a slot that
+            its task declares or with one that it does not, a paraphrase that occurs twice in the pool (within a split,
+            in both splits, or in two tasks), or `slots` that no task has. Names the file and the task.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -42,7 +59,11 @@ def load_pool(path: str | Path = POOL_PATH) -> dict[str, Task]:
     if not content["tasks"]:
         raise ValueError(f"{path}: `tasks` is empty; add at least one task")
 
-    pool = {str(name): _read_task(str(name), fields, path) for name, fields in content["tasks"].items()}
+    slots = slots or {}
+    pool = {str(name): _read_task(str(name), fields, slots, path) for name, fields in content["tasks"].items()}
+    known = {slot for fields in content["tasks"].values() for slot in fields.get("slots", {})}
+    if unknown := sorted(set(slots) - known):
+        raise ValueError(f"{path}: no task has the slot {unknown[0]!r}; there are {sorted(known)}")
     found: dict[str, str] = {}  # paraphrase -> where it was first found
     for task in pool.values():
         lines = [("seen", line) for line in task.seen] + [("held_out", line) for line in task.held_out]
@@ -54,12 +75,24 @@ def load_pool(path: str | Path = POOL_PATH) -> dict[str, Task]:
     return pool
 
 
-def _read_task(name: str, fields: object, path: str | Path) -> Task:
+def _read_task(name: str, fields: object, slots: Mapping[str, Sequence[str]], path: str | Path) -> Task:
     """Check one task's block and make it a Task; raises ValueError."""
     if trouble := _trouble(fields):
         raise ValueError(f"{path}: task {name!r}: {trouble}")
-    lines = {split: tuple(line.strip() for line in fields[split]) for split in ("seen", "held_out")}
-    return Task(name, fields["description"], **lines, held_out_task=fields.get("held_out_task", False))
+    values = {slot: slots.get(slot, given) for slot, given in fields.get("slots", {}).items()}
+    fillings = [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
+    lines = {
+        split: tuple(line.strip().format(**filling) for line in fields[split] for filling in fillings)
+        for split in ("seen", "held_out")
+    }
+    switches = {key: fields.get(key, default) for key, default in SWITCHES.items()}
+    return Task(
+        name,
+        fields["description"],
+        **lines,
+        **switches,
+        slots=tuple((slot, tuple(choices)) for slot, choices in values.items()),
+    )
 
 
 def _trouble(fields: object) -> str | None:
@@ -72,14 +105,32 @@ def _trouble(fields: object) -> str | None:
         return f"unknown key {unknown[0]!r}; known: {sorted(REQUIRED_KEYS | OPTIONAL_KEYS)}"
     if not isinstance(fields["description"], str):
         return f"`description` must be a string, got {fields['description']!r}"
-    if not isinstance(fields.get("held_out_task", False), bool):
-        return f"`held_out_task` must be true or false, got {fields['held_out_task']!r}"
-    for split in ("seen", "held_out"):
-        if not isinstance(fields[split], list) or not fields[split]:
-            return f"`{split}` must be a list that is not empty, got {fields[split]!r}"
-        for line in fields[split]:
-            if not isinstance(line, str) or not line.strip():
-                return f"`{split}` holds {line!r}, expected a sentence; quote it if it has or ends with a colon"
+    for key in SWITCHES:
+        if not isinstance(fields.get(key, False), bool):
+            return f"`{key}` must be true or false, got {fields[key]!r}"
+    slots = fields.get("slots", {})
+    if not isinstance(slots, dict) or not all(values and isinstance(values, list) for values in slots.values()):
+        return f"`slots` must be a mapping from slot to a list of values, got {slots!r}"
+    return next(filter(None, (_trouble_in_lines(split, fields[split], slots) for split in ("seen", "held_out"))), None)
+
+
+def _trouble_in_lines(split: str, lines: object, slots: Mapping[str, list]) -> str | None:
+    """What is wrong with the paraphrases of one split, or None."""
+    if not isinstance(lines, list) or not lines:
+        return f"`{split}` must be a list that is not empty, got {lines!r}"
+    for line in lines:
+        if not isinstance(line, str) or not line.strip():
+            return f"`{split}` holds {line!r}, expected a sentence; quote it if it has or ends with a colon"
+        try:
+            named = {slot for _, slot, _, _ in string.Formatter().parse(line) if slot is not None}
+        except ValueError as error:
+            return f"`{split}` holds {line!r}, whose braces do not match ({error}); write {{{{ and }}}} for plain ones"
+        if missing := sorted(set(slots) - named):
+            return f"`{split}` holds {line!r}, which lacks the slot {{{missing[0]}}} of this task"
+        if unknown := sorted(named - set(slots)):
+            return (
+                f"`{split}` holds {line!r}, whose slot {{{unknown[0]}}} is none of {sorted(slots)}, which it declares"
+            )
     return None
 
 
@@ -102,20 +153,96 @@ def draw_instruction(pool: Mapping[str, Task], task: str, id: str, seed: int, sp
     return lines[int(draw_fraction(seed, "instruction", id, task) * len(lines))]
 
 
-def draw_task(weights: Mapping[str, float], id: str, seed: int) -> str:
-    """The one task of utterance `id`, drawn by `weights` (any scale, any key order): a function of (seed, id).
+def draw_tasks(weights: Mapping[str, float], id: str, seed: int, count: int = 1) -> list[str]:
+    """`count` different tasks for utterance `id`, drawn by `weights` (any scale, any key order) without replacement: a
+    function of (seed, id). A task of infinite weight is in every draw, and comes last.
 
-    Raises ValueError when a weight is negative or not finite, or none is above zero.
+    Raises ValueError when a weight is negative or no number, when fewer than `count` tasks have a weight above zero,
+    or when more than `count` have an infinite one.
     """
     for task, weight in weights.items():
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"weight of task {task!r} is {weight}; expected a finite number, 0 or above")
-    candidates = [(task, weights[task]) for task in sorted(weights) if weights[task] > 0]
-    if not candidates:
-        raise ValueError(f"no task has a weight above 0 in {dict(weights)}; give at least one")
-    rest = draw_fraction(seed, "task", id) * sum(weight for _, weight in candidates)
-    for task, weight in candidates:
+        if not weight >= 0:
+            raise ValueError(f"weight of task {task!r} is {weight}; expected a number, 0 or above")
+    always = sorted(task for task, weight in weights.items() if math.isinf(weight))
+    rest = {task: weights[task] for task in sorted(weights) if 0 < weights[task] < math.inf}
+    if not len(always) <= count <= len(always) + len(rest) or count < 1:
+        raise ValueError(
+            f"cannot draw {count} tasks per utterance from {dict(weights)}: expected at least as many tasks with a "
+            "weight above 0, and no more than that with an infinite one"
+        )
+    drawn: list[str] = []
+    while len(drawn) < count - len(always):
+        drawn.append(_draw_one(rest, draw_fraction(seed, "task", id, *drawn)))
+        del rest[drawn[-1]]
+    return drawn + always
+
+
+def _draw_one(weights: Mapping[str, float], fraction: float) -> str:
+    rest = fraction * sum(weights.values())
+    for task, weight in weights.items():
         if rest < weight:
             return task
         rest -= weight
-    return candidates[-1][0]  # rounding can leave a hair over the last weight
+    return task  # rounding can leave a hair over the last weight
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What will be asked of utterances: tasks by weight, wordings from the pool.
+
+    Args:
+        pool: as `load_pool` returns it.
+        weights: of the tasks; infinite for one that every utterance gets.
+        tasks_per_utterance: how many of them an utterance gets.
+        seed: with an utterance's id, it decides everything.
+        paraphrases: `seen` or `held_out` wordings.
+
+    Raises:
+        ValueError: as in `draw_tasks`, or a task that the pool lacks.
+    """
+
+    pool: Mapping[str, Task]
+    weights: Mapping[str, float]
+    tasks_per_utterance: int = 1
+    seed: int = 0
+    paraphrases: str = "seen"
+
+    def __post_init__(self):
+        self.of("any utterance")
+        for task in self.weights:
+            draw_instruction(self.pool, task, "any utterance", self.seed, self.paraphrases)
+
+    def describe(self) -> dict:
+        """What it is, as JSON takes it; the pool by 16 hex digits of what it says."""
+        content = repr([self.pool[task] for task in sorted(self.pool)])
+        return {
+            "pool": hashlib.sha256(content.encode()).hexdigest()[:16],
+            "languages": sorted({name for task in self.pool.values() for name in dict(task.slots).get("language", ())}),
+            "weights": {task: str(weight) for task, weight in self.weights.items()},
+            "tasks_per_utterance": self.tasks_per_utterance,
+            "seed": self.seed,
+            "paraphrases": self.paraphrases,
+        }
+
+    def of(self, id: str) -> list[tuple[str, str]]:
+        """`(task, instruction)` pairs for utterance `id`."""
+        tasks = draw_tasks(self.weights, id, self.seed, self.tasks_per_utterance)
+        return [(task, draw_instruction(self.pool, task, id, self.seed, self.paraphrases)) for task in tasks]
+
+
+def parse_weights(tasks: Iterable[str]) -> dict[str, float]:
+    """Weights from the command line: `intent` weighs 1, `intent=2.5` as it says, `transcription=inf` is in every draw.
+
+    Raises:
+        ValueError: a weight that is no number, or a task named twice.
+    """
+    weights: dict[str, float] = {}
+    for entry in tasks:
+        task, equals, weight = entry.partition("=")
+        if task in weights:
+            raise ValueError(f"task {task!r} is named twice in {list(tasks)}")
+        try:
+            weights[task] = float(weight) if equals else 1.0
+        except ValueError:
+            raise ValueError(f"cannot read the weight in {entry!r}; expected TASK=NUMBER or TASK=inf") from None
+    return weights

@@ -1,94 +1,242 @@
-"""Who answers: a responder reads (instruction, transcript) and writes the response.
+"""Who answers: a responder reads requests (instruction and transcript) and writes the responses.
 
 It renders the LSM's own prompt, with the transcript in the slot where the LSM will have the speech.
 """
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    WhisperFeatureExtractor,
+)
+
+from processing_lsm import LsmProcessor
+from recipes.compose import identify, load_tokenizer, make_room
 
 logger = logging.getLogger(__name__)
 
 # What must agree between a row's responder and the LSM that trains on it, for the row to be self-powered.
 IDENTITY = ("model", "revision", "template")
+MAX_NEW_TOKENS = 225  # the paper's
+KV_CACHE_BYTES = 8 * 2**30
+MOST_ROWS = 256  # of one batch: more do not make it faster
 
 
-class LocalResponder:
-    """The LLM inside an LSM folder, answering greedily from text alone.
+class Request(NamedTuple):
+    """What is asked. Requests of one `task` have answers of similar length, so they share batches."""
+
+    instruction: str
+    transcript: str
+    task: str = ""
+
+
+class Reply(NamedTuple):
+    """What was answered, and why it ended: the model's own end of turn, the token limit, or a prompt too long to ask
+    (then `text` is empty)."""
+
+    text: str
+    finish: Literal["stop", "length", "prompt_too_long"] = "stop"
+
+
+class Responder:
+    """What all responders share: which LLM it is, and the prompts.
 
     Args:
-        model: an LSM, as `recipes/compose.py` writes it: folder or Hub id. Its LLM must not have been trained since.
+        processor: of the LSM, or `text_processor` of an LLM.
+        identity: `model` and `revision` of the LLM and `template`, as in an LSM's `config.responder`.
         max_new_tokens: longest response.
-        token_budget: padded tokens (prompt and response) of one batch; rows are sorted by length.
-
-    Raises:
-        ValueError: the checkpoint does not say which LLM is inside (`config.responder`).
+        max_prompt_tokens: longer prompts are not asked; by default those that leave no room for the response.
+        context: positions that the LLM has, None if unknown.
     """
 
-    def __init__(self, model: str | Path, max_new_tokens: int = 225, token_budget: int = 16_384):
-        self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
-        self.model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True)
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    engine: str
+
+    def __init__(
+        self,
+        processor: LsmProcessor,
+        identity: dict,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_prompt_tokens: int | None = None,
+        context: int | None = None,
+    ):
+        if max_new_tokens < 1 or (max_prompt_tokens is not None and max_prompt_tokens < 1):
+            raise ValueError(f"{max_new_tokens=} and {max_prompt_tokens=} must be 1 or more.")
+        if context is not None and context <= max_new_tokens:
+            raise ValueError(f"{max_new_tokens=} leaves no room for a prompt: the LLM has {context} positions.")
+        self.processor = processor
+        self.identity = identity
         self.max_new_tokens = max_new_tokens
-        self.token_budget = token_budget
-        if self.model.config.responder is None:
-            raise ValueError(f"{model} does not say which LLM is inside; compose it with recipes/compose.py.")
+        limits = [max_prompt_tokens, None if context is None else context - max_new_tokens]
+        self.max_prompt_tokens = min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def provenance(self) -> str:
         """JSON for the `responder` column: LLM id and revision, template hash, decoding settings."""
-        decoding = {"do_sample": False, "max_new_tokens": self.max_new_tokens}
-        return json.dumps({**self.model.config.responder, "decoding": decoding}, sort_keys=True)
+        return json.dumps({**self.identity, "decoding": self.decoding}, sort_keys=True)
 
-    @torch.inference_mode()
-    def respond(self, requests: Sequence[tuple[str, str]]) -> list[str | None]:
-        """Answer `(instruction, transcript)` pairs, in order; None where the answer was cut at `max_new_tokens`."""
-        tokenizer = self.processor.tokenizer
-        prompts = [
-            self.processor.apply_chat_template(
-                self.processor.conversation(instruction, transcript=transcript), add_generation_prompt=True
-            )
-            for instruction, transcript in requests
+    @property
+    def decoding(self) -> dict:
+        return {"do_sample": False, "max_new_tokens": self.max_new_tokens, "engine": self.engine}
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """Answer the requests, in their order.
+
+        Raises:
+            ConnectionError: a server that cannot be reached, or keeps failing.
+        """
+        tokens = self._tokenize(requests)
+        limit = self.max_prompt_tokens
+        asked = [index for index, prompt in enumerate(tokens) if limit is None or len(prompt) <= limit]
+        replies = [Reply("", "prompt_too_long")] * len(requests)
+        written = self._generate([tokens[index] for index in asked], [requests[index].task for index in asked])
+        for index, reply in zip(asked, written, strict=True):
+            replies[index] = reply
+        return replies
+
+    def _tokenize(self, requests: Sequence[Request]) -> list[list[int]]:
+        conversations = [
+            self.processor.conversation(request.instruction, transcript=request.transcript) for request in requests
         ]
-        tokens = tokenizer(prompts, add_special_tokens=False).input_ids
-        responses: list[str | None] = [None] * len(requests)
-        with tqdm(total=len(requests), desc="responses", unit="row") as progress:
-            for batch in self._batches([len(row) for row in tokens]):
-                for index, response in zip(batch, self._generate([tokens[index] for index in batch]), strict=True):
-                    responses[index] = response
-                progress.update(len(batch))
-        return responses
+        prompts = [
+            self.processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations
+        ]
+        return self.processor.tokenizer(prompts, add_special_tokens=False).input_ids if prompts else []
 
-    def _batches(self, lengths: list[int]) -> list[list[int]]:
-        """Row indices in batches of similar length within the token budget, longest first: memory fails early."""
+    def _generate(self, prompts: list[list[int]], tasks: list[str]) -> list[Reply]:
+        """Answer prompts given as token ids, in their order."""
+        raise NotImplementedError
+
+
+class LocalResponder(Responder):
+    """An LLM run by transformers, answering greedily from text alone.
+
+    Args:
+        llm: a causal LLM, or an LSM as `recipes/compose.py` writes it whose LLM has not been trained since: folder or
+            Hub id.
+        max_new_tokens, max_prompt_tokens: as in `Responder`.
+        kv_cache_bytes: what the keys and values of one batch may take; it sets the token budget of a batch (prompts
+            and responses, padding included).
+        dtype: of the LLM; `"auto"` is the checkpoint's.
+
+    Raises:
+        ValueError: an LSM that does not say which LLM is inside (`config.responder`), or limits that leave no room.
+    """
+
+    engine = "transformers"
+
+    def __init__(
+        self,
+        llm: str | Path,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_prompt_tokens: int | None = None,
+        kv_cache_bytes: int = KV_CACHE_BYTES,
+        dtype: str = "auto",
+    ):
+        processor, identity, config = load_identity(llm)
+        self.model = AutoModelForCausalLM.from_pretrained(str(llm), trust_remote_code=True, dtype=dtype)
+        if config.model_type != "lsm":
+            make_room(self.model, processor.tokenizer)
+        if self.model.generation_config.eos_token_id is None:
+            self.model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+        self.model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu").eval()
+        super().__init__(processor, identity, max_new_tokens, max_prompt_tokens, context_of(config))
+        self.token_budget = kv_cache_bytes // kv_bytes_per_token(config, self.model.dtype.itemsize)
+
+    @property
+    def decoding(self) -> dict:
+        """With what the checkpoint's generation settings change in greedy decoding."""
+        settings = self.model.generation_config
+        changed = {
+            name: getattr(settings, name)
+            for name, neutral in NEUTRAL.items()
+            if getattr(settings, name, None) not in (None, neutral)
+        }
+        return {**super().decoding, **changed}
+
+    def _generate(self, prompts: list[list[int]], tasks: list[str]) -> list[Reply]:
+        replies = [Reply("")] * len(prompts)
+        with tqdm(total=len(prompts), desc="responses", unit="row", leave=False) as progress:
+            for batch in self._batches([len(prompt) for prompt in prompts], tasks):
+                answers = self._generate_batch([prompts[index] for index in batch])
+                for index, reply in zip(batch, answers, strict=True):
+                    replies[index] = reply
+                progress.update(len(batch))
+        return replies
+
+    def _batches(self, lengths: list[int], tasks: list[str]) -> list[list[int]]:
+        """Row indices in batches of one task and similar length within the token budget; each task's longest first."""
         batches: list[list[int]] = []
-        for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-            longest = lengths[batches[-1][0]] if batches else 0
-            if not batches or (len(batches[-1]) + 1) * (longest + self.max_new_tokens) > self.token_budget:
+        for index in sorted(range(len(lengths)), key=lambda index: (tasks[index], -lengths[index])):
+            batch = batches[-1] if batches else []
+            longest = lengths[batch[0]] if batch else 0
+            full = (len(batch) + 1) * (longest + self.max_new_tokens) > self.token_budget or len(batch) == MOST_ROWS
+            if not batch or full or tasks[index] != tasks[batch[0]]:
                 batches.append([])
             batches[-1].append(index)
         return batches
 
-    def _generate(self, rows: list[list[int]]) -> list[str | None]:
+    @torch.inference_mode()
+    def _generate_batch(self, rows: list[list[int]]) -> list[Reply]:
         tokenizer, end = self.processor.tokenizer, self.model.generation_config.eos_token_id
         inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.model.device)
         output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         answers = output[:, inputs.input_ids.shape[1] :]
         finished = torch.isin(answers, torch.tensor(end, device=answers.device)).any(dim=1).tolist()
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [text.strip() if done else None for text, done in zip(texts, finished, strict=True)]
+        return [Reply(text.strip(), "stop" if done else "length") for text, done in zip(texts, finished, strict=True)]
+
+
+# Settings of a checkpoint's generation_config.json that act on greedy decoding too, and the value that does nothing.
+NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "length_penalty": 1.0}
+
+
+def load_identity(llm: str | Path) -> tuple[LsmProcessor, dict, AutoConfig]:
+    """Processor, identity (`model`, `revision`, `template`) and configuration of an LLM or of the LLM in an LSM.
+
+    Raises:
+        ValueError: an LSM that does not say which LLM is inside.
+    """
+    config = AutoConfig.from_pretrained(str(llm), trust_remote_code=True)
+    if config.model_type != "lsm":
+        processor = text_processor(llm)
+        return processor, {**identify(str(llm)), "template": processor.template_hash}, config
+    if config.responder is None:
+        raise ValueError(f"{llm} does not say which LLM is inside; compose it with recipes/compose.py.")
+    return AutoProcessor.from_pretrained(str(llm), trust_remote_code=True), config.responder, config
+
+
+def text_processor(llm: str | Path) -> LsmProcessor:
+    """The processor that an LSM composed of this LLM would have: it lays out the very same prompts."""
+    return LsmProcessor(WhisperFeatureExtractor(), load_tokenizer(str(llm)))
+
+
+def context_of(config: AutoConfig) -> int | None:
+    """Positions that the LLM has, None if its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def kv_bytes_per_token(config: AutoConfig, itemsize: int) -> int:
+    """Bytes that keys and values of one token take in all layers."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * head_dim * itemsize
 
 
 def foreign(provenance: str, responder: dict | None) -> list[str]:
     """What differs between a row's `responder` column and an LSM's `config.responder`: empty if self-powered.
 
     Args:
-        provenance: the row's `responder`, as `LocalResponder.provenance` writes it.
+        provenance: the row's `responder`, as `Responder.provenance` writes it.
         responder: `config.responder` of the LSM that would train on it.
     """
     try:

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from dataset_builders.asr_corpora import load_corpus
-from dataset_builders.self_powered import SELF_POWERED_TASKS, TRANSCRIPTION, draw_requests
+from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
+from dataset_builders.self_powered import draw_rows
 from processing_lsm import LsmProcessor, load_audio
 from recipes.audio_features import AudioFeatureStore, audio_key
 from recipes.collator import render_prompt
@@ -57,10 +59,9 @@ def load_lsm(model: str | Path, dtype: str = "auto"):
 
 def held_out_rows(corpus: Dataset, tasks: Sequence[str], seed: int = 0) -> list[dict]:
     """Evaluation rows: every clip with one of `tasks` and with transcription, in held-out wordings, and its audio."""
-    requests = draw_requests(corpus, dict.fromkeys(tasks, 1.0), seed, paraphrases="held_out")
-    audio = corpus["audio"]
-    clips = [audio[row] for row in range(len(corpus))]
-    return [request | {"audio": clips[request["row"]]} for request in requests]
+    weights = {**dict.fromkeys(tasks, 1.0), TRANSCRIPTION: math.inf}
+    draw = Draw(load_pool(), weights, min(2, len(weights)), seed, "held_out")
+    return draw_rows([utterance | {"row": row} for row, utterance in enumerate(corpus)], draw)
 
 
 def shuffle_clips(rows: list[dict]) -> list[dict]:

@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -32,8 +33,10 @@ from datasets.utils.logging import disable_progress_bar
 from tqdm import tqdm
 
 from dataset_builders import nano_speech, self_powered
-from dataset_builders.asr_corpora import load_corpus
+from dataset_builders.asr_corpora import load_corpus, open_corpus
+from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
 from dataset_builders.nano_tasks import QUESTION_TASKS
+from dataset_builders.responders import LocalResponder
 from processing_lsm import load_audio
 from recipes.audio_features import AudioFeatureStore
 from recipes.compose import compose
@@ -110,10 +113,10 @@ class Quickstart:
         compose(self.settings["audio"], self.settings["text"], str(folder), seed=self.seed, **shape)
 
     def answer(self, folder: Path) -> None:
-        base, corpus = self.folder / "base", self.folder / "corpus"
-        self_powered.build(
-            base, corpus, "train", folder, seed=self.seed, max_new_tokens=self.settings["max_new_tokens"]
-        )
+        corpus = open_corpus(self.folder / "corpus", "train")
+        responder = LocalResponder(self.folder / "base", self.settings["max_new_tokens"])
+        weights = {**dict.fromkeys(SELF_POWERED_TASKS, 1.0), TRANSCRIPTION: math.inf}
+        self_powered.build(corpus, responder, folder, Draw(load_pool(), weights, 2, self.seed))
 
     def encode(self, folder: Path) -> None:
         model, processor = load_lsm(self.folder / "base")
@@ -166,7 +169,7 @@ class Quickstart:
         folder.mkdir(parents=True)
         checker, store = load_checker(CHECKER), AudioFeatureStore(self.folder / "features")
         corpus = load_corpus(self.folder / "corpus", "test")
-        rows = held_out_rows(corpus, self_powered.SELF_POWERED_TASKS, self.seed)
+        rows = held_out_rows(corpus, SELF_POWERED_TASKS, self.seed)
         questions = corpus.select(range(min(len(corpus), self.settings["question_clips"])))
         questions = [
             row for row in held_out_rows(questions, QUESTION_TASKS, self.seed) if row["task"] in QUESTION_TASKS
@@ -201,9 +204,7 @@ class Quickstart:
         Dataset.from_list(records).to_parquet(str(self.folder / "predictions.parquet"))
         training = self.folder / "training"
         report["steps"] = {name: read_lines(training / name / "log.jsonl")[-1]["step"] for name in MODELS}
-        report["rows"] = sum(
-            r["model"] == "self_powered" and r["task"] in self_powered.SELF_POWERED_TASKS for r in records
-        )
+        report["rows"] = sum(r["model"] == "self_powered" and r["task"] in SELF_POWERED_TASKS for r in records)
         report["stages"] = dict(self.stages.seconds)
         report["seconds"] = round(sum(self.stages.seconds.values()), 1)
         report["seed"] = self.seed

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from dataset_builders.self_powered import SELF_POWERED_TASKS
+from dataset_builders.instructions import SELF_POWERED_TASKS
 
 # Dark to light with hatching: told apart in grey, too.
 STYLES = {

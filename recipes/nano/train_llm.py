@@ -20,10 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from dataset_builders.instructions import Task, load_pool
+from dataset_builders.instructions import TRANSCRIPTION, Task, load_pool
 from dataset_builders.nano_grammar import sample_sentence
 from dataset_builders.nano_tasks import answers, is_correct, normalize
-from dataset_builders.self_powered import TRANSCRIPTION
 
 logger = logging.getLogger(__name__)
 

@@ -1,19 +1,22 @@
 """A self-powered set to train on."""
 
+import math
+
 import pytest
 
-from dataset_builders.responders import LocalResponder
+from dataset_builders.asr_corpora import open_corpus
+from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
+from dataset_builders.responders import LocalResponder, Reply
 from dataset_builders.self_powered import build
 
 
 @pytest.fixture(scope="session")
 def set_dir(lsm_dir, corpus_dir, tmp_path_factory):
     """Eight answers and eight transcriptions; the random LLM's own words would be none, so it says something short."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            LocalResponder, "respond", lambda self, requests: [f"so {said[:12]}".strip() for _, said in requests]
-        )
-        return build(lsm_dir, corpus_dir, "train", tmp_path_factory.mktemp("sets") / "self_powered")
+    responder, weights = LocalResponder(lsm_dir), {**dict.fromkeys(SELF_POWERED_TASKS, 1.0), TRANSCRIPTION: math.inf}
+    responder.respond = lambda requests: [Reply(f"So {request.transcript[:12].strip()}.") for request in requests]
+    output = tmp_path_factory.mktemp("sets") / "self_powered"
+    return build(open_corpus(corpus_dir, "train"), responder, output, Draw(load_pool(), weights, 2))
 
 
 @pytest.fixture

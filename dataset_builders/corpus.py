@@ -1,0 +1,153 @@
+"""What a corpus is to those who read it: a stream of utterances, and errors that say where they stand."""
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+from datasets import Features, Value
+
+from dataset_builders.transcripts import NORMALIZERS
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "audio": {"bytes": Value("binary"), "path": Value("string")},
+        "transcript": Value("string"),
+        "duration": Value("float32"),  # seconds
+        "source": Value("string"),  # corpus and split
+    }
+)
+# Where a corpus names its columns otherwise than it is told, the first of these that it has is taken.
+COLUMNS = {
+    "audio": ("audio", "audio_filepath", "audio_path", "file_name", "path", "file", "wav"),
+    "transcript": ("transcript", "text", "sentence", "transcription", "normalized_text"),
+    "id": ("id", "utterance_id", "segment_id", "utt_id"),
+}
+
+
+class RefusedRowError(ValueError):
+    """An utterance that cannot be used: `where` it stands, and the `reason`, few words that can be counted."""
+
+    def __init__(self, where: str, reason: str, details: str = ""):
+        super().__init__(f"{where}: {reason}{': ' if details else ''}{details}")
+        self.where, self.reason = where, reason
+
+
+class Corpus:
+    """A split of a corpus, to be read file by file.
+
+    `num_files` files can be read apart; their number, the order of the utterances in them and their ids depend on the
+    corpus alone.
+    """
+
+    num_files = 1
+    default_limit: int | None = None  # utterances, of a corpus that has no end
+    revision: str | None = None  # commit or content hash, where there is one
+    config: str | None = None
+    license: str | None = None
+    language: str | None = None
+
+    def __init__(self, name: str, split: str, columns: dict[str, str], normalizer: str = "plain"):
+        if normalizer not in NORMALIZERS:
+            raise ValueError(f"unknown normalizer {normalizer!r}; there are {list(NORMALIZERS)}")
+        self.name, self.split, self.columns, self.normalizer = name, split, columns, normalizer
+
+    @property
+    def source(self) -> str:
+        return f"{self.name}/{self.split}"
+
+    def describe(self) -> dict:
+        """Which corpus this is, as JSON takes it."""
+        names = ("name", "split", "config", "revision", "columns", "normalizer", "license", "language")
+        return {"kind": type(self).__name__, **{name: getattr(self, name) for name in names}}
+
+    def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:
+        """Where an utterance stands, and what stands there in the corpus's own columns: cheap, nothing is decoded."""
+        raise NotImplementedError
+
+    def audio(self, where: str, line: dict) -> dict:
+        """The `{"bytes", "path"}` of an utterance.
+
+        Raises:
+            RefusedRowError: the file cannot be read.
+        """
+        raise NotImplementedError
+
+    def utterance(self, where: str, line: dict | RefusedRowError) -> dict:
+        """The row of `FEATURES` for one of the `lines`.
+
+        Raises:
+            RefusedRowError: its audio cannot be read, or it has no transcript.
+        """
+        if isinstance(line, RefusedRowError):
+            raise line
+        column = self.columns["transcript"]
+        if column not in line:
+            raise RefusedRowError(where, "no column", f"{column!r} is missing, there are {sorted(line)}")
+        text = NORMALIZERS[self.normalizer](line[column]) if isinstance(line[column], str) else ""
+        if not text:
+            raise RefusedRowError(where, "no transcript", f"{column!r} is {line[column]!r}; expected what is said")
+        audio = self.audio(where, line)
+        try:
+            duration = duration_of(audio)
+        except ValueError as error:
+            raise RefusedRowError(where, "unreadable audio", str(error)) from error
+        id = self.id_of(where, line, audio)
+        return {
+            "id": id,
+            "audio": audio,
+            "transcript": text,
+            "duration": np.float32(duration),
+            "source": self.source,
+        }
+
+    def id_of(self, where: str, line: dict, audio: dict) -> str:
+        """The corpus's own id, or else where the utterance stands."""
+        value = line.get(self.columns.get("id", ""))
+        return where if value in (None, "") else str(value)
+
+    def __iter__(self) -> Iterator[dict]:
+        """All utterances; the first that cannot be used ends it with a `RefusedRowError`."""
+        for file in range(self.num_files):
+            for where, line in self.lines(file):
+                yield self.utterance(where, line)
+
+
+def choose_columns(
+    there: list[str], told: dict[str, str], corpus: str, optional: tuple[str, ...] = ("id",)
+) -> dict[str, str]:
+    """Which column of a corpus is its `audio`, `transcript` and `id`.
+
+    Raises:
+        ValueError: a column that it was told of is not there, or none that could be it; names those there are.
+    """
+    chosen = {}
+    for role, customary in COLUMNS.items():
+        candidates = [told[role]] if role in told else customary
+        found = next((column for column in candidates if column in there), None)
+        if found is not None:
+            chosen[role] = found
+        elif role in told or role not in optional:
+            raise ValueError(
+                f"{corpus} has no column {candidates[0]!r}; it has {there}. Name its columns with --audio-column, "
+                "--transcript-column and --id-column."
+            )
+    return chosen
+
+
+def duration_of(audio: dict) -> float:
+    """Seconds of an audio file given as `{"bytes", "path"}`, from its header.
+
+    Raises:
+        ValueError: the file cannot be read or holds no samples.
+    """
+    import soundfile
+
+    source = io.BytesIO(audio["bytes"]) if audio.get("bytes") is not None else audio["path"]
+    try:
+        info = soundfile.info(source)
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        raise ValueError(f"cannot read {audio.get('path') or 'the given bytes'} as audio: {error}") from error
+    if info.frames == 0:
+        raise ValueError(f"{audio.get('path') or 'the audio'} has no samples; expected speech.")
+    return info.frames / info.samplerate

@@ -1,0 +1,232 @@
+"""The card of a set: what `load_dataset` must know, and what whoever trains on it should."""
+
+import collections
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from dataset_builders.filters import FILTERS
+from dataset_builders.shards import BuildFolder
+
+_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+_COLUMNS = """\
+| column | meaning |
+|---|---|
+| `id` | source, utterance and task |
+| `audio` | the corpus's own file, byte for byte |
+| `transcript` | what was said, as the LLM read it |
+| `task` | what kind of instruction |
+| `instruction` | the wording |
+| `response` | what the LLM answered; for `transcription`, the transcript |
+| `duration` | seconds of audio |
+| `source` | corpus and split |
+| `responder` | who answered: LLM and revision, hash of the prompt template, decoding |
+"""
+
+
+@dataclass
+class Summary:
+    """Counts over the shards of a split."""
+
+    utterances: int = 0
+    refused: collections.Counter = field(default_factory=collections.Counter)  # by reason
+    asked: collections.Counter = field(default_factory=collections.Counter)  # by task
+    dropped: collections.Counter = field(default_factory=collections.Counter)  # by (task, reason)
+    rows: collections.Counter = field(default_factory=collections.Counter)  # by task
+    seconds: collections.Counter = field(default_factory=collections.Counter)  # of audio, by task
+    words: collections.Counter = field(default_factory=collections.Counter)  # of responses, by task
+    longest: dict[str, int] = field(default_factory=dict)  # response in words, by task
+
+    @classmethod
+    def of(cls, reports: Iterable[dict]) -> "Summary":
+        """Add up what `self_powered.write_shard` reports."""
+        total = cls()
+        for report in reports:
+            total.utterances += report["utterances"]
+            total.refused.update(reason for _, reason, _ in report["refused"])
+            total.dropped.update({tuple(key.split("/")): count for key, count in report["dropped"].items()})
+            for name in ("asked", "rows", "seconds", "words"):
+                getattr(total, name).update(report[name])
+            for task, words in report["longest"].items():
+                total.longest[task] = max(words, total.longest.get(task, 0))
+        return total
+
+    def lines(self) -> list[str]:
+        """What was lost and why, a line for each reason."""
+        refused = [f"utterances refused: {count} × {reason}" for reason, count in sorted(self.refused.items())]
+        dropped = [f"{task}: dropped {count} × {reason}" for (task, reason), count in sorted(self.dropped.items())]
+        return refused + dropped
+
+
+def write_card(folder: Path, pool: Mapping) -> None:
+    """Write `FOLDER/README.md` for all splits built there.
+
+    Args:
+        folder: of the set.
+        pool: the instruction pool, for its wordings.
+
+    Raises:
+        ValueError: no row is left, so there is nothing to load.
+    """
+    builds = BuildFolder.splits(folder)
+    summaries = {build.split: Summary.of(build.reports()) for build in builds}
+    if not any(summary.rows for summary in summaries.values()):
+        lost = "; ".join(line for summary in summaries.values() for line in summary.lines())
+        raise ValueError(f"{folder}: no row is left ({lost or 'the corpus is empty'}).")
+    text = "\n".join(
+        [
+            f"---\n{_metadata(builds, summaries).to_yaml()}\n---\n",
+            *_introduction(builds[0].settings),
+            *(line for build in builds for line in _split(build, summaries[build.split])),
+            *_examples(folder, summaries),
+            *_settings(builds, pool),
+        ]
+    )
+    partial = folder / "README.md.partial"
+    DatasetCard(text).save(partial)
+    partial.replace(folder / "README.md")
+
+
+def _metadata(builds: list[BuildFolder], summaries: Mapping[str, Summary]) -> DatasetCardData:
+    corpora = [build.settings["corpus"] for build in builds]
+    tasks = sorted({task for summary in summaries.values() for task in summary.rows})
+    total = sum(sum(summary.rows.values()) for summary in summaries.values())
+    splits = {
+        name: [split for split, summary in summaries.items() if any(summary.rows[task] for task in of)]
+        for name, of in {"all": tasks, **{task: [task] for task in tasks}}.items()
+    }
+    folders = {"all": "data/*", **{task: f"data/{task}" for task in tasks}}
+    licenses = sorted({corpus["license"] for corpus in corpora if corpus["license"]})
+    return DatasetCardData(
+        configs=[
+            {
+                "config_name": name,
+                **({"default": True} if name == "all" else {}),
+                "data_files": [{"split": split, "path": f"{path}/{split}-*.parquet"} for split in splits[name]],
+            }
+            for name, path in folders.items()
+        ],
+        language=sorted({corpus["language"] for corpus in corpora if corpus["language"]}) or None,
+        license=licenses[0] if len(licenses) == 1 else None,
+        size_categories=next((name for bound, name in _SIZES if total < bound), "n>10M"),
+        source_datasets=["original"],
+        task_categories=["automatic-speech-recognition", "audio-text-to-text"],
+        tags=["self-powered", "speech", "instruction-following"],
+        pretty_name="Self-powered speech instructions",
+    )
+
+
+def _introduction(settings: dict) -> list[str]:
+    responder = settings["responder"]
+    return [
+        "# Self-powered speech instructions\n",
+        f"`{responder['model']}` answered instructions over the transcripts of an ASR corpus. A speech LLM made of "
+        'that very LLM learns to give these answers from the speech ("Self-Powered LLM Modality Expansion", arXiv '
+        "2410.03798): what it learns is to hear, not to speak otherwise.\n",
+        '```python\nfrom datasets import load_dataset\n\nrows = load_dataset("THIS_REPOSITORY", "all", split='
+        f'"{settings["corpus"]["split"]}", streaming=True)\n```\n',
+        _COLUMNS,
+    ]
+
+
+def _split(build: BuildFolder, summary: Summary) -> list[str]:
+    corpus = build.settings["corpus"]
+    revision = f" at revision `{corpus['revision']}`" if corpus["revision"] else ""
+    table = [
+        f"| {task} | {summary.asked[task]} | {summary.rows[task]} | {summary.seconds[task] / 3600:.2f} | "
+        f"{summary.words[task] / max(1, summary.rows[task]):.1f} | {summary.longest.get(task, 0)} |"
+        for task in sorted(summary.asked)
+    ]
+    seconds = sum(summary.seconds.values())
+    return [
+        f"## Split `{build.split}`\n",
+        f"Source: `{corpus['name']}`, split `{corpus['split']}`{revision}; licence: "
+        f"{corpus['license'] or 'see the corpus, whose terms hold for its audio and transcripts'}. Transcripts by the "
+        f"rule `{corpus['normalizer']}`. {summary.utterances} utterances read.\n",
+        "| task | asked | rows | hours | words per response | longest |\n|---|---|---|---|---|---|",
+        *table,
+        f"| all | {sum(summary.asked.values())} | {sum(summary.rows.values())} | {seconds / 3600:.2f} | | |\n",
+        "Refused and dropped:\n",
+        *([f"- {line}" for line in summary.lines()] or ["- nothing"]),
+        "",
+    ]
+
+
+def _examples(folder: Path, summaries: Mapping[str, Summary]) -> list[str]:
+    """One row per task, without its audio."""
+    lines = ["## Examples\n", "| task | instruction | transcript | response |", "|---|---|---|---|"]
+    for task in sorted({task for summary in summaries.values() for task in summary.rows}):
+        file = next(iter(sorted((folder / "data" / task).glob("*.parquet"))))
+        columns = ["instruction", "transcript", "response"]
+        row = pq.ParquetFile(file).read_row_group(0, columns=columns).slice(0, 1).to_pylist()[0]
+        lines.append(f"| {task} | " + " | ".join(_cell(row[column]) for column in columns) + " |")
+    return [*lines, ""]
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its cell of a Markdown table, and is no markup there."""
+    for mark in "\\`*_<>[]|":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())
+
+
+def _settings(builds: list[BuildFolder], pool: Mapping) -> list[str]:
+    settings = builds[0].settings
+    responder, draw = settings["responder"], settings["draw"]
+    filters = [f"- `{name}`: {what}" for name, what in FILTERS.items() if _is_on(name, settings)]
+    wordings = [f"- {task}: " + " / ".join(pool[task].seen) for task in draw["weights"] if task in pool]
+    return [
+        "## How it was made\n",
+        f"- LLM: `{responder['model']}`, revision `{responder['revision']}`; prompt template `{responder['template']}`",
+        f"- decoding: `{json.dumps(responder['decoding'], sort_keys=True)}`",
+        f"- tasks and weights: {draw['weights']}; {draw['tasks_per_utterance']} per utterance; seed {draw['seed']}",
+        f"- instruction pool `{draw['pool']}`, its `{draw['paraphrases']}` wordings:\n",
+        "<details><summary>wordings</summary>\n",
+        *wordings,
+        "\n</details>\n",
+        "Filters:\n",
+        *(filters or ["- none"]),
+        "\nTo build it again:\n",
+        "```bash",
+        *(rebuild_command(build.settings) for build in builds),
+        "```\n",
+    ]
+
+
+def _is_on(name: str, settings: dict) -> bool:
+    return settings["judge_below"] is not None if name == "judged" else name not in settings["filters_off"]
+
+
+def rebuild_command(settings: dict) -> str:
+    """The command line of a build; local files by their names alone."""
+    corpus, draw, responder = settings["corpus"], settings["draw"], settings["responder"]
+    options = {
+        "corpus": corpus["name"],
+        "split": corpus["split"],
+        "config": corpus["config"],
+        "revision": corpus["revision"] if corpus["kind"] == "HubCorpus" else None,
+        "normalizer": corpus["normalizer"],
+        **{f"{role}-column": column for role, column in corpus["columns"].items()},
+        "llm": responder["model"],
+        "max-new-tokens": responder["decoding"]["max_new_tokens"],
+        "seed": draw["seed"],
+        "tasks-per-utterance": draw["tasks_per_utterance"],
+        "limit": settings["limit"],
+        "shard-size": settings["shard_size"],
+        "judge-below": settings["judge_below"],
+    }
+    parts = ["python", "-m", "dataset_builders.self_powered", "build"]
+    for name, value in options.items():
+        if value is not None:
+            parts += [f"--{name}", str(value)]
+    parts += ["--tasks", *(f"{task}={weight}" for task, weight in draw["weights"].items())]
+    if draw["languages"]:
+        parts += ["--languages", *draw["languages"]]
+    if settings["filters_off"]:
+        parts += ["--filters-off", *settings["filters_off"]]
+    return shlex.join([*parts, "--output", "OUTPUT"])

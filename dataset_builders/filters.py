@@ -1,0 +1,79 @@
+"""Which responses are kept, and the reasons why others are not."""
+
+from collections.abc import Collection
+
+import regex
+
+from dataset_builders.instructions import TRANSCRIPTION, Task
+from dataset_builders.responders import Reply, Request, Responder
+
+# Every reason to drop a response, in the order of looking; each can be turned off by its name.
+FILTERS = {
+    "prompt_too_long": "the prompt was longer than the limit, so it was not asked",
+    "truncated": "the response was cut at the token limit",
+    "empty": "the response has no text",
+    "unfinished": "the response does not end like a sentence (tasks that ask for labels or lists excepted)",
+    "copy": "the response is the bare transcript (repetition excepted)",
+    "refusal": "the response begins with a refusal, or asks for the speech",
+    "duplicate": "an earlier row of the shard has the same instruction, transcript and response",
+    "judged": "the LLM gave its own response a low score, or none",
+}
+
+_END = regex.compile(r"""[\p{Sentence_Terminal}…][\p{Pe}\p{Pf}\p{Pi}"'*`\s]*$""")
+# Looked for at the beginning alone: a speaker in a story may well be sorry.
+_REFUSAL = regex.compile(
+    r"""\s*(
+        (i['’]?\s?a?m|i\s+am)\s+(very\s+|so\s+|truly\s+)?(sorry|afraid)\b.{0,20}\b(i|but|as)\b
+      | (sorry|apologies|unfortunately)\b.{0,20}\bi\s?(['’]m|am|can|could|do)
+      | i\s+apologi[sz]e\b
+      | as\s+(an?\s+)?(ai|artificial|language\s+model|text-based)\b
+      | i\s?(['’]m|\s+am)\s+(just\s+|only\s+)?(an?\s+)?(ai|unable|not\s+able|language\s+model|large\s+language)\b
+      | i\s+(can\s?not|can['’]t|could\s?n['’]t|do\s?n['’]t|do\s+not)\s+
+        (hear|listen|process|access|have\s+(access|the\s+ability|any)|assist|help|fulfil|comply|see\s+any|play)
+      | (please|could\s+you(\s+please)?|can\s+you(\s+please)?)\s+(provide|share|upload|paste|send)\b
+      | (there\s+is\s+)?no\s+(speech|audio|transcript|text)\s+(was\s+|has\s+been\s+|is\s+)?(provided|given|attached)
+    )""",
+    regex.IGNORECASE | regex.VERBOSE,
+)
+_JUDGE = (
+    "An instruction about the speech and an answer to it follow. Instruction: {instruction} Answer: {response} "
+    "How well does the answer do what the instruction asks, and how true is it to the speech? "
+    "Answer with one number only, from 1 (not at all) to 5 (perfectly)."
+)
+
+
+def check_names(names: Collection[str]) -> None:
+    """Raises ValueError for a name that no filter has."""
+    if unknown := sorted(set(names) - set(FILTERS)):
+        raise ValueError(f"unknown filter {unknown[0]!r}; there are {list(FILTERS)}")
+
+
+def reason_to_drop(task: Task, transcript: str, reply: Reply, off: Collection[str] = ()) -> str | None:
+    """The first reason, a name in `FILTERS`, why a reply to `task` is not kept, or None. `off`: reasons that do not
+    count. Duplicates and scores are for those who see more than one reply."""
+    reasons = {
+        "prompt_too_long": reply.finish == "prompt_too_long",
+        "truncated": reply.finish == "length",
+        "empty": not reply.text,
+        "unfinished": task.ends_like_a_sentence and not _END.search(reply.text),
+        "copy": not task.may_copy_transcript and _fold(reply.text) == _fold(transcript),
+        "refusal": bool(_REFUSAL.match(reply.text)),
+    }
+    if task.name == TRANSCRIPTION:  # written without the LLM
+        return None
+    return next((reason for reason, found in reasons.items() if found and reason not in off), None)
+
+
+def judge(responder: Responder, requests: list[Request], responses: list[str]) -> list[int | None]:
+    """The LLM's scores, 1 to 5, for its own responses; None where it gave none."""
+    questions = [
+        Request(_JUDGE.format(instruction=request.instruction, response=response), request.transcript, "judge")
+        for request, response in zip(requests, responses, strict=True)
+    ]
+    found = [regex.search(r"[1-5]", reply.text) for reply in responder.respond(questions)]
+    return [int(match[0]) if match else None for match in found]
+
+
+def _fold(text: str) -> str:
+    """Letters and digits alone: what is left when case and punctuation do not count."""
+    return regex.sub(r"[^\p{L}\p{M}\p{N}]+", " ", text).strip().casefold()

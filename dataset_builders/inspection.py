@@ -1,0 +1,370 @@
+"""Look at a self-powered set before training on it: counts, histograms, and a few rows to read and to hear.
+
+`survey` counts, `draw_samples` draws, `render_text` and `render_html` show both; `inspect_set` does all of it. The same
+set gives the same text and page, byte for byte. Words are what white space separates.
+"""
+
+import base64
+import bisect
+import io
+import itertools
+import json
+import logging
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("id", "audio", "transcript", "task", "instruction", "response", "duration", "source", "responder")
+_TEXTS = ("transcript", "task", "instruction", "response", "source", "responder")
+_COUNTED = pa.schema([*((name, pa.string()) for name in _TEXTS), ("duration", pa.float64())])
+_INK = "#010203"  # stands for the page's text colour, which matplotlib cannot name
+
+
+@dataclass
+class Histogram:
+    """Counts in `limit` bins of `width` from `start` on, and one more bin for all that is larger."""
+
+    start: float
+    width: float
+    limit: int
+    counts: np.ndarray = field(init=False)  # (limit + 1,)
+    total: float = 0.0
+    largest: float = 0.0
+
+    def __post_init__(self):
+        self.counts = np.zeros(self.limit + 1, dtype=np.int64)
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, int(self.counts.sum()))
+
+    def add(self, values: np.ndarray) -> None:
+        """Count `values`, shape (rows,), none below `start`."""
+        bins = np.minimum((values - self.start) / self.width, self.limit).astype(np.int64)
+        self.counts += np.bincount(bins, minlength=self.limit + 1)
+        self.total += float(values.sum())
+        self.largest = max(self.largest, float(values.max(initial=0.0)))
+
+    def bars(self) -> tuple[np.ndarray, np.ndarray]:
+        """At most 12 wider bins, to draw, without the one beyond the limit: edges (bars + 1,), counts (bars,)."""
+        used = max(1, int(np.flatnonzero(self.counts[:-1]).max(initial=0)) + 1)
+        step = next(step for step in (1, 2, 5, 10, 20, 50) if used <= 12 * step)
+        firsts = np.arange(0, used, step)
+        edges = self.start + self.width * np.append(firsts, firsts[-1] + step)
+        return edges, np.add.reduceat(self.counts[:used], firsts)
+
+
+@dataclass
+class Tally:
+    """What is counted of one task, or of all."""
+
+    rows: int = 0
+    duration: Histogram = field(default_factory=partial(Histogram, 0.0, 0.5, 120))  # seconds
+    # From -0.5, so that a bar stands over its whole numbers.
+    transcript_words: Histogram = field(default_factory=partial(Histogram, -0.5, 1.0, 400))
+    response_words: Histogram = field(default_factory=partial(Histogram, -0.5, 1.0, 400))
+    instructions: set[str] = field(default_factory=set)
+
+    def summary(self) -> dict[str, int | float]:
+        """The numbers of a table's row: counts, hours, words, and the share of instructions that are distinct."""
+        return {
+            "rows": self.rows,
+            "hours": self.duration.total / 3600,
+            "transcript_words_mean": self.transcript_words.mean,
+            "transcript_words_max": int(self.transcript_words.largest),
+            "response_words_mean": self.response_words.mean,
+            "response_words_max": int(self.response_words.largest),
+            "instructions": len(self.instructions),
+            "instructions_share": len(self.instructions) / max(1, self.rows),
+        }
+
+
+@dataclass
+class Survey:
+    """Counts of a set: per task, of all tasks, and rows per source and per responder (JSON)."""
+
+    name: str
+    tasks: dict[str, Tally] = field(default_factory=dict)
+    total: Tally = field(default_factory=Tally)
+    sources: Counter[str] = field(default_factory=Counter)
+    responders: Counter[str] = field(default_factory=Counter)
+
+
+def survey(folder: str | Path) -> Survey:
+    """Count all rows of a set without reading its audio.
+
+    Memory grows with the number of distinct instructions, sources and responders, not with the number of rows.
+
+    Args:
+        folder: with `data/TASK/*.parquet`, as `self_powered.py` writes it.
+
+    Raises:
+        ValueError: no such files; or, naming the file, it cannot be read, lacks a column, or has a row with a value
+            missing, a duration that is none, or another task than its folder.
+    """
+    found = Survey(Path(folder).resolve().name)
+    for task, paths in _files(folder).items():
+        found.tasks[task] = Tally()
+        for path in paths:
+            with _open(path) as file:
+                for batch in file.iter_batches(batch_size=4096, columns=_COUNTED.names):
+                    _count(found, task, path, batch)
+    return found
+
+
+def draw_samples(folder: str | Path, per_task: int, seed: int) -> list[dict]:
+    """Draw up to `per_task` rows of every task, audio included; only their row groups are read.
+
+    Returns:
+        Rows as dicts of `COLUMNS`, by task, in the set's order; a function of the set, `per_task` and `seed`.
+
+    Raises:
+        ValueError: `per_task` is negative, or a file as in `survey`.
+    """
+    if per_task < 0:
+        raise ValueError(f"{per_task} samples of a task; expected 0 or more.")
+    samples = []
+    for task, paths in _files(folder).items():
+        groups = []  # (path, row group, rows)
+        for path in paths:
+            with _open(path) as file:
+                groups += [(path, i, file.metadata.row_group(i).num_rows) for i in range(file.num_row_groups)]
+        ends = list(itertools.accumulate(rows for _, _, rows in groups))
+        size = ends[-1] if ends else 0
+        drawn = sorted(random.Random(f"{seed}/{task}").sample(range(size), min(per_task, size)))
+        for position, rows in itertools.groupby(drawn, key=lambda row, ends=ends: bisect.bisect_right(ends, row)):
+            path, group, length = groups[position]
+            with _open(path) as file:
+                table = file.read_row_group(group, columns=list(COLUMNS))
+            samples += [table.slice(row - (ends[position] - length), 1).to_pylist()[0] for row in rows]
+    return samples
+
+
+def render_text(survey: Survey) -> str:
+    """The survey for a terminal: a row per task and a total, then who answered and the sources."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("task", overflow="fold")
+    for of in ("rows", "hours", "transcript words\nmean (max)", "response words\nmean (max)", "wordings\n(of rows)"):
+        table.add_column(of, justify="right")
+    *tasks, total = _table(survey)
+    for task, *cells in tasks:
+        table.add_row(Text(task), *cells)  # as Text, so that brackets are not markup
+    table.add_section()
+    table.add_row(*total)
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    console.print(table)
+    lines = [line.rstrip() for line in console.file.getvalue().strip("\n").splitlines()]
+    for responder in _responders(survey):
+        who = ", ".join(f"{key} {value}" for key, value in responder.items() if key != "rows")
+        lines.append(f"  answered by {who} ({responder['rows']:,} rows)")
+    lines += [f"  source {source} ({rows:,} rows)" for source, rows in survey.sources.most_common()]
+    return "\n".join(lines)
+
+
+def render_html(survey: Survey, samples: list[dict]) -> str:
+    """One page that needs nothing else: the survey with histograms, and under each task its samples with their audio.
+
+    Args:
+        samples: rows of `draw_samples`.
+    """
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("inspection.html").render(
+        survey=survey,
+        table=_table(survey),
+        responders=_responders(survey),
+        sources=survey.sources.most_common(),
+        histograms={task: _histograms(f"t{i}", tally) for i, (task, tally) in enumerate(survey.tasks.items())},
+        samples={task: [row for row in samples if row["task"] == task] for task in survey.tasks},
+        audio_url=_audio_url,
+    )
+
+
+def inspect_set(folder: str | Path, html: str | Path | None = None, samples: int = 3, seed: int = 0) -> dict:
+    """Survey a set and, if asked, write the page.
+
+    Args:
+        folder: the set, as in `survey`.
+        html: where to write the page; its folder is made.
+        samples: rows of every task on the page.
+        seed: of their draw.
+
+    Returns:
+        `total` and `tasks` (name to numbers, as in `Tally.summary`), `sources` (name to rows), `responders` (a list of
+        dicts), `text` for the terminal, and `html`: the page's path or None. All of it can go into JSON.
+
+    Raises:
+        ValueError: as in `survey` and `draw_samples`.
+    """
+    found = survey(folder)
+    if html is not None:
+        page = render_html(found, draw_samples(folder, samples, seed))
+        Path(html).parent.mkdir(parents=True, exist_ok=True)
+        Path(html).write_text(page, encoding="utf-8")
+        logger.info("%s: %.1f MB", html, len(page) / 1e6)
+    return {
+        "total": found.total.summary(),
+        "tasks": {task: tally.summary() for task, tally in found.tasks.items()},
+        "sources": dict(found.sources.most_common()),
+        "responders": _responders(found),
+        "text": render_text(found),
+        "html": None if html is None else str(html),
+    }
+
+
+def _files(folder: str | Path) -> dict[str, list[Path]]:
+    """The set's files by task, both in order; raises ValueError if there are none."""
+    paths = sorted(Path(folder).glob("data/*/*.parquet"))
+    if not paths:
+        raise ValueError(
+            f"{folder} has no data/TASK/*.parquet; expected a folder that `python -m dataset_builders.self_powered "
+            "build` wrote."
+        )
+    return {task: list(mine) for task, mine in itertools.groupby(paths, key=lambda path: path.parent.name)}
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a file of the set; what goes wrong inside the block becomes a ValueError that names the file."""
+    try:
+        with pq.ParquetFile(path) as file:
+            if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
+                raise ValueError(f"{path} has no column {missing[0]!r}; expected {', '.join(COLUMNS)}.")
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _count(found: Survey, task: str, path: Path, batch: pa.RecordBatch) -> None:
+    """Add a batch of `path` to the survey; raises ValueError."""
+    table = pa.table(batch).select(_COUNTED.names).cast(_COUNTED)
+    for name in _COUNTED.names:
+        if table[name].null_count:
+            raise ValueError(f"{path}: a row has no {name}; expected one in every row.")
+    columns, seconds = table.to_pydict(), table["duration"].to_numpy()
+    if not ((seconds >= 0) & (seconds < np.inf)).all():
+        raise ValueError(f"{path}: a duration is negative or not a number; expected seconds.")
+    if strangers := set(columns["task"]) - {task}:
+        raise ValueError(f"{path} has rows of task {min(strangers)!r}; expected only {task!r}.")
+    transcript_words, response_words = (
+        np.array([len(text.split()) for text in columns[name]], dtype=np.int64) for name in ("transcript", "response")
+    )
+    for tally in (found.tasks[task], found.total):
+        tally.rows += len(seconds)
+        tally.duration.add(seconds)
+        tally.transcript_words.add(transcript_words)
+        tally.response_words.add(response_words)
+        tally.instructions.update(columns["instruction"])
+    found.sources.update(columns["source"])
+    found.responders.update(columns["responder"])
+
+
+def _table(survey: Survey) -> list[list[str]]:
+    """Cells per task, the total last: name, rows, hours, transcript words, response words, distinct instructions."""
+    table = []
+    for name, tally in (*survey.tasks.items(), ("total", survey.total)):
+        of = tally.summary()
+        words = [f"{of[f'{kind}_words_mean']:.1f} ({of[f'{kind}_words_max']:,})" for kind in ("transcript", "response")]
+        wordings = f"{of['instructions']:,} ({100 * of['instructions_share']:.1f} %)"
+        table.append([name, f"{of['rows']:,}", f"{of['hours']:,.2f}", *words, wordings])
+    return table
+
+
+def _responders(survey: Survey) -> list[dict]:
+    """Who answered, most rows first: `model`, `revision`, `template`, `decoding` as text, and `rows`."""
+    responders = []
+    for text, rows in survey.responders.most_common():
+        try:
+            of = dict(json.loads(text))
+        except (TypeError, ValueError):  # another program's column
+            of = {"model": text}
+        said = {key: of.get(key, "unknown") for key in ("model", "revision", "template", "decoding")}
+        said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
+        responders.append({**said, "rows": rows})
+    return responders
+
+
+def _histograms(name: str, tally: Tally) -> list[Markup]:
+    """A task's three histograms as SVG elements; `name` begins their ids, which must be unique in a page."""
+    return [
+        _svg(f"{name}d", tally.duration, "duration", "seconds"),
+        _svg(f"{name}t", tally.transcript_words, "transcript", "words"),
+        _svg(f"{name}r", tally.response_words, "response", "words"),
+    ]
+
+
+def _svg(name: str, histogram: Histogram, what: str, unit: str) -> Markup:
+    """A histogram as an SVG element for a page, in the page's text colour; no text of it comes from the data."""
+    alt = f"Histogram of the {what} in {unit}: mean {histogram.mean:.1f}, largest {round(histogram.largest, 1):g}."
+    with matplotlib.rc_context({"svg.hashsalt": "lsm", "svg.fonttype": "none", "font.size": 9, "hatch.color": _INK}):
+        svg = _draw(histogram, what, unit)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])  # HTML knows them
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg).replace(_INK, "currentColor")
+    return Markup(re.sub(r"<svg([^>]*)>", rf'<svg\1 role="img" aria-label="{alt}"><title>{alt}</title>', svg, count=1))
+
+
+def _draw(histogram: Histogram, what: str, unit: str) -> str:
+    edges, counts = histogram.bars()
+    figure = Figure(figsize=(3.6, 2.1))
+    axes = figure.add_axes((0.16, 0.22, 0.82, 0.75))
+    style = {"align": "edge", "color": "#2a9d8f", "edgecolor": _INK, "linewidth": 0.5}
+    axes.bar(edges[:-1], counts, np.diff(edges), **style)
+    label = f"{what} ({unit})"
+    if beyond := int(histogram.counts[-1]):
+        axes.bar(edges[-1], beyond, edges[1] - edges[0], hatch="///", **style)
+        label += f"; hatched: {histogram.limit * histogram.width:g} or more"
+    axes.set_xlabel(label, color=_INK)
+    axes.set_ylabel("rows", color=_INK)
+    axes.tick_params(colors=_INK)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.set_major_formatter(EngFormatter(sep=""))
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_INK)
+    drawing = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(drawing, format="svg", transparent=True, metadata=nothing)
+    return drawing.getvalue()
+
+
+def _audio_url(audio: dict | None) -> str | None:
+    """A clip (`{"bytes", "path"}`) as a `data:` URL, or None if the set does not hold its bytes."""
+    data = (audio or {}).get("bytes")
+    return data and f"data:{_mime_type(data)};base64,{base64.b64encode(data).decode()}"
+
+
+def _mime_type(data: bytes) -> str:
+    """What a browser calls the format of an audio file, from its first bytes."""
+    if data.startswith(b"fLaC"):
+        return "audio/flac"
+    if data.startswith(b"RIFF") and data[8:12] == b"WAVE":
+        return "audio/wav"
+    if data.startswith(b"OggS"):
+        return "audio/ogg"
+    # An MPEG frame begins with eleven ones; its layer is never 0, which AAC's is.
+    if data.startswith(b"ID3") or (data[:1] == b"\xff" and data[1:2] >= b"\xe0" and data[1] & 0b110):
+        return "audio/mpeg"
+    return "application/octet-stream"
