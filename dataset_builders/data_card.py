@@ -125,9 +125,9 @@ def _introduction(settings: dict) -> list[str]:
     responder = settings["responder"]
     return [
         "# Self-powered speech instructions\n",
-        f"`{responder['model']}` answered instructions over the transcripts of an ASR corpus. A speech LLM made of "
-        'that very LLM learns to give these answers from the speech ("Self-Powered LLM Modality Expansion", arXiv '
-        "2410.03798): what it learns is to hear, not to speak otherwise.\n",
+        f"An LLM, `{responder['model']}`, answered instructions over the transcripts of an ASR corpus. A speech LLM "
+        'made of that very LLM learns to give these answers from the speech ("Self-Powered LLM Modality Expansion", '
+        "arXiv 2410.03798): what it learns is to hear, not to speak otherwise.\n",
         '```python\nfrom datasets import load_dataset\n\nrows = load_dataset("THIS_REPOSITORY", "all", split='
         f'"{settings["corpus"]["split"]}", streaming=True)\n```\n',
         _COLUMNS,
@@ -178,8 +178,13 @@ def _cell(text: str) -> str:
 def _settings(builds: list[BuildFolder], pool: Mapping) -> list[str]:
     settings = builds[0].settings
     responder, draw = settings["responder"], settings["draw"]
+    if draw is None:
+        return [
+            "## How it was made\n",
+            "Imported from JSONL of the original project, which does not say who answered.\n",
+        ]
     filters = [f"- `{name}`: {what}" for name, what in FILTERS.items() if _is_on(name, settings)]
-    wordings = [f"- {task}: " + " / ".join(pool[task].seen) for task in draw["weights"] if task in pool]
+    wordings = [f"- {task}: " + " / ".join(pool[task].seen) for task in draw["weights"]]
     return [
         "## How it was made\n",
         f"- LLM: `{responder['model']}`, revision `{responder['revision']}`; prompt template `{responder['template']}`",
@@ -208,8 +213,8 @@ def rebuild_command(settings: dict) -> str:
     options = {
         "corpus": corpus["name"],
         "split": corpus["split"],
-        "config": corpus["config"],
-        "revision": corpus["revision"] if corpus["kind"] == "HubCorpus" else None,
+        "corpus-config": corpus["config"],
+        "corpus-revision": corpus["revision"] if corpus["kind"] == "HubCorpus" else None,
         "normalizer": corpus["normalizer"],
         **{f"{role}-column": column for role, column in corpus["columns"].items()},
         "llm": responder["model"],

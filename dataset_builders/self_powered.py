@@ -10,436 +10,229 @@ transcript itself. Draws are a function of (seed, utterance). Rows lie in `DIR/d
 `load_dataset(DIR, TASK)` or `load_dataset(DIR, "all")` reads them, from the Hub too.
 
 A build that was killed goes on with the same command, in any number of processes (torchrun, accelerate, srun, SLURM
-arrays): see `shards.py`. What an LLM behind a server answers is asked with `--server URL`: see `server_responder.py`.
+arrays): see `shards.py`. An LLM behind a server answers with `--server URL`: see `server_responder.py`.
+
+`import` and `export` exchange sets with the original project, whose JSONL has `instruction`, `audio` and `text`.
 """
 
 import argparse
-import collections
-import hashlib
-import itertools
-import json
 import logging
-import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
-from datasets import Audio, Dataset, Features, Value, load_dataset
-from huggingface_hub import HfApi
+import pyarrow.parquet as pq
+from datasets import (
+    Audio,
+    BuilderConfig,
+    Dataset,
+    DatasetInfo,
+    DownloadManager,
+    Features,
+    GeneratorBasedBuilder,
+    IterableDataset,
+    SplitGenerator,
+    Value,
+)
+from transformers import HfArgumentParser
 
 from dataset_builders.asr_corpora import PRESETS, open_corpus
-from dataset_builders.corpus import Corpus, RefusedRowError
-from dataset_builders.data_card import Summary, write_card
-from dataset_builders.filters import FILTERS, check_names, judge, reason_to_drop
-from dataset_builders.instructions import (
-    POOL_PATH,
-    SELF_POWERED_TASKS,
-    TRANSCRIPTION,
-    Draw,
-    load_pool,
-    parse_weights,
-)
-from dataset_builders.responders import MAX_NEW_TOKENS, LocalResponder, Reply, Request, Responder
-from dataset_builders.shards import BuildFolder, Shard, Worker
+from dataset_builders.building import FEATURES, SHARD_SIZE, TASKS, build
+from dataset_builders.corpus import Corpus
+from dataset_builders.filters import FILTERS
+from dataset_builders.instructions import POOL_PATH, Draw, load_pool, parse_weights
+from dataset_builders.original_format import OriginalRows, export_original, import_original
+from dataset_builders.publishing import push_to_hub
+from dataset_builders.responders import MAX_NEW_TOKENS, LocalResponder, Responder
 from dataset_builders.transcripts import NORMALIZERS
 
 logger = logging.getLogger(__name__)
 
-FEATURES = Features(
-    {
-        "id": Value("string"),
-        "audio": Audio(16_000),
-        "transcript": Value("string"),
-        "task": Value("string"),
-        "instruction": Value("string"),
-        "response": Value("string"),
-        "duration": Value("float32"),  # seconds
-        "source": Value("string"),
-        "responder": Value("string"),
-    }
-)
-TASKS = (*SELF_POWERED_TASKS, TRANSCRIPTION)
-SHARD_SIZE = 1000  # utterances
+
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
 
 
-def draw_rows(utterances: list[dict], draw: Draw) -> list[dict]:
-    """Rows as they will be but for their responses: every utterance with each of its tasks, in order.
+@dataclass
+class BuildArguments:
+    """What a build can be told, on the command line and by [`SelfPoweredBuilder`]."""
 
-    Args:
-        utterances: `id`, `transcript`, `source`, and whatever else the rows are to have.
-        draw: what is asked of an utterance.
-    """
-    return [
-        utterance | {"id": f"{utterance['source']}/{utterance['id']}/{task}", "task": task, "instruction": instruction}
-        for utterance in utterances
-        for task, instruction in draw.of(utterance["id"])
-    ]
-
-
-def read(corpus: Corpus, lines: list[tuple[str, dict]]) -> tuple[list[dict], list[RefusedRowError]]:
-    """The utterances of a shard, and those that cannot be used."""
-    utterances, refused, ids = [], [], set()
-    for where, line in lines:
-        try:
-            utterance = corpus.utterance(where, line)
-            if utterance["id"] in ids:
-                raise RefusedRowError(where, "id used twice", utterance["id"])
-        except RefusedRowError as error:
-            logger.warning("refused %s", error)
-            refused.append(error)
-        else:
-            ids.add(utterance["id"])
-            utterances.append(utterance)
-    return utterances, refused
-
-
-def answer(
-    rows: list[dict], responder: Responder, draw: Draw, filters_off: Collection[str], judge_below: int | None
-) -> tuple[list[dict], collections.Counter]:
-    """Add `response` and `responder` to the rows; returns those kept, and (task, reason) counts of the dropped.
-
-    Transcription is not asked of the LLM: its response is the transcript.
-    """
-    requests = [Request(row["instruction"], row["transcript"], row["task"]) for row in rows]
-    written = iter(responder.respond([request for request in requests if request.task != TRANSCRIPTION]))
-    replies = [Reply(r.transcript) if r.task == TRANSCRIPTION else next(written) for r in requests]
-    reasons = [
-        reason_to_drop(draw.pool[request.task], request.transcript, reply, filters_off)
-        for request, reply in zip(requests, replies, strict=True)
-    ]
-    if judge_below is not None:
-        asked = [i for i, reason in enumerate(reasons) if reason is None and requests[i].task != TRANSCRIPTION]
-        scores = judge(responder, [requests[i] for i in asked], [replies[i].text for i in asked])
-        for index, score in zip(asked, scores, strict=True):
-            reasons[index] = "judged" if score is None or score < judge_below else None
-    kept, dropped, seen = [], collections.Counter(), set()
-    for row, reply, reason in zip(rows, replies, reasons, strict=True):
-        content = (row["instruction"], row["transcript"], reply.text)
-        if reason is None and content in seen and "duplicate" not in filters_off:
-            reason = "duplicate"
-        if reason is not None:
-            dropped[row["task"], reason] += 1
-            continue
-        seen.add(content)
-        kept.append(row | {"response": reply.text, "responder": responder.provenance})
-    return kept, dropped
-
-
-def to_tables(rows: list[dict]) -> dict[str, pa.Table]:
-    """The rows of every task, as Parquet has them."""
-    tasks = sorted({row["task"] for row in rows})
-    schema = FEATURES.arrow_schema
-    return {task: pa.Table.from_pylist([row for row in rows if row["task"] == task], schema) for task in tasks}
-
-
-def report(lines: int, refused: list[RefusedRowError], asked: list[dict], kept: list[dict], dropped) -> dict:
-    """What became of a shard, in counts that `data_card.Summary` adds up."""
-    words = [(row["task"], len(row["response"].split())) for row in kept]
-    seconds, total_words = collections.Counter(), collections.Counter()
-    for row, (task, count) in zip(kept, words, strict=True):
-        seconds[task] += float(row["duration"])
-        total_words[task] += count
-    return {
-        "utterances": lines,
-        "refused": [(error.where, error.reason, str(error)) for error in refused],
-        "asked": collections.Counter(row["task"] for row in asked),
-        "dropped": {f"{task}/{reason}": count for (task, reason), count in dropped.items()},
-        "rows": collections.Counter(row["task"] for row in kept),
-        "seconds": seconds,
-        "words": total_words,
-        "longest": {task: max(count for other, count in words if other == task) for task in total_words},
-    }
-
-
-def build(
-    corpus: Corpus,
-    responder: Responder,
-    output: str | Path,
-    draw: Draw | None = None,
-    *,
-    limit: int | None = None,
-    shard_size: int = SHARD_SIZE,
-    filters_off: Collection[str] = (),
-    judge_below: int | None = None,
-    worker: Worker | None = None,
-) -> Path:
-    """Build one split of a set, or go on with it: shards that are there are kept as they are.
-
-    Args:
-        corpus: as `open_corpus` returns it.
-        responder: who answers.
-        output: folder of the set; the corpus's split names the set's.
-        draw: what is asked; the pool's tasks and transcription, evenly, one per utterance, if None.
-        limit: the first so many rows, refused and dropped ones included; all if None.
-        shard_size: utterances per shard: what a kill can lose, and what is in memory at a time.
-        filters_off: names in `FILTERS` that drop nothing.
-        judge_below: drop responses to which the LLM itself gives less than this, of 1 to 5; not asked if None.
-        worker: which of the processes this is; the environment says so if None.
-
-    Raises:
-        ValueError: bad settings, others than the build was begun with, or no row is left.
-        OSError: the disk is full, or the responder's server fails; the shards written so far are whole.
-    """
-    draw = draw or Draw(load_pool(), dict.fromkeys(TASKS, 1.0))
-    check_names(filters_off)
-    if shard_size < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"{shard_size=} and {limit=} must be 1 or more.")
-    if judge_below is not None and not 1 <= judge_below <= 5:
-        raise ValueError(f"{judge_below=} must be 1 to 5.")
-    for task in draw.weights:
-        if draw.pool[task].held_out_task:
-            raise ValueError(f"task {task!r} is held out of training (held_out_task in the pool); leave it out.")
-    if limit is None and corpus.default_limit is not None:
-        limit = corpus.default_limit * draw.tasks_per_utterance
-    folder = BuildFolder(output, corpus.split)
-    folder.agree(
-        {
-            "corpus": corpus.describe(),
-            "draw": draw.describe(),
-            "responder": json.loads(responder.provenance),
-            "limit": limit,
-            "shard_size": shard_size,
-            "filters_off": sorted(filters_off),
-            "judge_below": judge_below,
-            "num_files": corpus.num_files if limit is None else 1,
-        }
+    corpus: str = field(
+        metadata={"help": "nano, a Hub id, a manifest (.jsonl, .csv, .tsv), a folder, or one of " + ", ".join(PRESETS)}
     )
-    folder.settle()
-    for shard, lines in _my_shards(corpus, folder, worker or Worker.from_environment(), shard_size, limit, draw):
-        utterances, refused = read(corpus, lines)
-        rows = draw_rows(utterances, draw)
-        if limit is not None:  # the last utterance may be asked less than the others
-            rows = rows[: limit - shard.chunk * shard_size * draw.tasks_per_utterance]
-        kept, dropped = answer(rows, responder, draw, filters_off, judge_below)
-        folder.commit(shard, to_tables(kept), report(len(lines), refused, rows, kept, dropped))
-        logger.info("shard %s: %d rows, %d dropped", shard, len(kept), len(rows) - len(kept))
-    return _finish(folder, draw)
+    llm: str = field(metadata={"help": "Causal LLM, or LSM with one inside: folder or Hub id."})
+    # The corpus
+    split: str = _option("train", "Split of the corpus, and name of the set's.")
+    corpus_config: str | None = _option(None, "Configuration of the corpus on the Hub.")
+    corpus_revision: str | None = _option(None, "Branch, tag or commit of the corpus on the Hub.")
+    preset: str | None = _option(None, "Whose columns and transcript rule: " + ", ".join(PRESETS))
+    audio_column: str | None = _option(None, "Column of the audio, where it has no customary name.")
+    transcript_column: str | None = _option(None, "Column of the transcript.")
+    id_column: str | None = _option(None, "Column of the utterance's id.")
+    normalizer: str | None = _option(None, f"Rule for the transcripts: {', '.join(NORMALIZERS)}. By preset, or plain.")
+    data_root: str | None = _option(None, "Folder that a manifest's audio must be in; its own by default.")
+    limit: int | None = _option(None, "Ask for so many rows.")
+    # What is asked
+    tasks: list[str] = field(
+        default_factory=lambda: list(TASKS), metadata={"help": "TASK or TASK=WEIGHT; TASK=inf for every utterance."}
+    )
+    tasks_per_utterance: int = _option(1, "How many of them an utterance gets.")
+    languages: list[str] | None = field(default=None, metadata={"help": "To translate into; by default the pool's."})
+    pool: str = _option(str(POOL_PATH), "YAML file of tasks and their wordings.")
+    seed: int = _option(0, "Of the draws.")
+    # Who answers
+    max_new_tokens: int = _option(MAX_NEW_TOKENS, "Longest response.")
+    max_prompt_tokens: int | None = _option(None, "Longer prompts are not asked; what the LLM has room for.")
+    dtype: str = _option("auto", "Of a local LLM.")
+    server: str | None = _option(None, "URL of a server that runs the LLM, such as http://localhost:8000/v1.")
+    served_model: str | None = _option(None, "The LLM's name on the server, if it is not --llm.")
+    prompt_format: str = _option("tokens", "What the server is sent: tokens, or text where it takes no tokens.")
+    concurrency: int = _option(64, "Requests to the server at a time.")
+    timeout: float = _option(300.0, "Seconds for one answer of the server.")
+    # What is kept
+    filters_off: list[str] = field(
+        default_factory=list, metadata={"help": f"Names of filters that drop nothing: {', '.join(FILTERS)}."}
+    )
+    judge_below: int | None = _option(None, "Drop what the LLM itself scores below this, of 1 to 5.")
+    shard_size: int = _option(SHARD_SIZE, "Utterances written at a time: what a kill can lose.")
 
-
-def _my_shards(
-    corpus: Corpus, folder: BuildFolder, worker: Worker, shard_size: int, limit: int | None, draw: Draw
-) -> Iterator[tuple[Shard, list[tuple[str, dict]]]]:
-    """This process's shards that are still to be written, and their lines.
-
-    With a limit the corpus counts as one file: which rows are the first must not depend on the processes.
-    """
-    num_files = corpus.num_files if limit is None else 1
-    for file in worker.files(num_files):
-        shards = folder.shards_of(file)
-        if shards is not None and all(folder.is_done(Shard(file, chunk)) for chunk in range(shards)):
-            continue
-        if limit is None:
-            lines = corpus.lines(file)
-        else:
-            every = itertools.chain.from_iterable(map(corpus.lines, range(corpus.num_files)))
-            lines = itertools.islice(every, math.ceil(limit / draw.tasks_per_utterance))
-        for chunk in itertools.count():
-            some = list(itertools.islice(lines, shard_size))
-            if not some:
-                break
-            shard = Shard(file, chunk)
-            if worker.has(file, chunk, num_files) and not folder.is_done(shard):
-                yield shard, some
-        folder.end(file, chunk)
-
-
-def _finish(folder: BuildFolder, draw: Draw) -> Path:
-    """Write the card if this process was the last; tells what was lost on the way."""
-    missing = list(folder.missing())
-    if missing:
-        logger.warning(
-            "%s: %d shards are still to be written by other processes (%s ...); if none is running, give the same "
-            "command again.",
-            folder.folder,
-            len(missing),
-            missing[0],
+    def open_corpus(self) -> Corpus:
+        columns = {role: getattr(self, f"{role}_column") for role in ("audio", "transcript", "id")}
+        return open_corpus(
+            self.corpus,
+            self.split,
+            config=self.corpus_config,
+            preset=self.preset,
+            columns={role: column for role, column in columns.items() if column is not None},
+            normalizer=self.normalizer,
+            data_root=self.data_root,
+            revision=self.corpus_revision,
         )
-        return folder.folder
-    folder.settle()
-    write_card(folder.folder, draw.pool)
-    summary = Summary.of(folder.reports())
-    for line in summary.lines():
-        logger.warning("%s", line)
-    logger.info("%s: %d rows of %d asked", folder.folder, summary.rows.total(), summary.asked.total())
-    return folder.folder
+
+    def draw(self) -> Draw:
+        pool = load_pool(self.pool, {"language": self.languages} if self.languages else None)
+        return Draw(pool, parse_weights(self.tasks), self.tasks_per_utterance, self.seed)
+
+    def load_responder(self) -> Responder:
+        limits = {"max_new_tokens": self.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
+        if self.server is None:
+            return LocalResponder(self.llm, dtype=self.dtype, **limits)
+        from dataset_builders.server_responder import ServerResponder
+
+        names = ("served_model", "prompt_format", "concurrency", "timeout")
+        return ServerResponder(self.llm, self.server, **{name: getattr(self, name) for name in names}, **limits)
+
+    def build(self, output: str | Path) -> Path:
+        """Build the set in `output`, or go on with it. What is cheap to get wrong is looked at first.
+
+        Raises:
+            ValueError, OSError: as in `building.build`.
+        """
+        corpus, draw = self.open_corpus(), self.draw()
+        return build(
+            corpus,
+            self.load_responder(),
+            output,
+            draw,
+            limit=self.limit,
+            shard_size=self.shard_size,
+            filters_off=self.filters_off,
+            judge_below=self.judge_below,
+        )
 
 
-def check(folder: str | Path) -> int:
-    """Whether a set is fit to be published: whole, and every id once. Returns its number of rows.
+@dataclass
+class SelfPoweredConfig(BuilderConfig, BuildArguments):
+    """`BuildArguments` as `datasets` takes them, and `output`: where the set is built (by default in the cache)."""
 
-    Raises:
-        ValueError: says what is missing, or which id comes twice.
-    """
-    folder = Path(folder)
-    builds = BuildFolder.splits(folder)
-    if not builds or not (folder / "README.md").is_file():
-        raise ValueError(f"{folder} is no finished set; expected what `build` wrote, with its README.md.")
-    for split in builds:
-        if missing := list(split.missing()):
-            raise ValueError(
-                f"{folder} lacks {len(missing)} shards of {split.split!r} ({missing[0]} ...); build it to its end."
-            )
-        split.settle()
-    rows, ids = 0, set()
-    for file in sorted(folder.glob("data/*/*.parquet")):
-        # 8 bytes an id, not the id: a set may have millions of rows
-        for id in pa.parquet.read_table(file, columns=["id"])["id"].to_pylist():
-            rows += 1
-            ids.add(int.from_bytes(hashlib.sha256(id.encode()).digest()[:8]))
-            if len(ids) != rows:
-                raise ValueError(f"{file} has the id {id!r}, which another row has too; ids of a corpus must differ.")
-    return rows
+    output: str | None = None
 
 
-def push_to_hub(
-    folder: str | Path, repo_id: str, revision: str | None = None, private: bool | None = None, token: str | None = None
-) -> str:
-    """Publish a finished set; what the repository has under `data/` and the folder has not goes away.
+class SelfPoweredBuilder(GeneratorBasedBuilder):
+    """A self-powered set as a `datasets` builder: `SelfPoweredBuilder(corpus="nano", llm="assets/nano/llm")`, then
+    `download_and_prepare()` and `as_dataset("train")`. Goes on with a build that was killed."""
 
-    Args:
-        folder: of the set.
-        repo_id: `ORGANISATION/NAME`, made if it is not there.
-        revision: a branch, made if it is not there; `main` if None.
-        private, token: as in `huggingface_hub`.
+    BUILDER_CONFIG_CLASS = SelfPoweredConfig
 
-    Returns:
-        The commit's URL.
+    def _info(self) -> DatasetInfo:
+        # Bytes, not Audio: encoding that needs torchcodec even when there is nothing to encode
+        stored = {"bytes": Value("binary"), "path": Value("string")}
+        return DatasetInfo(features=Features({**FEATURES, "audio": stored}))
 
-    Raises:
-        ValueError: as in `check`.
-    """
-    rows, api = check(folder), HfApi(token=token)
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        repo_type="dataset",
-        revision=revision,
-        allow_patterns=["README.md", "data/*/*.parquet"],
-        delete_patterns=["data/**"],
-        commit_message=f"Self-powered set of {rows} rows",
-    )
-    return commit.commit_url
+    def _split_generators(self, dl_manager: DownloadManager) -> list[SplitGenerator]:
+        folder = self.config.build(self.config.output or f"{self.cache_dir}.set")
+        files = sorted(map(str, folder.glob(f"data/*/{self.config.split}-*.parquet")))
+        return [SplitGenerator(self.config.split, gen_kwargs={"files": files})]
 
+    def _generate_examples(self, files: list[str]) -> Iterator[tuple[str, dict]]:
+        for file in files:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=100):
+                yield from ((row["id"], row) for row in batch.to_pylist())
 
-def load_self_powered(name: str | Path, config: str = "all", split: str = "train") -> Dataset:
-    """Open a self-powered set, folder or Hub id: one task's rows, or all of them; audio not decoded.
+    def _as_dataset(self, *args, **kwargs) -> Dataset:
+        return super()._as_dataset(*args, **kwargs).cast_column("audio", Audio(16_000))
 
-    A folder's files are named one by one: `load_dataset(folder, config)` of datasets 5.2 keys its cache on the folder's
-    name and the configuration alone, and would return the rows of an older set of that name.
-
-    Raises:
-        ValueError: the folder has no such rows.
-    """
-    if not Path(name).is_dir():
-        return load_dataset(str(name), config, split=split).cast_column("audio", Audio(16_000, decode=False))
-    files = sorted(map(str, Path(name).glob(f"data/{'*' if config == 'all' else config}/{split}-*.parquet")))
-    if not files:
-        raise ValueError(f"{name} has no data/{config}/{split}-*.parquet; expected a folder that `build` wrote.")
-    dataset = load_dataset("parquet", data_files={split: files}, split=split)
-    return dataset.cast_column("audio", Audio(16_000, decode=False))
+    def _as_streaming_dataset_single(self, splits_generator: SplitGenerator) -> IterableDataset:
+        return super()._as_streaming_dataset_single(splits_generator).cast_column("audio", Audio(16_000))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_build(commands.add_parser("build", help="build a set, or go on with it"))
-    publish = commands.add_parser("publish", help="push a finished set to the Hub")
-    publish.add_argument("folder")
-    publish.add_argument("--repo", required=True, help="ORGANISATION/NAME")
-    publish.add_argument("--revision", help="branch, made if it is not there")
-    publish.add_argument("--private", action="store_true", default=None)
-    args = parser.parse_args()
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=HfArgumentParser)
+    building = commands.add_parser("build", dataclass_types=BuildArguments, help="build a set, or go on with it")
+    building.add_argument("--output", required=True, help="Folder of the set.")
+    looking = commands.add_parser("inspect", dataclass_types=[], help="a table, and a page to read and to listen to")
+    looking.add_argument("folder")
+    looking.add_argument("--html", help="where the page goes; FOLDER/inspect.html by default")
+    looking.add_argument("--samples", type=int, default=3, help="rows of every task on the page")
+    looking.add_argument("--seed", type=int, default=0, help="of their draw")
+    pushing = commands.add_parser("publish", dataclass_types=[], help="push a finished set to the Hub")
+    pushing.add_argument("folder")
+    pushing.add_argument("--repo", required=True, help="ORGANISATION/NAME")
+    pushing.add_argument("--revision", help="branch, made if it is not there")
+    pushing.add_argument("--private", action="store_true", default=None)
+    importing = commands.add_parser("import", dataclass_types=[], help="make a set of the original project's JSONL")
+    importing.add_argument("rows", help="JSONL of instruction, audio and text")
+    importing.add_argument("--output", required=True, help="folder of the set")
+    importing.add_argument("--transcripts", help="JSONL of audio and text: what is said")
+    importing.add_argument("--task", default="unknown", help="what the instructions ask for, if all the same")
+    importing.add_argument("--split", default="train")
+    importing.add_argument("--data-root", help="folder that the audio must be in; the JSONL's own by default")
+    exporting = commands.add_parser("export", dataclass_types=[], help="write a set as the original project's JSONL")
+    exporting.add_argument("folder")
+    exporting.add_argument("--output", required=True, help="folder for the JSONL and the audio")
+    exporting.add_argument("--split", default="train")
+    args = vars(parser.parse_args())
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    if args.command == "build":
-        _build(args)
-    elif args.command == "publish":
-        logger.info("%s", push_to_hub(args.folder, args.repo, args.revision, args.private))
+    for chatty in ("httpx", "httpx2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    COMMANDS[args.pop("command")](**args)
 
 
-def _add_build(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--output", required=True, help="folder of the set; the same command goes on with what is there")
-    corpus = parser.add_argument_group("corpus")
-    add = corpus.add_argument
-    add("--corpus", required=True, help="nano, a Hub id, a manifest (.jsonl, .csv, .tsv), a folder, or a preset")
-    add("--split", default="train")
-    add("--config", help="configuration on the Hub")
-    add("--revision", help="branch, tag or commit on the Hub")
-    add("--preset", choices=list(PRESETS), help="columns and transcript rule of a well-known corpus")
-    for role in ("audio", "transcript", "id"):
-        add(f"--{role}-column")
-    add("--normalizer", choices=list(NORMALIZERS), help="rule for the transcripts; the preset's, or plain")
-    add("--data-root", help="folder that a manifest's audio must be in; the manifest's own by default")
-    add("--limit", type=int, help="rows at most")
-    asked = parser.add_argument_group("what is asked")
-    add = asked.add_argument
-    add("--tasks", nargs="+", default=list(TASKS), metavar="TASK[=WEIGHT]", help="=inf for every utterance")
-    add("--tasks-per-utterance", type=int, default=1, metavar="N")
-    add("--languages", nargs="+", help="to translate into; the pool's by default")
-    add("--pool", default=POOL_PATH, help="YAML file of tasks and their wordings")
-    add("--seed", type=int, default=0, help="of the draws")
-    llm = parser.add_argument_group("who answers")
-    add = llm.add_argument
-    add("--llm", required=True, help="causal LLM, or LSM with one inside: folder or Hub id")
-    add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
-    add("--max-prompt-tokens", type=int, help="longer prompts are not asked; by default, what the LLM has room for")
-    add("--dtype", default="auto", help="of a local LLM")
-    add("--server", help="URL of an OpenAI-compatible server that runs the LLM, such as http://localhost:8000/v1")
-    add("--served-model", help="the LLM's name on the server, if it is not --llm")
-    add("--prompt-format", choices=["tokens", "text"], default="tokens", help="what the server is sent")
-    add("--concurrency", type=int, default=64, help="requests to the server at a time")
-    add("--timeout", type=float, default=300.0, help="seconds for one answer of the server")
-    kept = parser.add_argument_group("what is kept")
-    add = kept.add_argument
-    add("--filters-off", nargs="+", default=[], choices=list(FILTERS), metavar="NAME", help=", ".join(FILTERS))
-    add("--judge-below", type=int, metavar="SCORE", help="drop what the LLM itself scores below this, of 1 to 5")
-    add("--shard-size", type=int, default=SHARD_SIZE, help="utterances written at a time")
+def _build(output: str, **arguments) -> None:
+    BuildArguments(**arguments).build(output)
 
 
-def _build(args: argparse.Namespace) -> None:
-    columns = {role: getattr(args, f"{role}_column") for role in ("audio", "transcript", "id")}
-    corpus = open_corpus(
-        args.corpus,
-        args.split,
-        config=args.config,
-        preset=args.preset,
-        columns={role: column for role, column in columns.items() if column is not None},
-        normalizer=args.normalizer,
-        data_root=args.data_root,
-        revision=args.revision,
-    )
-    slots = {"language": args.languages} if args.languages else None
-    draw = Draw(load_pool(args.pool, slots), parse_weights(args.tasks), args.tasks_per_utterance, args.seed)
-    settings = {"max_new_tokens": args.max_new_tokens, "max_prompt_tokens": args.max_prompt_tokens}
-    if args.server is None:
-        responder: Responder = LocalResponder(args.llm, dtype=args.dtype, **settings)
-    else:
-        from dataset_builders.server_responder import ServerResponder
+def _inspect(folder: str, html: str | None, samples: int, seed: int) -> None:
+    from dataset_builders.inspection import inspect_set  # a second of imports that no other command needs
 
-        responder = ServerResponder(
-            args.llm,
-            args.server,
-            served_model=args.served_model,
-            prompt_format=args.prompt_format,
-            concurrency=args.concurrency,
-            timeout=args.timeout,
-            **settings,
-        )
-    build(
-        corpus,
-        responder,
-        args.output,
-        draw,
-        limit=args.limit,
-        shard_size=args.shard_size,
-        filters_off=args.filters_off,
-        judge_below=args.judge_below,
-    )
+    found = inspect_set(folder, html or Path(folder) / "inspect.html", samples, seed)
+    print(found["text"])
 
+
+def _publish(folder: str, repo: str, revision: str | None, private: bool | None) -> None:
+    logger.info("%s", push_to_hub(folder, repo, revision, private))
+
+
+def _import(rows: str, output: str, **settings) -> None:
+    import_original(OriginalRows(rows, **settings), output)
+
+
+def _export(folder: str, output: str, split: str) -> None:
+    logger.info("%s", export_original(folder, output, split))
+
+
+COMMANDS = {"build": _build, "inspect": _inspect, "publish": _publish, "import": _import, "export": _export}
 
 if __name__ == "__main__":
     main()

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from dataset_builders.asr_corpora import load_corpus
+from dataset_builders.building import draw_rows
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
-from dataset_builders.self_powered import draw_rows
 from processing_lsm import LsmProcessor, load_audio
 from recipes.audio_features import AudioFeatureStore, audio_key
 from recipes.collator import render_prompt

@@ -32,8 +32,9 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from tqdm import tqdm
 
-from dataset_builders import nano_speech, self_powered
+from dataset_builders import nano_speech
 from dataset_builders.asr_corpora import load_corpus, open_corpus
+from dataset_builders.building import build
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
 from dataset_builders.nano_tasks import QUESTION_TASKS
 from dataset_builders.responders import LocalResponder
@@ -116,7 +117,7 @@ class Quickstart:
         corpus = open_corpus(self.folder / "corpus", "train")
         responder = LocalResponder(self.folder / "base", self.settings["max_new_tokens"])
         weights = {**dict.fromkeys(SELF_POWERED_TASKS, 1.0), TRANSCRIPTION: math.inf}
-        self_powered.build(corpus, responder, folder, Draw(load_pool(), weights, 2, self.seed))
+        build(corpus, responder, folder, Draw(load_pool(), weights, 2, self.seed))
 
     def encode(self, folder: Path) -> None:
         model, processor = load_lsm(self.folder / "base")

@@ -20,8 +20,8 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, 
 
 from dataset_builders.asr_corpora import load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, draw_fraction
+from dataset_builders.publishing import load_self_powered
 from dataset_builders.responders import foreign
-from dataset_builders.self_powered import load_self_powered
 from recipes.audio_features import AudioFeatureStore, audio_key
 from recipes.collator import SpeechResponseCollator
 from recipes.evaluate import held_out_rows, load_checker, respond, score

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from dataset_builders.asr_corpora import open_corpus
+from dataset_builders.building import build
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
 from dataset_builders.responders import LocalResponder, Reply
-from dataset_builders.self_powered import build
 
 
 @pytest.fixture(scope="session")

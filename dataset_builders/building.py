@@ -1,0 +1,243 @@
+"""From a corpus to the rows of a set: what is asked of which utterance, what is kept, shard by shard.
+
+Follow one utterance: `read` takes it from the corpus, `draw_rows` gives it its tasks and wordings, `answer` its
+responses, and `shards.BuildFolder` writes it with those of its shard.
+"""
+
+import collections
+import itertools
+import json
+import logging
+import math
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+from datasets import Audio, Features, Value
+
+from dataset_builders.corpus import Corpus, RefusedRowError
+from dataset_builders.data_card import Summary, write_card
+from dataset_builders.filters import check_names, judge, reason_to_drop
+from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, Task, load_pool
+from dataset_builders.responders import Reply, Request, Responder
+from dataset_builders.shards import BuildFolder, Shard, Worker
+
+logger = logging.getLogger(__name__)
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "audio": Audio(16_000),
+        "transcript": Value("string"),
+        "task": Value("string"),
+        "instruction": Value("string"),
+        "response": Value("string"),
+        "duration": Value("float32"),  # seconds
+        "source": Value("string"),
+        "responder": Value("string"),
+    }
+)
+TASKS = (*SELF_POWERED_TASKS, TRANSCRIPTION)
+SHARD_SIZE = 1000  # utterances
+
+
+def draw_rows(utterances: list[dict], draw: Draw) -> list[dict]:
+    """Rows as they will be but for their responses: every utterance with each of its tasks, in order.
+
+    Args:
+        utterances: `id`, `transcript`, `source`, and whatever else the rows are to have.
+        draw: what is asked of an utterance.
+    """
+    return [
+        utterance | {"id": f"{utterance['source']}/{utterance['id']}/{task}", "task": task, "instruction": instruction}
+        for utterance in utterances
+        for task, instruction in draw.of(utterance["id"])
+    ]
+
+
+def read(corpus: Corpus, lines: list[tuple[str, dict]]) -> tuple[list[dict], list[RefusedRowError]]:
+    """The utterances of a shard, and those that cannot be used."""
+    utterances, refused, ids = [], [], set()
+    for where, line in lines:
+        try:
+            utterance = corpus.utterance(where, line)
+            if utterance["id"] in ids:
+                raise RefusedRowError(where, "id used twice", utterance["id"])
+        except RefusedRowError as error:
+            logger.warning("refused %s", error)
+            refused.append(error)
+        else:
+            ids.add(utterance["id"])
+            utterances.append(utterance)
+    return utterances, refused
+
+
+def answer(
+    rows: list[dict], responder: Responder, draw: Draw, filters_off: Collection[str], judge_below: int | None
+) -> tuple[list[dict], collections.Counter]:
+    """Add `response` and `responder` to the rows; returns those kept, and (task, reason) counts of the dropped.
+
+    Transcription is not asked of the LLM: its response is the transcript.
+    """
+    requests = [Request(row["instruction"], row["transcript"], row["task"]) for row in rows]
+    written = iter(responder.respond([request for request in requests if request.task != TRANSCRIPTION]))
+    replies = [Reply(r.transcript) if r.task == TRANSCRIPTION else next(written) for r in requests]
+    reasons = [
+        reason_to_drop(draw.pool[request.task], request.transcript, reply, filters_off)
+        for request, reply in zip(requests, replies, strict=True)
+    ]
+    if judge_below is not None:
+        asked = [i for i, reason in enumerate(reasons) if reason is None and requests[i].task != TRANSCRIPTION]
+        scores = judge(responder, [requests[i] for i in asked], [replies[i].text for i in asked])
+        for index, score in zip(asked, scores, strict=True):
+            reasons[index] = "judged" if score is None or score < judge_below else None
+    kept, dropped, seen = [], collections.Counter(), set()
+    for row, reply, reason in zip(rows, replies, reasons, strict=True):
+        content = (row["instruction"], row["transcript"], reply.text)
+        if reason is None and content in seen and "duplicate" not in filters_off:
+            reason = "duplicate"
+        if reason is not None:
+            dropped[row["task"], reason] += 1
+            continue
+        seen.add(content)
+        kept.append(row | {"response": reply.text, "responder": responder.provenance})
+    return kept, dropped
+
+
+def to_tables(rows: list[dict]) -> dict[str, pa.Table]:
+    """The rows of every task, as Parquet has them."""
+    tasks = sorted({row["task"] for row in rows})
+    schema = FEATURES.arrow_schema
+    return {task: pa.Table.from_pylist([row for row in rows if row["task"] == task], schema) for task in tasks}
+
+
+def report(lines: int, refused: list[RefusedRowError], asked: list[dict], kept: list[dict], dropped) -> dict:
+    """What became of a shard, in counts that `data_card.Summary` adds up."""
+    words = [(row["task"], len(row["response"].split())) for row in kept]
+    seconds, total_words = collections.Counter(), collections.Counter()
+    for row, (task, count) in zip(kept, words, strict=True):
+        seconds[task] += float(row["duration"])
+        total_words[task] += count
+    return {
+        "utterances": lines,
+        "refused": [(error.where, error.reason, str(error)) for error in refused],
+        "asked": collections.Counter(row["task"] for row in asked),
+        "dropped": {f"{task}/{reason}": count for (task, reason), count in dropped.items()},
+        "rows": collections.Counter(row["task"] for row in kept),
+        "seconds": seconds,
+        "words": total_words,
+        "longest": {task: max(count for other, count in words if other == task) for task in total_words},
+    }
+
+
+def build(
+    corpus: Corpus,
+    responder: Responder,
+    output: str | Path,
+    draw: Draw | None = None,
+    *,
+    limit: int | None = None,
+    shard_size: int = SHARD_SIZE,
+    filters_off: Collection[str] = (),
+    judge_below: int | None = None,
+    worker: Worker | None = None,
+) -> Path:
+    """Build one split of a set, or go on with it: shards that are there are kept as they are.
+
+    Args:
+        corpus: as `open_corpus` returns it.
+        responder: who answers.
+        output: folder of the set; the corpus's split names the set's.
+        draw: what is asked; the pool's tasks and transcription, evenly, one per utterance, if None.
+        limit: the first so many rows, refused and dropped ones included; all if None.
+        shard_size: utterances per shard: what a kill can lose, and what is in memory at a time.
+        filters_off: names in `FILTERS` that drop nothing.
+        judge_below: drop responses to which the LLM itself gives less than this, of 1 to 5; not asked if None.
+        worker: which of the processes this is; the environment says so if None.
+
+    Raises:
+        ValueError: bad settings, others than the build was begun with, or no row is left.
+        OSError: the disk is full, or the responder's server fails; the shards written so far are whole.
+    """
+    draw = draw or Draw(load_pool(), dict.fromkeys(TASKS, 1.0))
+    check_names(filters_off)
+    if shard_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"{shard_size=} and {limit=} must be 1 or more.")
+    if judge_below is not None and not 1 <= judge_below <= 5:
+        raise ValueError(f"{judge_below=} must be 1 to 5.")
+    for task in draw.weights:
+        if draw.pool[task].held_out_task:
+            raise ValueError(f"task {task!r} is held out of training (held_out_task in the pool); leave it out.")
+    if limit is None and corpus.default_limit is not None:
+        limit = corpus.default_limit * draw.tasks_per_utterance
+    folder = BuildFolder(output, corpus.split)
+    folder.agree(
+        {
+            "corpus": corpus.describe(),
+            "draw": draw.describe(),
+            "responder": json.loads(responder.provenance),
+            "limit": limit,
+            "shard_size": shard_size,
+            "filters_off": sorted(filters_off),
+            "judge_below": judge_below,
+            "num_files": corpus.num_files if limit is None else 1,
+        }
+    )
+    folder.settle()
+    for shard, lines in _my_shards(corpus, folder, worker or Worker.from_environment(), shard_size, limit, draw):
+        utterances, refused = read(corpus, lines)
+        rows = draw_rows(utterances, draw)
+        if limit is not None:  # the last utterance may be asked less than the others
+            rows = rows[: limit - shard.chunk * shard_size * draw.tasks_per_utterance]
+        kept, dropped = answer(rows, responder, draw, filters_off, judge_below)
+        folder.commit(shard, to_tables(kept), report(len(lines), refused, rows, kept, dropped))
+        logger.info("shard %s: %d rows, %d dropped", shard, len(kept), len(rows) - len(kept))
+    return finish(folder, draw.pool)
+
+
+def _my_shards(
+    corpus: Corpus, folder: BuildFolder, worker: Worker, shard_size: int, limit: int | None, draw: Draw
+) -> Iterator[tuple[Shard, list[tuple[str, dict]]]]:
+    """This process's shards that are still to be written, and their lines.
+
+    With a limit the corpus counts as one file: which rows are the first must not depend on the processes.
+    """
+    num_files = corpus.num_files if limit is None else 1
+    for file in worker.files(num_files):
+        shards = folder.shards_of(file)
+        if shards is not None and all(folder.is_done(Shard(file, chunk)) for chunk in range(shards)):
+            continue
+        if limit is None:
+            lines = corpus.lines(file)
+        else:
+            every = itertools.chain.from_iterable(map(corpus.lines, range(corpus.num_files)))
+            lines = itertools.islice(every, math.ceil(limit / draw.tasks_per_utterance))
+        for chunk in itertools.count():
+            some = list(itertools.islice(lines, shard_size))
+            if not some:
+                break
+            shard = Shard(file, chunk)
+            if worker.has(file, chunk, num_files) and not folder.is_done(shard):
+                yield shard, some
+        folder.end(file, chunk)
+
+
+def finish(folder: BuildFolder, pool: Mapping[str, Task]) -> Path:
+    """Write the card if this process was the last; tells what was lost on the way."""
+    missing = list(folder.missing())
+    if missing:
+        logger.warning(
+            "%s: %d shards are still to be written by other processes (%s ...); if none is running, give the same "
+            "command again.",
+            folder.folder,
+            len(missing),
+            missing[0],
+        )
+        return folder.folder
+    folder.settle()
+    write_card(folder.folder, pool)
+    summary = Summary.of(folder.reports())
+    for line in summary.lines():
+        logger.warning("%s", line)
+    logger.info("%s: %d rows of %d asked", folder.folder, summary.rows.total(), summary.asked.total())
+    return folder.folder

@@ -1,0 +1,155 @@
+"""Sets exchanged with the original project, whose training data is JSONL with `instruction`, `audio` and `text`.
+
+There `audio` is a path and `text` the response; the transcript lies in another JSONL, of `audio` and `text`, which is a
+manifest like any other (`asr_corpora.py`). Task and responder are nowhere: rows that come from there say `unknown`, and
+`recipes/sft.py` takes them for foreign until told otherwise.
+"""
+
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from dataset_builders.building import SHARD_SIZE, finish, report, to_tables
+from dataset_builders.corpus import RefusedRowError
+from dataset_builders.file_corpora import ManifestCorpus
+from dataset_builders.shards import BuildFolder, Shard
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = {"audio": "audio", "transcript": "text"}
+UNKNOWN = {"model": "unknown", "revision": "unknown", "template": "unknown", "decoding": {}}
+
+
+class OriginalRows(ManifestCorpus):
+    """The original's training JSONL as a corpus whose texts are responses: its rows have `instruction` and `response`.
+
+    Args:
+        path: the JSONL.
+        task: what its instructions ask for, if all ask for the same.
+        split: of the set.
+        data_root: folder that the audio must be in; the JSONL's own by default.
+        transcripts: the original's other JSONL, of `audio` and `text`; without it the transcripts stay empty.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        task: str = "unknown",
+        split: str = "train",
+        data_root: str | Path | None = None,
+        transcripts: str | Path | None = None,
+    ):
+        super().__init__(Path(path), split, COLUMNS, "plain", data_root)
+        self.task = task
+        self.transcripts = {}
+        if transcripts is not None:
+            lines = (line for _, line in ManifestCorpus(Path(transcripts), split, COLUMNS, "plain", data_root).lines(0))
+            self.transcripts = {line["audio"]: line["text"] for line in lines if isinstance(line, dict)}
+
+    def utterance(self, where: str, line: dict | RefusedRowError) -> dict:
+        """A row of the set. Raises RefusedRowError, also for a row without an instruction, or whose audio has no
+        transcript where transcripts were given."""
+        row = super().utterance(where, line)
+        if not isinstance(line.get("instruction"), str) or not line["instruction"].strip():
+            raise RefusedRowError(where, "no instruction", f"it is {line.get('instruction')!r}")
+        if self.transcripts and line["audio"] not in self.transcripts:
+            raise RefusedRowError(where, "no transcript", f"{line['audio']} is not among the transcripts")
+        return row | {
+            "id": f"{self.source}/{row['id']}/{self.task}/{where.rpartition(' ')[2]}",  # an utterance may come twice
+            "task": self.task,
+            "instruction": line["instruction"].strip(),
+            "response": line["text"].strip(),
+            "transcript": self.transcripts.get(line["audio"], ""),
+            "responder": json.dumps(UNKNOWN),
+        }
+
+
+def import_original(rows: OriginalRows, output: str | Path, shard_size: int = SHARD_SIZE) -> Path:
+    """Write the original's rows as a set, or go on with it.
+
+    Raises:
+        ValueError: `output` was begun with other settings, or no row can be used.
+    """
+    folder = BuildFolder(output, rows.split)
+    folder.agree(
+        {
+            "corpus": {**rows.describe(), "task": rows.task, "transcripts": bool(rows.transcripts)},
+            "draw": None,
+            "responder": UNKNOWN,
+            "limit": None,
+            "shard_size": shard_size,
+            "filters_off": [],
+            "judge_below": None,
+            "num_files": 1,
+        }
+    )
+    folder.settle()
+    lines = rows.lines(0)
+    for chunk in itertools.count():
+        some = list(itertools.islice(lines, shard_size))
+        if not some:
+            break
+        if not folder.is_done(Shard(0, chunk)):
+            kept, refused = [], []
+            for where, line in some:
+                try:
+                    kept.append(rows.utterance(where, line))
+                except RefusedRowError as error:
+                    logger.warning("refused %s", error)
+                    refused.append(error)
+            folder.commit(Shard(0, chunk), to_tables(kept), report(len(some), refused, kept, kept, {}))
+    folder.end(0, chunk)
+    return finish(folder, pool={})
+
+
+def export_original(folder: str | Path, output: str | Path, split: str = "train") -> Path:
+    """Write a set as the original project reads it: `OUTPUT/SPLIT.jsonl`, `OUTPUT/SPLIT_transcripts.jsonl` and the
+    audio under `OUTPUT/audio/`, byte for byte. Returns the first.
+
+    Raises:
+        ValueError: the set has no such split, or `output` is there.
+    """
+    files = sorted(Path(folder).glob(f"data/*/{split}-*.parquet"))
+    if not files:
+        raise ValueError(f"{folder} has no data/*/{split}-*.parquet; expected a folder that `build` wrote.")
+    output = Path(output)
+    if output.exists():
+        raise ValueError(f"{output} exists; delete it or name another output.")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "audio").mkdir(parents=True)
+    with (
+        open(partial / f"{split}.jsonl", "w", encoding="utf-8") as responses,
+        open(partial / f"{split}_transcripts.jsonl", "w", encoding="utf-8") as transcripts,
+    ):
+        for row in tqdm(_rows(files), unit="row", desc="export"):
+            audio = _write_audio(partial, row)
+            line = {"instruction": row["instruction"], "audio": audio, "text": row["response"]}
+            responses.write(json.dumps(line, ensure_ascii=False) + "\n")
+            transcripts.write(json.dumps({"audio": audio, "text": row["transcript"]}, ensure_ascii=False) + "\n")
+    partial.rename(output)
+    return output / f"{split}.jsonl"
+
+
+def _rows(files: list[Path]) -> Iterator[dict]:
+    for file in files:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=100):
+            yield from batch.to_pylist()
+
+
+def _write_audio(folder: Path, row: dict) -> str:
+    """Write a row's clip under its id, and return its path in the folder."""
+    id = row["id"].rpartition(f"/{row['task']}")[0]
+    parts = [part for part in id.split("/") if part not in ("", ".", "..")]
+    file = Path("audio", *parts).with_name(parts[-1] + (Path(row["audio"]["path"] or "").suffix or ".audio"))
+    target = folder / file
+    if not target.exists():  # an utterance may have several rows
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(row["audio"]["bytes"])
+    return str(file)
