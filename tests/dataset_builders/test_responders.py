@@ -1,22 +1,23 @@
 """Who answers, what it reads, and how a row remembers it."""
 
 import json
+import shutil
 
 import pytest
 
-from dataset_builders.responders import LocalResponder, foreign
+from dataset_builders.responders import LocalResponder, Reply, Request, foreign
 from modeling_lsm import LsmForConditionalGeneration
 
 REQUESTS = [
-    ("What is said?", "the farmer sold the lamp yesterday"),
-    ("Translate the speech.", "the nurse proudly repaired the old clock in the attic before breakfast"),
-    ("What comes next?", "hi"),
+    Request("What is said?", "the farmer sold the lamp yesterday", "question"),
+    Request("Translate the speech.", "the nurse proudly repaired the old clock in the attic before breakfast", "other"),
+    Request("What comes next?", "hi", "question"),
 ]
 
 
 @pytest.fixture(scope="module")
 def responder(lsm_dir):
-    return LocalResponder(lsm_dir, max_new_tokens=4, token_budget=150)
+    return LocalResponder(lsm_dir, max_new_tokens=4)
 
 
 def end_at_once(responder, monkeypatch):
@@ -25,11 +26,16 @@ def end_at_once(responder, monkeypatch):
     monkeypatch.setattr(config, "forced_eos_token_id", config.eos_token_id)
 
 
-def test_a_finished_answer_is_text_and_an_unfinished_one_is_none(responder, monkeypatch):
-    assert responder.respond(REQUESTS) == [None] * 3  # random weights know no end
+def test_a_reply_says_whether_it_came_to_its_end(responder, monkeypatch):
+    assert [reply.finish for reply in responder.respond(REQUESTS)] == ["length"] * 3  # random weights know no end
     end_at_once(responder, monkeypatch)
-    answers = responder.respond(REQUESTS)
-    assert all(isinstance(answer, str) and answer and "</s>" not in answer for answer in answers)
+    for reply in responder.respond(REQUESTS):
+        assert reply.finish == "stop"
+        assert reply.text and "</s>" not in reply.text
+
+
+def test_nothing_asked_nothing_answered(responder):
+    assert responder.respond([]) == []
 
 
 def test_answers_come_in_the_order_of_the_requests_whatever_the_batches(responder, monkeypatch):
@@ -41,32 +47,80 @@ def test_answers_come_in_the_order_of_the_requests_whatever_the_batches(responde
 
 def test_it_reads_the_lsms_prompt_with_the_transcript_in_the_slot(responder, processor, monkeypatch):
     seen = []
-    monkeypatch.setattr(responder, "_generate", lambda rows: seen.extend(rows) or ["yes"] * len(rows))
-    assert responder.respond(REQUESTS[:1]) == ["yes"]
-    instruction, transcript = REQUESTS[0]
+    monkeypatch.setattr(responder, "_generate_batch", lambda rows: seen.extend(rows) or [Reply("yes")] * len(rows))
+    assert responder.respond(REQUESTS[:1]) == [Reply("yes")]
     with_audio = processor.apply_chat_template(
-        processor.conversation(instruction, audio=True), add_generation_prompt=True
+        processor.conversation(REQUESTS[0].instruction, audio=True), add_generation_prompt=True
     )
     read = processor.tokenizer.decode(seen[0])
-    assert read == with_audio.replace(processor.audio_token, transcript)
+    assert read == with_audio.replace(processor.audio_token, REQUESTS[0].transcript)
     assert read.count(processor.tokenizer.bos_token) == 1
 
 
-def test_a_batch_stays_within_the_token_budget_and_the_longest_come_first(responder):
-    lengths = [10, 50, 20, 40, 30, 45]
-    batches = responder._batches(lengths)
-    assert sorted(index for batch in batches for index in batch) == list(range(6))
+def test_a_plain_llm_reads_and_answers_as_it_does_inside_an_lsm(responder, llm_dir):
+    plain = LocalResponder(llm_dir, max_new_tokens=4)
+    assert plain._tokenize(REQUESTS) == responder._tokenize(REQUESTS)
+    assert plain.respond(REQUESTS) == responder.respond(REQUESTS)
+    assert plain.provenance == responder.provenance
+
+
+def test_a_batch_is_of_one_task_within_the_token_budget_and_the_longest_come_first(responder, monkeypatch):
+    monkeypatch.setattr(responder, "token_budget", 150)
+    lengths, tasks = [10, 50, 20, 40, 30, 45, 7], ["a", "a", "a", "a", "a", "a", "b"]
+    batches = responder._batches(lengths, tasks)
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
     assert all(len(batch) * (max(lengths[i] for i in batch) + 4) <= 150 for batch in batches)
     assert batches[0] == [1, 5]
+    assert batches[-1] == [6]
 
 
-def test_a_request_over_the_budget_still_gets_a_batch(responder):
-    assert responder._batches([1000, 3]) == [[0], [1]]
+def test_a_request_over_the_budget_still_gets_a_batch(responder, monkeypatch):
+    monkeypatch.setattr(responder, "token_budget", 150)
+    assert responder._batches([1000, 3], ["", ""]) == [[0], [1]]
+
+
+def test_the_budget_is_what_keys_and_values_take(lsm_dir):
+    """2 layers × 2 heads × 12 dimensions × keys and values × 4 bytes = 384 bytes a token."""
+    assert LocalResponder(lsm_dir, kv_cache_bytes=384_000).token_budget == 1000
+
+
+def test_a_prompt_that_is_too_long_is_not_asked(lsm_dir):
+    responder = LocalResponder(lsm_dir, max_new_tokens=4, max_prompt_tokens=60)
+    lengths = [len(prompt) for prompt in responder._tokenize(REQUESTS)]
+    assert [length > 60 for length in lengths] == [False, True, False]
+    replies = responder.respond(REQUESTS)
+    assert replies[1] == Reply("", "prompt_too_long")
+    assert all(reply.text for reply in (replies[0], replies[2]))
+
+
+def test_by_default_a_prompt_may_be_as_long_as_the_llm_has_room_for(responder):
+    assert responder.max_prompt_tokens == 2048 - 4
+    (reply,) = responder.respond([Request("Say it.", "word " * 2048)])
+    assert reply.finish == "prompt_too_long"
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [({"max_new_tokens": 0}, "1 or more"), ({"max_prompt_tokens": 0}, "1 or more"), ({"max_new_tokens": 2048}, "2048")],
+)
+def test_limits_that_leave_no_room_are_refused(lsm_dir, limits, message):
+    with pytest.raises(ValueError, match=message):
+        LocalResponder(lsm_dir, **limits)
 
 
 def test_provenance_says_who_and_how(responder, lsm):
-    written = json.loads(responder.provenance)
-    assert written == {**lsm.config.responder, "decoding": {"do_sample": False, "max_new_tokens": 4}}
+    decoding = {"do_sample": False, "max_new_tokens": 4, "engine": "transformers"}
+    assert json.loads(responder.provenance) == {**lsm.config.responder, "decoding": decoding}
+
+
+def test_provenance_tells_what_the_checkpoint_changes_in_greedy_decoding(llm_dir, tmp_path):
+    """Some chat LLMs come with a repetition penalty, which acts on greedy decoding too."""
+    folder = shutil.copytree(llm_dir, tmp_path / "penal")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 1.1, "top_p": 0.5}))
+    decoding = json.loads(LocalResponder(folder).provenance)["decoding"]
+    assert decoding["repetition_penalty"] == 1.1
+    assert "top_p" not in decoding
 
 
 def test_a_checkpoint_that_does_not_say_who_is_inside_is_refused(lsm_dir, processor, tmp_path):
