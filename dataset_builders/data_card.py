@@ -1,6 +1,7 @@
 """The card of a set: what `load_dataset` must know, and what whoever trains on it should."""
 
 import collections
+import hashlib
 import json
 import shlex
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from dataset_builders.filters import FILTERS
 from dataset_builders.shards import BuildFolder
 
+REPOSITORY = "THIS_REPOSITORY"  # until the set is published
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 _COLUMNS = """\
 | column | meaning |
@@ -41,12 +43,14 @@ class Summary:
     seconds: collections.Counter = field(default_factory=collections.Counter)  # of audio, by task
     words: collections.Counter = field(default_factory=collections.Counter)  # of responses, by task
     longest: dict[str, int] = field(default_factory=dict)  # response in words, by task
+    content: str = ""  # hash of all rows
 
     @classmethod
     def of(cls, reports: Iterable[dict]) -> "Summary":
         """Add up what `self_powered.write_shard` reports."""
-        total = cls()
+        total, content = cls(), hashlib.sha256()
         for report in reports:
+            content.update(json.dumps(report["sha256"], sort_keys=True).encode())
             total.utterances += report["utterances"]
             total.refused.update(reason for _, reason, _ in report["refused"])
             total.dropped.update({tuple(key.split("/")): count for key, count in report["dropped"].items()})
@@ -54,6 +58,7 @@ class Summary:
                 getattr(total, name).update(report[name])
             for task, words in report["longest"].items():
                 total.longest[task] = max(words, total.longest.get(task, 0))
+        total.content = content.hexdigest()[:16]
         return total
 
     def lines(self) -> list[str]:
@@ -100,6 +105,9 @@ def _metadata(builds: list[BuildFolder], summaries: Mapping[str, Summary]) -> Da
         name: [split for split, summary in summaries.items() if any(summary.rows[task] for task in of)]
         for name, of in {"all": tasks, **{task: [task] for task in tasks}}.items()
     }
+    # Says which rows these are: datasets 5.2 keys its cache on the name of a folder and its configurations, and would
+    # return the rows of another folder of that name.
+    content = ", ".join(f"{split} {summary.content}" for split, summary in summaries.items())
     folders = {"all": "data/*", **{task: f"data/{task}" for task in tasks}}
     licenses = sorted({corpus["license"] for corpus in corpora if corpus["license"]})
     return DatasetCardData(
@@ -107,6 +115,7 @@ def _metadata(builds: list[BuildFolder], summaries: Mapping[str, Summary]) -> Da
             {
                 "config_name": name,
                 **({"default": True} if name == "all" else {}),
+                "description": f"content {content}",
                 "data_files": [{"split": split, "path": f"{path}/{split}-*.parquet"} for split in splits[name]],
             }
             for name, path in folders.items()
@@ -128,7 +137,7 @@ def _introduction(settings: dict) -> list[str]:
         f"An LLM, `{responder['model']}`, answered instructions over the transcripts of an ASR corpus. A speech LLM "
         'made of that very LLM learns to give these answers from the speech ("Self-Powered LLM Modality Expansion", '
         "arXiv 2410.03798): what it learns is to hear, not to speak otherwise.\n",
-        '```python\nfrom datasets import load_dataset\n\nrows = load_dataset("THIS_REPOSITORY", "all", split='
+        f'```python\nfrom datasets import load_dataset\n\nrows = load_dataset("{REPOSITORY}", "all", split='
         f'"{settings["corpus"]["split"]}", streaming=True)\n```\n',
         _COLUMNS,
     ]

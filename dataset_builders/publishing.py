@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from datasets import Audio, Dataset, load_dataset
 from huggingface_hub import HfApi
 
+from dataset_builders.data_card import REPOSITORY
 from dataset_builders.shards import BuildFolder
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def push_to_hub(
     Raises:
         ValueError: as in `check`.
     """
-    rows, api = check(folder), HfApi(token=token)
+    rows, api, card = check(folder), HfApi(token=token), Path(folder) / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace(REPOSITORY, repo_id), encoding="utf-8")
     api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True)
@@ -76,16 +78,9 @@ def push_to_hub(
 def load_self_powered(name: str | Path, config: str = "all", split: str = "train") -> Dataset:
     """Open a self-powered set, folder or Hub id: one task's rows, or all of them; audio not decoded.
 
-    A folder's files are named one by one: `load_dataset(folder, config)` of datasets 5.2 keys its cache on the folder's
-    name and the configuration alone, and would return the rows of an older set of that name.
-
     Raises:
-        ValueError: the folder has no such rows.
+        ValueError: the folder holds no finished set, or the set has no such configuration or split.
     """
-    if not Path(name).is_dir():
-        return load_dataset(str(name), config, split=split).cast_column("audio", Audio(16_000, decode=False))
-    files = sorted(map(str, Path(name).glob(f"data/{'*' if config == 'all' else config}/{split}-*.parquet")))
-    if not files:
-        raise ValueError(f"{name} has no data/{config}/{split}-*.parquet; expected a folder that `build` wrote.")
-    dataset = load_dataset("parquet", data_files={split: files}, split=split)
-    return dataset.cast_column("audio", Audio(16_000, decode=False))
+    if Path(name).is_dir() and not (Path(name) / "README.md").is_file():
+        raise ValueError(f"{name} has no README.md; expected a folder that `build` has finished.")
+    return load_dataset(str(name), config, split=split).cast_column("audio", Audio(16_000, decode=False))

@@ -13,6 +13,7 @@ So a kill at any moment loses the shards being written and nothing else, a commi
 two processes that write the same shard end with one.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -152,7 +153,8 @@ class BuildFolder:
                 use_content_defined_chunking=True,  # the Hub then stores again only what changed
                 write_page_index=True,
             )
-        (staging / "report.json").write_text(json.dumps(report), encoding="utf-8")
+        hashes = {task: _hash(staging / f"{task}.parquet") for task in tables}
+        (staging / "report.json").write_text(json.dumps({**report, "sha256": hashes}), encoding="utf-8")
         for file in staging.iterdir():
             _sync(file)
         _sync(staging)
@@ -216,6 +218,11 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def _hash(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import sys
+import threading
 import time
 from email.utils import formatdate
 from types import SimpleNamespace
@@ -176,7 +177,7 @@ def test_the_servers_own_context_length_counts(ask):
 @pytest.mark.parametrize("behaviour", RECOVERABLE)
 def test_it_recovers_from(behaviour, ask, caplog):
     with MisbehavingServer([OK, behaviour, behaviour]) as server:
-        responder = ask(server, timeout=0.5 if behaviour in ("hang", "trickle") else 5.0)
+        responder = ask(server, timeout=1.0 if behaviour in ("hang", "trickle") else 5.0)
         assert responder.respond(REQUESTS) == expected(server, responder, REQUESTS)
         assert len(server.bodies) == 5
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -190,16 +191,21 @@ def test_a_storm_loses_and_swaps_nothing(ask, caplog):
     with MisbehavingServer(storm, latency=0.02) as server:
         responder = ask(server, timeout=1.0, concurrency=16)
         assert responder.respond(MANY) == expected(server, responder, MANY)
-        failures = len(server.bodies) - len(MANY)
-        assert server.most_at_once <= 16
+        assert len(server.bodies) > len(MANY) + 20
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert failures > 20 and f"failed {failures} times" in warning
     assert all(kind in warning for kind in ("HTTP 429", "no answer in time", "no connection", "malformed answer"))
 
 
 @pytest.mark.parametrize("concurrency", [1, 7])
-def test_no_more_requests_at_a_time_than_agreed(ask, concurrency):
-    with MisbehavingServer(latency=0.02) as server:
+def test_as_many_requests_at_a_time_as_agreed_and_no_more(ask, concurrency):
+    full = threading.Barrier(concurrency)
+
+    def wait_until_full(number, body):
+        if number < concurrency:
+            full.wait(10)
+        return OK
+
+    with MisbehavingServer(wait_until_full, latency=0.01) as server:
         ask(server, concurrency=concurrency).respond(MANY[:30])
         assert server.most_at_once == concurrency
 

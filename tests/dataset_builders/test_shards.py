@@ -103,7 +103,8 @@ def test_a_commit_leaves_rows_and_a_report_and_nothing_else(folder):
         "data/intent/train-00000-00000.parquet",
         "data/keyword/train-00000-00000.parquet",
     ]
-    assert list(folder.reports()) == [{"rows": 3}]
+    (report,) = folder.reports()
+    assert (report["rows"], set(report["sha256"])) == (3, {"intent", "keyword"})
     assert pq.read_table(folder.folder / "data/keyword/train-00000-00000.parquet")["id"].to_pylist() == ["b", "c"]
 
 
