@@ -30,7 +30,6 @@ from datasets import (
     DownloadManager,
     Features,
     GeneratorBasedBuilder,
-    IterableDataset,
     SplitGenerator,
     Value,
 )
@@ -150,7 +149,10 @@ class SelfPoweredConfig(BuilderConfig, BuildArguments):
 
 class SelfPoweredBuilder(GeneratorBasedBuilder):
     """A self-powered set as a `datasets` builder: `SelfPoweredBuilder(corpus="nano", llm="assets/nano/llm")`, then
-    `download_and_prepare()` and `as_dataset("train")`. Goes on with a build that was killed."""
+    `download_and_prepare()` and `as_dataset("train")`. Goes on with a build that was killed.
+
+    Streamed, its `audio` is the bytes and the path: `datasets` would need torchcodec to say that they are audio.
+    """
 
     BUILDER_CONFIG_CLASS = SelfPoweredConfig
 
@@ -171,9 +173,6 @@ class SelfPoweredBuilder(GeneratorBasedBuilder):
 
     def _as_dataset(self, *args, **kwargs) -> Dataset:
         return super()._as_dataset(*args, **kwargs).cast_column("audio", Audio(16_000))
-
-    def _as_streaming_dataset_single(self, splits_generator: SplitGenerator) -> IterableDataset:
-        return super()._as_streaming_dataset_single(splits_generator).cast_column("audio", Audio(16_000))
 
 
 def main() -> None:

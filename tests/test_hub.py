@@ -1,55 +1,18 @@
-"""Publishers and users are fresh processes: the clients read `HF_ENDPOINT` when they are imported."""
+"""A checkpoint is pushed, and used by somebody who has nothing else. Data: dataset_builders/test_publishing.py."""
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hub_clients import HARMLESS, run, start
 from local_hub import LocalHub, Repo
 from safetensors.torch import load
 
 ROOT = Path(__file__).parents[1]
 NAME = "org/tiny-lsm"
 CODE = ("configuration_lsm", "modeling_lsm", "processing_lsm")
-# The client asks once for a list of AI agents, to name one in its user agent, and goes on without an answer.
-HARMLESS = {"GET /api/agent-harnesses"}
-
-
-def start(code: str, hub: LocalHub, home: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
-    """Run code in an empty folder, as somebody whose downloads are kept in `home`."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("HF_") and not name.lower().endswith("_proxy") and name != "PYTHONPATH"
-    }
-    environment |= {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_MODULES_CACHE": tempfile.mkdtemp(dir=home.parent),  # new each time: remote code comes from Hub or downloads
-        "HF_TOKEN": "a-fake-token",
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-        "NO_PROXY": "127.0.0.1,localhost",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=environment | settings, cwd=tempfile.mkdtemp(dir=home.parent), capture_output=True, text=True,
-        stdin=subprocess.DEVNULL, timeout=120,
-    )  # fmt: skip
-
-
-def run(*arguments, **settings) -> dict:
-    """What the code that [`start`] runs prints at the end, as JSON."""
-    result = start(*arguments, **settings)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 PUBLISH = """
@@ -183,44 +146,6 @@ def test_a_broken_or_missing_checkpoint_is_an_error_that_says_so(hub, commits, t
     assert result.returncode == 1
     for message in messages:
         assert message in result.stderr
-
-
-# Data
-
-PUBLISH_SET = """
-import json, sys
-from datasets import Audio, Dataset
-for config, rows in json.loads(sys.argv[1]).items():
-    for row in rows:
-        row["audio"] = {"bytes": bytes.fromhex(row["audio"]), "path": "clip.wav"}
-    Dataset.from_list(rows).cast_column("audio", Audio(16_000)).push_to_hub("org/tiny-set", config)
-print("{}")
-"""
-
-READ_SET = """
-import json
-from datasets import Audio, load_dataset
-found = {}
-for config in ("intent", "keyword"):
-    for streaming in (False, True):
-        rows = load_dataset("org/tiny-set", config, split="train", streaming=streaming)
-        rows = rows.cast_column("audio", Audio(16_000, decode=False))
-        found[f"{config} {streaming}"] = [{**row, "audio": row["audio"]["bytes"].hex()} for row in rows]
-print(json.dumps(found))
-"""
-
-
-def test_a_set_has_the_same_rows_downloaded_or_streamed(hub, tmp_path):
-    sets = {
-        config: [
-            {"id": f"utt-{row}/{config}", "audio": bytes(range(row, row + 40)).hex(), "response": f"{config} {row} ✓"}
-            for row in range(count)
-        ]
-        for config, count in {"intent": 5, "keyword": 3}.items()
-    }
-    run(PUBLISH_SET, hub, tmp_path / "publisher", json.dumps(sets))
-    found = run(READ_SET, hub, tmp_path / "user")
-    assert found == {f"{config} {streaming}": rows for config, rows in sets.items() for streaming in (False, True)}
 
 
 # The local Hub itself
