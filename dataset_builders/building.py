@@ -104,11 +104,10 @@ def answer(
     return kept, dropped
 
 
-def to_tables(rows: list[dict]) -> dict[str, pa.Table]:
-    """The rows of every task, as Parquet has them."""
-    tasks = sorted({row["task"] for row in rows})
-    schema = FEATURES.arrow_schema
-    return {task: pa.Table.from_pylist([row for row in rows if row["task"] == task], schema) for task in tasks}
+def to_tables(rows: list[dict]) -> Iterator[tuple[str, pa.Table]]:
+    """Every task and its rows, as Parquet has them; one after the other, since each holds the audio of its rows."""
+    for task in sorted({row["task"] for row in rows}):
+        yield task, pa.Table.from_pylist([row for row in rows if row["task"] == task], FEATURES.arrow_schema)
 
 
 def report(lines: int, refused: list[RefusedRowError], asked: list[dict], kept: list[dict], dropped) -> dict:

@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,8 +136,8 @@ class BuildFolder:
     def is_done(self, shard: Shard) -> bool:
         return (self.state / "shards" / str(shard)).exists()
 
-    def commit(self, shard: Shard, tables: Mapping[str, pa.Table], report: dict) -> None:
-        """Write a shard's rows, by task, and its report: all of it is there afterwards, or nothing.
+    def commit(self, shard: Shard, tables: Iterable[tuple[str, pa.Table]], report: dict) -> None:
+        """Write a shard's rows, a table per task, and its report: all of it is there afterwards, or nothing.
 
         Raises:
             OSError: the disk is full, or the like; what was committed before is whole.
@@ -145,15 +145,17 @@ class BuildFolder:
         staging, target = self.state / "staging" / f"{shard}.{_process()}", self.state / "shards" / str(shard)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        for task, table in tables.items():
+        hashes = {}
+        for task, table in tables:
+            file = staging / f"{task}.parquet"
             pq.write_table(
                 table,
-                staging / f"{task}.parquet",
+                file,
                 row_group_size=ROW_GROUP,
                 use_content_defined_chunking=True,  # the Hub then stores again only what changed
                 write_page_index=True,
             )
-        hashes = {task: _hash(staging / f"{task}.parquet") for task in tables}
+            hashes[task] = _hash(file)
         (staging / "report.json").write_text(json.dumps({**report, "sha256": hashes}), encoding="utf-8")
         for file in staging.iterdir():
             _sync(file)

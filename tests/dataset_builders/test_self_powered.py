@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from datasets import Audio, load_dataset
+from misbehaving_server import MisbehavingServer
 
 from dataset_builders import self_powered
 from dataset_builders.inspection import COLUMNS
@@ -65,6 +66,18 @@ def test_the_nano_corpus_and_the_nano_llm(command, tmp_path):
     for row in rows:
         if row["task"] == "intent":
             assert re.fullmatch(r"The intent is \w+\.", row["response"])
+
+
+def test_an_llm_behind_a_server_answers(command, corpus_dir, llm_dir, tmp_path):
+    with MisbehavingServer(["429 with Retry-After", "disconnect"], answer=lambda prompt: "So be it.") as server:
+        options = ["--server", server.url, "--served-model", "llm", "--tasks", "continuation", "--concurrency", "3"]
+        command("build", "--corpus", corpus_dir, "--llm", llm_dir, "--output", tmp_path / "served", *options)
+    rows = undecoded(tmp_path / "served")
+    assert rows["response"][:] == ["So be it."] * 8
+    written = json.loads(rows[0]["responder"])
+    assert (written["model"], written["decoding"]["engine"]) == (llm_dir.name, "openai-compatible server")
+    assert len(server.bodies) == 10
+    assert server.most_at_once <= 3
 
 
 def test_a_task_of_ones_own_needs_no_code(command, answering, corpus_dir, tmp_path):

@@ -96,7 +96,7 @@ def test_where_there_are_files_enough_each_process_reads_its_own():
 
 
 def test_a_commit_leaves_rows_and_a_report_and_nothing_else(folder):
-    folder.commit(Shard(0, 0), {"intent": table("a"), "keyword": table("b", "c")}, {"rows": 3})
+    folder.commit(Shard(0, 0), {"intent": table("a"), "keyword": table("b", "c")}.items(), {"rows": 3})
     assert files(folder) == [
         ".build/train/settings.json",
         ".build/train/shards/00000-00000/report.json",
@@ -109,7 +109,7 @@ def test_a_commit_leaves_rows_and_a_report_and_nothing_else(folder):
 
 
 def test_a_shard_without_rows_is_done_all_the_same(folder):
-    folder.commit(Shard(0, 0), {}, {"rows": 0})
+    folder.commit(Shard(0, 0), {}.items(), {"rows": 0})
     assert folder.is_done(Shard(0, 0))
 
 
@@ -128,7 +128,7 @@ def test_a_kill_within_a_commit_leaves_all_of_the_shard_or_nothing(folder, monke
 
         patch.setattr(owner, step, die)
         with pytest.raises(KeyboardInterrupt):
-            folder.commit(Shard(0, 0), {"intent": table("a"), "keyword": table("b")}, {"rows": 2})
+            folder.commit(Shard(0, 0), {"intent": table("a"), "keyword": table("b")}.items(), {"rows": 2})
     was_committed = folder.is_done(Shard(0, 0))
     assert was_committed == (step == "replace")
     folder.settle()
@@ -137,13 +137,13 @@ def test_a_kill_within_a_commit_leaves_all_of_the_shard_or_nothing(folder, monke
         ["data/intent/train-00000-00000.parquet", "data/keyword/train-00000-00000.parquet"] * was_committed
     )
     if not was_committed:
-        folder.commit(Shard(0, 0), {"intent": table("a"), "keyword": table("b")}, {"rows": 2})
+        folder.commit(Shard(0, 0), {"intent": table("a"), "keyword": table("b")}.items(), {"rows": 2})
         assert len([file for file in files(folder) if file.startswith("data")]) == 2
 
 
 def test_of_two_processes_that_write_the_same_shard_the_first_stays(folder, tmp_path, caplog):
-    folder.commit(Shard(0, 0), {"intent": table("first")}, {"rows": 1})
-    folder.commit(Shard(0, 0), {"intent": table("second")}, {"rows": 1})
+    folder.commit(Shard(0, 0), {"intent": table("first")}.items(), {"rows": 1})
+    folder.commit(Shard(0, 0), {"intent": table("second")}.items(), {"rows": 1})
     assert pq.read_table(folder.folder / "data/intent/train-00000-00000.parquet")["id"].to_pylist() == ["first"]
     assert "another process wrote it too" in caplog.text
     assert not list((folder.state / "staging").iterdir())
@@ -162,7 +162,7 @@ def test_what_a_dead_process_was_writing_goes_away_and_what_a_live_one_writes_st
 
 
 def test_a_full_disk_is_told_and_what_was_committed_stays(folder, monkeypatch):
-    folder.commit(Shard(0, 0), {"intent": table("a")}, {"rows": 1})
+    folder.commit(Shard(0, 0), {"intent": table("a")}.items(), {"rows": 1})
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -170,13 +170,13 @@ def test_a_full_disk_is_told_and_what_was_committed_stays(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pq, "write_table", full)
         with pytest.raises(OSError, match="No space left"):
-            folder.commit(Shard(0, 1), {"intent": table("b")}, {"rows": 1})
+            folder.commit(Shard(0, 1), {"intent": table("b")}.items(), {"rows": 1})
     assert not folder.is_done(Shard(0, 1))
     assert pq.read_table(folder.folder / "data/intent/train-00000-00000.parquet").num_rows == 1
 
 
 def test_a_row_group_is_what_a_viewer_reads_to_show_a_row(folder):
-    folder.commit(Shard(0, 0), {"intent": table(*map(str, range(250)))}, {"rows": 250})
+    folder.commit(Shard(0, 0), {"intent": table(*map(str, range(250)))}.items(), {"rows": 250})
     file = pq.ParquetFile(folder.folder / "data/intent/train-00000-00000.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [100, 100, 50]
     assert file.metadata.row_group(0).column(0).has_offset_index
@@ -187,7 +187,7 @@ def test_a_row_group_is_what_a_viewer_reads_to_show_a_row(folder):
 
 def test_a_build_knows_what_is_missing(folder):
     assert list(folder.missing()) == ["00000-?"]
-    folder.commit(Shard(0, 1), {}, {})
+    folder.commit(Shard(0, 1), {}.items(), {})
     folder.end(0, 3)
     assert list(folder.missing()) == ["00000-00000", "00000-00002"]
 

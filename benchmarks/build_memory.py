@@ -1,0 +1,57 @@
+"""Memory of a small and a large build of the self-powered set: it must not grow with the corpus.
+
+    python -m benchmarks.build_memory --llm assets/nano/llm --rows 10000 100000
+
+Each build runs in a process of its own, all seven tasks on every utterance of the nano corpus. Given is the peak of
+the resident memory, as the operating system kept it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+COMMAND = [sys.executable, "-m", "dataset_builders.self_powered", "build", "--corpus", "nano"]
+
+
+def peak_memory(llm: str, rows: int, threads: int) -> float:
+    """MiB that a build of so many rows takes at most.
+
+    Raises:
+        subprocess.CalledProcessError: the build fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--llm", llm, "--limit", str(rows), "--tasks-per-utterance", "7", "--output", f"{folder}/set"]
+        with open(f"{folder}/log", "w") as log:
+            process = subprocess.Popen(
+                [*COMMAND, *options],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+        if code := os.waitstatus_to_exitcode(status):
+            raise subprocess.CalledProcessError(code, COMMAND, stderr=Path(f"{folder}/log").read_text()[-2000:])
+    return usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llm", default="assets/nano/llm")
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", help="file for the figures")
+    args = parser.parse_args()
+    peaks = {rows: peak_memory(args.llm, rows, args.threads) for rows in args.rows}
+    smallest = peaks[min(peaks)]
+    for rows, peak in peaks.items():
+        print(f"{rows} rows: {peak:.0f} MiB at most, {peak / smallest:.3f} of the smallest build's")
+    if args.json:
+        Path(args.json).write_text(json.dumps({str(rows): peak for rows, peak in peaks.items()}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
