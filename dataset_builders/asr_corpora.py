@@ -15,6 +15,8 @@ again. What cannot be used is a `RefusedRowError` that says where it stands and 
 
 import itertools
 import os
+import reprlib
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ from huggingface_hub import HfApi
 from dataset_builders import nano_speech
 from dataset_builders.corpus import FEATURES, Corpus, RefusedRowError, choose_columns
 from dataset_builders.file_corpora import MANIFESTS, AudioFolder, ManifestCorpus, is_audio_folder
+
+FILE_TYPES = ("string", "large_string", "binary", "large_binary")  # columns of paths, or of the files themselves
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,14 @@ class HubCorpus(Corpus):
         normalizer: str,
         config: str | None = None,
         revision: str | None = None,
+        data_root: str | Path | None = None,
     ):
-        self.folder = Path(os.path.abspath(corpus)) if Path(corpus).is_dir() else None
+        self.folder = Path(os.path.abspath(data_root or corpus)) if Path(corpus).is_dir() else None
         if self.folder is None:
-            revision = self.revision = HfApi().dataset_info(corpus, revision=revision).sha
+            revision = self.revision = _commit(corpus, revision)
         stream: IterableDataset = load_dataset(corpus, config, split=split, streaming=True, revision=revision)
-        name = self.folder.name if self.folder else corpus
-        super().__init__(name, split, choose_columns(stream.column_names, columns, f"{corpus} ({split})"), normalizer)
+        name = Path(corpus).resolve().name if self.folder else corpus
+        super().__init__(name, split, _columns_of(stream, columns, f"{corpus} ({split})"), normalizer)
         self.stream = stream.cast_column(self.columns["audio"], Audio(decode=False))
         self.num_files, self.config = self.stream.num_shards, config
 
@@ -112,26 +117,57 @@ class HubCorpus(Corpus):
             yield f"row {number}{part}", row
 
     def audio(self, where: str, line: dict) -> dict:
-        audio = line[self.columns["audio"]]
-        path = audio.get("path") if audio else None
-        if not audio or (audio.get("bytes") is None and not path):
-            raise RefusedRowError(where, "no audio", f"{self.columns['audio']!r} is empty")
-        if audio.get("bytes") is not None:
-            return {"bytes": audio["bytes"], "path": os.path.basename(path) if path else None}
-        if not self._is_of_the_corpus(path):
-            raise RefusedRowError(where, "outside the data root", f"{path} is not a file of {self.name}")
+        column = self.columns["audio"]
+        audio = line.get(column)
+        content, path = (audio.get("bytes"), audio.get("path")) if isinstance(audio, dict) else (None, None)
+        name = os.path.basename(path) if isinstance(path, str) else None
+        if isinstance(content, bytes):
+            return {"bytes": content, "path": name}
+        if content is not None or not name:
+            raise RefusedRowError(where, "no audio", f"{column!r} is {reprlib.repr(audio)}; expected an audio file")
+        location = self._resolve(where, path)
         try:
-            with xopen(os.path.join(self.folder or "", path), "rb") as file:
-                return {"bytes": file.read(), "path": os.path.basename(path)}
-        except (OSError, ValueError) as error:
+            with xopen(location, "rb") as file:
+                return {"bytes": file.read(), "path": name}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            if self.folder is None and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise  # the network's fault: the build can go on later
             raise RefusedRowError(where, "unreadable audio", str(error)) from error
 
-    def _is_of_the_corpus(self, path: str) -> bool:
-        """A corpus may name its own files alone: what it names is read here, and published."""
+    def _resolve(self, where: str, path: str) -> str:
+        """A file of the corpus as `xopen` takes it, perhaps in an archive (`zip://a.wav::FILE`). It may name no
+        other: what it names is read here, and published."""
+        *inside, file = path.split("::")
         if self.folder is not None:
-            return Path(os.path.normpath(self.folder / path)).is_relative_to(self.folder)
-        archive = path.rpartition("::")[2]
-        return archive.startswith((f"hf://datasets/{self.name}@", f"hf://datasets/{self.name}/"))
+            file = os.path.normpath(self.folder / file)
+            own = Path(file).is_relative_to(self.folder)
+        else:
+            own = file.startswith((f"hf://datasets/{self.name}@", f"hf://datasets/{self.name}/"))
+            own = own and ".." not in file.split("/")
+        if not own or not all(hop.startswith("zip://") for hop in inside):
+            root = f"under {self.folder}; see --data-root" if self.folder else f"a file of {self.name}"
+            raise RefusedRowError(where, "outside the data root", f"{path} is not {root}")
+        return "::".join([*inside, file])
+
+
+def _commit(corpus: str, revision: str | None) -> str:
+    """The commit of a data set on the Hub. Raises ValueError if there is none, or the Hub cannot be asked."""
+    try:
+        return HfApi().dataset_info(corpus, revision=revision).sha
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{corpus} does not exist here, and cannot be opened on the Hub: {error}") from error
+
+
+def _columns_of(stream: IterableDataset, columns: dict[str, str], corpus: str) -> dict[str, str]:
+    """As `choose_columns`; raises ValueError also if the audio is not in files."""
+    if stream.features is None:
+        raise ValueError(f"{corpus}: its first rows cannot be read; expected Parquet, JSON Lines, CSV or audio files.")
+    chosen = choose_columns(stream.column_names, columns, corpus)
+    kind = stream.features[chosen["audio"]]
+    files = {"bytes", "path"} & set(kind) if isinstance(kind, dict) else getattr(kind, "dtype", None) in FILE_TYPES
+    if not files and not isinstance(kind, Audio):
+        raise ValueError(f"{corpus}: column {chosen['audio']!r} holds {kind}; expected audio files, or their paths.")
+    return chosen
 
 
 def open_corpus(
@@ -149,12 +185,13 @@ def open_corpus(
 
     Args:
         corpus: `nano`, a manifest, an audio folder, a folder or Hub id that `load_dataset` opens, or a preset's name.
-        split: its split, such as `train`. Of manifests and audio folders, which have none, it is only the name.
+        split: its split, such as `train`: of an audio folder, the folder of that name in it if there is one. Other
+            audio folders and manifests are one split, which gets this name.
         config: its configuration, if it has several.
         preset: whose columns and transcript rule are used (`PRESETS`); by default that of its Hub id, or none.
         columns: names of its `audio`, `transcript` and `id` columns, where neither preset nor custom has them.
         normalizer: the rule for its transcripts (`transcripts.py`); the preset's or `plain` by default.
-        data_root: folder that a manifest's audio must be in; the manifest's own by default.
+        data_root: folder that audio must be in and paths start from; the manifest's own, or the folder, by default.
         revision: branch, tag or commit on the Hub.
 
     Raises:
@@ -173,17 +210,23 @@ def _open(name, split, known: Preset, config, columns, normalizer, data_root, re
     path, columns = Path(name), {**known.columns, **columns}
     if path.is_file():
         if path.suffix not in MANIFESTS:
-            raise ValueError(f"{path} is no manifest; expected one of {', '.join(MANIFESTS)}.")
+            raise ValueError(
+                f"{path} is no manifest; expected one of {', '.join(MANIFESTS)}, or a folder of Parquet or audio files."
+            )
         if data_root is None and known.audio_folder:
             data_root = path.parent / known.audio_folder
         return ManifestCorpus(path, split, columns, normalizer, data_root)
+    if path.is_dir() and is_audio_folder(path):
+        return AudioFolder(path, split, columns, normalizer, data_root)
     if path.is_dir():
-        if is_audio_folder(path):
-            return AudioFolder(path, split, columns, normalizer, data_root)
-    elif path.suffix in MANIFESTS or path.is_absolute() or name.startswith("."):
+        return HubCorpus(name, split, columns, normalizer, config, data_root=data_root)
+    if path.suffix in MANIFESTS or path.is_absolute() or name.startswith("."):
         raise ValueError(f"{name} does not exist; expected a manifest, a folder or the id of a data set on the Hub.")
-    hub_id = known.corpus if name in PRESETS and known.corpus else name
-    return HubCorpus(hub_id, split, columns, normalizer, config or known.config, revision)
+    if data_root is not None:
+        raise ValueError(f"{name} is on the Hub, where audio is not under a {data_root=}; leave that out.")
+    hub_id = PRESETS[name].corpus if name in PRESETS else name
+    config = config or (known.config if hub_id == known.corpus else None)
+    return HubCorpus(hub_id, split, columns, normalizer, config, revision)
 
 
 def load_corpus(corpus: str | Path, split: str, limit: int | None = None, **settings) -> Dataset:
@@ -194,10 +237,14 @@ def load_corpus(corpus: str | Path, split: str, limit: int | None = None, **sett
         (float32, seconds) and `source` (string, corpus and split).
 
     Raises:
-        ValueError: as in `open_corpus`, or an utterance that cannot be used.
+        ValueError: as in `open_corpus`, an utterance that cannot be used, or none at all.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"{limit=} must be 1 or more.")
     opened = open_corpus(corpus, split, **settings)
     rows = list(itertools.islice(opened, opened.default_limit if limit is None else limit))
+    if not rows:
+        raise ValueError(f"{opened.source} has no utterance.")
     dataset = Dataset.from_list(rows, features=FEATURES)
     return dataset.cast_column("audio", Audio(16_000, decode=False))
 

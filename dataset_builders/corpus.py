@@ -1,6 +1,7 @@
 """What a corpus is to those who read it: a stream of utterances, and errors that say where they stand."""
 
 import io
+import reprlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,14 +24,15 @@ COLUMNS = {
     "transcript": ("transcript", "text", "sentence", "transcription", "normalized_text"),
     "id": ("id", "utterance_id", "segment_id", "utt_id"),
 }
+_UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile says of FLAC that was written to a pipe
 
 
 class RefusedRowError(ValueError):
     """An utterance that cannot be used: `where` it stands, and the `reason`, few words that can be counted."""
 
     def __init__(self, where: str, reason: str, details: str = ""):
-        super().__init__(f"{where}: {reason}{': ' if details else ''}{details}")
-        self.where, self.reason = where, reason
+        self.where, self.reason = _printable(where), reason
+        super().__init__(_printable(f"{where}: {reason}{': ' if details else ''}{details}"))
 
 
 class Corpus:
@@ -77,7 +79,7 @@ class Corpus:
         """The row of `FEATURES` for one of the `lines`.
 
         Raises:
-            RefusedRowError: its audio cannot be read, or it has no transcript.
+            RefusedRowError: its audio cannot be read, it has no transcript, or its texts are not UTF-8.
         """
         if isinstance(line, RefusedRowError):
             raise line
@@ -86,13 +88,17 @@ class Corpus:
             raise RefusedRowError(where, "no column", f"{column!r} is missing, there are {sorted(line)}")
         text = NORMALIZERS[self.normalizer](line[column]) if isinstance(line[column], str) else ""
         if not text:
-            raise RefusedRowError(where, "no transcript", f"{column!r} is {line[column]!r}; expected what is said")
+            given = reprlib.repr(line[column])
+            raise RefusedRowError(where, "no transcript", f"{column!r} is {given}; expected what is said")
         audio = self.audio(where, line)
         try:
             duration = duration_of(audio)
         except ValueError as error:
             raise RefusedRowError(where, "unreadable audio", str(error)) from error
         id = self.id_of(where, line, audio)
+        for value in (id, text, audio["path"] or ""):
+            if value != _printable(value):
+                raise RefusedRowError(where, "not UTF-8", f"{value!r}; expected text in that encoding")
         return {
             "id": id,
             "audio": audio,
@@ -128,8 +134,9 @@ def choose_columns(
         if found is not None:
             chosen[role] = found
         elif role in told or role not in optional:
+            names = " or ".join(map(repr, candidates))
             raise ValueError(
-                f"{corpus} has no column {candidates[0]!r}; it has {there}. Name its columns with --audio-column, "
+                f"{corpus} has no column {names} for the {role}; it has {there}. Name its columns with --audio-column, "
                 "--transcript-column and --id-column."
             )
     return chosen
@@ -139,7 +146,7 @@ def duration_of(audio: dict) -> float:
     """Seconds of an audio file given as `{"bytes", "path"}`, from its header.
 
     Raises:
-        ValueError: the file cannot be read or holds no samples.
+        ValueError: the file cannot be read, holds no samples, or does not say how many.
     """
     import soundfile
 
@@ -147,7 +154,15 @@ def duration_of(audio: dict) -> float:
     try:
         info = soundfile.info(source)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        raise ValueError(f"cannot read {audio.get('path') or 'the given bytes'} as audio: {error}") from error
+        reason = getattr(error, "error_string", error)
+        raise ValueError(f"cannot read {audio.get('path') or 'the given bytes'} as audio: {reason}") from error
     if info.frames == 0:
         raise ValueError(f"{audio.get('path') or 'the audio'} has no samples; expected speech.")
+    if info.frames == _UNKNOWN_LENGTH:
+        raise ValueError(f"{audio.get('path') or 'the audio'} does not say how long it is; write it to a file anew.")
     return info.frames / info.samplerate
+
+
+def _printable(text: str) -> str:
+    """With what could not be decoded, or not be encoded again, as `\\udc..`."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,33 +14,51 @@ from dataset_builders.corpus import Corpus, RefusedRowError, choose_columns
 
 MANIFESTS = (".jsonl", ".json", ".csv", ".tsv")
 AUDIO_FILES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
+FIRST_LINES = 100  # they show which columns there are
+CUT = "cut the audio into utterances first"
+# What is not UTF-8 is kept as it is, so that its line alone is refused.
+TEXT = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
 
 
 class FileCorpus(Corpus):
     """Utterances whose audio lies in files of their own, under `data_root`."""
 
+    expected: str  # what makes it one
+
     def __init__(self, path: Path, split: str, columns: dict[str, str], normalizer: str, data_root: str | Path | None):
         self.path = path
         self.data_root = Path(os.path.abspath(data_root or (path if path.is_dir() else path.parent)))
         super().__init__(path.stem if path.is_file() else path.resolve().name, split, columns, normalizer)
-        first = next((line for _, line in self.lines(0) if isinstance(line, dict)), None)
-        if first is None:
-            raise ValueError(f"{path} has no utterance; expected a line, or an audio file, for each.")
-        self.columns = choose_columns(list(first), columns, str(path), optional=("id",))
+        lines = [line for _, line in itertools.islice(self.lines(0), FIRST_LINES)]
+        there = list(dict.fromkeys(column for line in lines if isinstance(line, dict) for column in line))
+        if not there:
+            trouble = lines[0] if lines else "it is empty"
+            raise ValueError(f"{path} has no utterance that can be read ({trouble}); expected {self.expected}.")
+        self.columns = choose_columns(there, columns, str(path))
 
     def audio(self, where: str, line: dict) -> dict:
         column = self.columns["audio"]
         given = line.get(column)
         if not isinstance(given, str) or not given:
-            raise RefusedRowError(where, "no audio", f"{column!r} is {given!r}; expected the path of an audio file")
-        if line.get("offset") not in (None, "", 0, "0", 0.0):
-            raise RefusedRowError(
-                where, "part of a file", f"offset is {line['offset']}; cut the audio into utterances first"
-            )
+            details = f"{column!r} is {reprlib.repr(given)}; expected the path of an audio file"
+            raise RefusedRowError(where, "no audio", details)
+        offset = line.get("offset")
+        if offset not in (None, "") and _number(offset) != 0:
+            raise RefusedRowError(where, "part of a file", f"offset is {reprlib.repr(offset)}; {CUT}")
+        file = self._resolve(where, given)
         try:
-            return {"bytes": self._resolve(where, given).read_bytes(), "path": os.path.basename(given)}
-        except OSError as error:
+            return {"bytes": file.read_bytes(), "path": file.name}
+        except (OSError, ValueError) as error:  # ValueError: a null byte, or what no file's name can have
             raise RefusedRowError(where, "unreadable audio", str(error)) from error
+
+    def utterance(self, where: str, line: dict | RefusedRowError) -> dict:
+        """As of any corpus; where lines have an offset, one whose `duration` ends before the file does is refused."""
+        row = super().utterance(where, line)
+        duration = _number(line.get("duration"))
+        if "offset" in line and duration is not None and duration < row["duration"] - 0.5:
+            details = f"duration is {duration} of {row['duration']:.2f} seconds; {CUT}"
+            raise RefusedRowError(where, "part of a file", details)
+        return row
 
     def _resolve(self, where: str, given: str) -> Path:
         """The file, which must lie under the data root. Links are followed: whoever made them meant it."""
@@ -51,7 +70,9 @@ class FileCorpus(Corpus):
         return file
 
     def id_of(self, where: str, line: dict, audio: dict) -> str:
-        given = line.get(self.columns.get("id", "")) or line[self.columns["audio"]]
+        given = line.get(self.columns.get("id", ""))
+        if given in (None, ""):
+            given = line[self.columns["audio"]]
         file = os.path.relpath(os.path.normpath(self.data_root / str(given)), self.data_root)
         return os.path.splitext(file)[0] if file.lower().endswith(AUDIO_FILES) else str(given)
 
@@ -59,51 +80,64 @@ class FileCorpus(Corpus):
 class ManifestCorpus(FileCorpus):
     """A `.jsonl`, `.csv` or `.tsv` file with a line per utterance; one that cannot be read is refused by its number."""
 
+    expected = "a line for each, of JSON or below a header"
+
     def __init__(self, path: Path, *settings):
         super().__init__(path, *settings)
         with open(path, "rb") as file:
             self.revision = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:
-        with open(self.path, encoding="utf-8-sig", newline="") as text:
+        with open(self.path, newline="", **TEXT) as text:
             yield from _table_lines(text, self.path.suffix, self.path.name)
 
 
 class AudioFolder(FileCorpus):
-    """A folder of audio files with their texts beside them, in any of the three customs."""
+    """A folder of audio files with their texts beside them, in any of the three customs.
+
+    If it has a folder named like the split, that is what is read: the others are other splits.
+    """
+
+    expected = (
+        "metadata.jsonl, metadata.csv, *.trans.txt or a .txt beside each audio file; if it has a manifest of another "
+        "name, name that"
+    )
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:
-        tables = sorted(self.path.rglob("metadata.jsonl")) or sorted(self.path.rglob("metadata.csv"))
+        tables = self._find("metadata.jsonl") or self._find("metadata.csv")
         if tables:
             return itertools.chain.from_iterable(map(self._metadata_lines, tables))
-        transcripts = sorted(self.path.rglob("*.trans.txt"))
+        transcripts = self._find("*.trans.txt")
         if transcripts:
             return itertools.chain.from_iterable(map(self._chapter_lines, transcripts))
         return self._sidecar_lines()
 
+    def _find(self, pattern: str) -> list[Path]:
+        part = self.path / self.split
+        return sorted((part if part.is_dir() else self.path).rglob(pattern))
+
     def _metadata_lines(self, table: Path) -> Iterator[tuple[str, dict | RefusedRowError]]:
         folder = table.parent.relative_to(self.path)
-        with open(table, encoding="utf-8-sig", newline="") as text:
+        with open(table, newline="", **TEXT) as text:
             for where, line in _table_lines(text, table.suffix, str(folder / table.name)):
-                if isinstance(line, dict) and isinstance(line.get("file_name"), str):
+                if isinstance(line, dict) and isinstance(line.get("file_name"), str) and line["file_name"]:
                     line["file_name"] = str(folder / line["file_name"])
                 yield where, line
 
     def _chapter_lines(self, transcripts: Path) -> Iterator[tuple[str, dict | RefusedRowError]]:
         """LibriSpeech's release: `84-121123.trans.txt` with lines `84-121123-0000 GO DO YOU HEAR`, beside the FLACs."""
         folder = transcripts.parent.relative_to(self.path)
-        for number, line in enumerate(transcripts.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(transcripts.read_text(**TEXT).split("\n"), 1):
             id, _, text = line.partition(" ")
-            yield (
-                f"{transcripts.name} line {number}",
-                {"id": id, "file_name": str(folder / f"{id}.flac"), "transcript": text},
-            )
+            if line.strip():  # columns as LibriSpeech has them on the Hub
+                where = f"{transcripts.name} line {number}"
+                yield where, {"id": id, "audio": str(folder / f"{id}.flac"), "text": text}
 
     def _sidecar_lines(self) -> Iterator[tuple[str, dict | RefusedRowError]]:
-        for audio in sorted(file for file in self.path.rglob("*") if file.suffix.lower() in AUDIO_FILES):
+        for audio in (file for file in self._find("*") if file.suffix.lower() in AUDIO_FILES):
             name, text = str(audio.relative_to(self.path)), audio.with_suffix(".txt")
             if text.is_file():
-                yield name, {"file_name": name, "transcript": text.read_text(encoding="utf-8")}
+                yield name, {"file_name": name, "transcript": text.read_text(**TEXT)}
             else:
                 yield name, RefusedRowError(name, "no transcript", f"there is no {text.name} beside it")
 
@@ -120,10 +154,7 @@ def _table_lines(text: io.TextIOBase, suffix: str, name: str) -> Iterator[tuple[
     if suffix in (".csv", ".tsv"):
         quoting = csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL  # Common Voice's TSVs quote nothing
         table = csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ",", quoting=quoting)
-        for line in table:
-            where = f"{name} line {table.line_num}"
-            broken = None in line or None in line.values()
-            yield where, RefusedRowError(where, "not a table row", "too few or too many cells") if broken else line
+        yield from _table_rows(table, name)
         return
     for number, line in enumerate(text, 1):
         if line.strip():
@@ -131,9 +162,33 @@ def _table_lines(text: io.TextIOBase, suffix: str, name: str) -> Iterator[tuple[
             yield where, _json_line(where, line)
 
 
+def _table_rows(table: csv.DictReader, name: str) -> Iterator[tuple[str, dict | RefusedRowError]]:
+    while True:
+        trouble = None
+        try:
+            line = next(table)
+        except StopIteration:
+            return
+        except csv.Error as error:  # such as a quote that is never closed
+            line, trouble = {}, str(error)
+        if None in line or None in line.values():
+            trouble = f"too few or too many cells; expected {len(table.fieldnames)}"
+        where = f"{name} line {table.reader.line_num}"
+        yield where, RefusedRowError(where, "not a table row", trouble) if trouble else line
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
 def _json_line(where: str, line: str) -> dict | RefusedRowError:
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        row = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        return RefusedRowError(where, "not JSON", f"{error.msg}, column {error.colno}")
+    except (ValueError, RecursionError) as error:  # more digits or deeper lists than Python takes
         return RefusedRowError(where, "not JSON", str(error))
     return row if isinstance(row, dict) else RefusedRowError(where, "not JSON", "expected an object in braces")

@@ -19,18 +19,21 @@ FILTERS = {
     "judged": "the LLM gave its own response a low score, or none",
 }
 
-_END = regex.compile(r"""[\p{Sentence_Terminal}…][\p{Pe}\p{Pf}\p{Pi}"'*`\s]*$""")
+_END = regex.compile(r"""[\p{Sentence_Terminal}…][\p{Pe}\p{Pf}\p{Pi}"'*_`\s]*$""")
 # Looked for at the beginning alone: a speaker in a story may well be sorry.
 _REFUSAL = regex.compile(
     r"""\s*(
-        (i['’]?\s?a?m|i\s+am)\s+(very\s+|so\s+|truly\s+)?(sorry|afraid)\b.{0,20}\b(i|but|as)\b
-      | (sorry|apologies|unfortunately)\b.{0,20}\bi\s?(['’]m|am|can|could|do)
-      | i\s+apologi[sz]e\b
-      | as\s+(an?\s+)?(ai|artificial|language\s+model|text-based)\b
+        (i(['’]?\s?m|\s+am)\s+((very|so|truly)\s+)?(sorry|afraid)|sorry|apologies|unfortunately|i\s+apologi[sz]e)\b
+        .{0,30}\b(i|but|as)\b.{0,60}?(n['’]t|\b(not?|cannot|unable|ai|language\s+model|provide|share|need|more))\b
+      | as\s+(an?\s+)?(ai|artificial\s+intelligence|language\s+model|text-based)\b
       | i\s?(['’]m|\s+am)\s+(just\s+|only\s+)?(an?\s+)?(ai|unable|not\s+able|language\s+model|large\s+language)\b
       | i\s+(can\s?not|can['’]t|could\s?n['’]t|do\s?n['’]t|do\s+not)\s+
-        (hear|listen|process|access|have\s+(access|the\s+ability|any)|assist|help|fulfil|comply|see\s+any|play)
+        (hear|listen|process|access|have\s+(access|the\s+ability|any\s+(speech|audio|information|context))
+          |assist|help(?!\s+(but|\w+ing)\b)|fulfil|comply|see\s+any|play)
       | (please|could\s+you(\s+please)?|can\s+you(\s+please)?)\s+(provide|share|upload|paste|send)\b
+        .{0,40}\b(speech|audio|recording|file|clip|transcript|text|sentence|content|context|details|information)\b
+      | (it\s+(seems|looks|appears)\s+((that|like|as\s+if)\s+)?)?you\s+
+        (have\s?n['’]t|have\s+not|did\s?n['’]t|did\s+not|forgot\s+to)\s+(provide|share|include|attach|upload|paste)
       | (there\s+is\s+)?no\s+(speech|audio|transcript|text)\s+(was\s+|has\s+been\s+|is\s+)?(provided|given|attached)
     )""",
     regex.IGNORECASE | regex.VERBOSE,
@@ -40,6 +43,7 @@ _JUDGE = (
     "How well does the answer do what the instruction asks, and how true is it to the speech? "
     "Answer with one number only, from 1 (not at all) to 5 (perfectly)."
 )
+_SCALE = regex.compile(r"\b1\s*(to|-|–)\s*5\b")  # what some repeat before they answer
 
 
 def check_names(names: Collection[str]) -> None:
@@ -51,16 +55,16 @@ def check_names(names: Collection[str]) -> None:
 def reason_to_drop(task: Task, transcript: str, reply: Reply, off: Collection[str] = ()) -> str | None:
     """The first reason, a name in `FILTERS`, why a reply to `task` is not kept, or None. `off`: reasons that do not
     count. Duplicates and scores are for those who see more than one reply."""
+    if task.name == TRANSCRIPTION:  # written without the LLM
+        return None
     reasons = {
         "prompt_too_long": reply.finish == "prompt_too_long",
         "truncated": reply.finish == "length",
-        "empty": not reply.text,
+        "empty": not reply.text.strip(),
         "unfinished": task.ends_like_a_sentence and not _END.search(reply.text),
         "copy": not task.may_copy_transcript and _fold(reply.text) == _fold(transcript),
         "refusal": bool(_REFUSAL.match(reply.text)),
     }
-    if task.name == TRANSCRIPTION:  # written without the LLM
-        return None
     return next((reason for reason, found in reasons.items() if found and reason not in off), None)
 
 
@@ -70,7 +74,8 @@ def judge(responder: Responder, requests: list[Request], responses: list[str]) -
         Request(_JUDGE.format(instruction=request.instruction, response=response), request.transcript, "judge")
         for request, response in zip(requests, responses, strict=True)
     ]
-    found = [regex.search(r"[1-5]", reply.text) for reply in responder.respond(questions)]
+    replies = [_SCALE.sub("", reply.text) for reply in responder.respond(questions)]
+    found = [regex.search(r"(?<!\d)[1-5](?!\d)", reply) for reply in replies]
     return [int(match[0]) if match else None for match in found]
 
 

@@ -47,8 +47,9 @@ def load_pool(path: str | Path = POOL_PATH, slots: Mapping[str, Sequence[str]] |
 
     Raises:
         ValueError: a missing or unknown key, a value of the wrong type, an empty list, a paraphrase without a slot that
-            its task declares or with one that it does not, a paraphrase that occurs twice in the pool (within a split,
-            in both splits, or in two tasks), or `slots` that no task has. Names the file and the task.
+            its task declares or with one that it does not, a slot without values or with one that is no text, a
+            paraphrase that occurs twice in the pool (within a split, in both splits, or in two tasks), or `slots` that
+            no task has. Names the file and the task.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -60,6 +61,8 @@ def load_pool(path: str | Path = POOL_PATH, slots: Mapping[str, Sequence[str]] |
         raise ValueError(f"{path}: `tasks` is empty; add at least one task")
 
     slots = slots or {}
+    if trouble := _trouble_in_slots(slots):
+        raise ValueError(f"{path}: {trouble}")
     pool = {str(name): _read_task(str(name), fields, slots, path) for name, fields in content["tasks"].items()}
     known = {slot for fields in content["tasks"].values() for slot in fields.get("slots", {})}
     if unknown := sorted(set(slots) - known):
@@ -109,9 +112,20 @@ def _trouble(fields: object) -> str | None:
         if not isinstance(fields.get(key, False), bool):
             return f"`{key}` must be true or false, got {fields[key]!r}"
     slots = fields.get("slots", {})
-    if not isinstance(slots, dict) or not all(values and isinstance(values, list) for values in slots.values()):
-        return f"`slots` must be a mapping from slot to a list of values, got {slots!r}"
+    if trouble := _trouble_in_slots(slots):
+        return trouble
     return next(filter(None, (_trouble_in_lines(split, fields[split], slots) for split in ("seen", "held_out"))), None)
+
+
+def _trouble_in_slots(slots: object) -> str | None:
+    """What is wrong with slots and their values, or None."""
+    if not isinstance(slots, Mapping) or not all(isinstance(slot, str) and slot.isidentifier() for slot in slots):
+        return f"`slots` must be a mapping from names to lists of values, got {slots!r}"
+    for slot, values in slots.items():
+        texts = isinstance(values, list | tuple) and all(isinstance(value, str) and value.strip() for value in values)
+        if not values or not texts:
+            return f"slot {slot!r} must have a list of texts, got {values!r}; quote those that YAML takes for others"
+    return None
 
 
 def _trouble_in_lines(split: str, lines: object, slots: Mapping[str, list]) -> str | None:
@@ -122,9 +136,10 @@ def _trouble_in_lines(split: str, lines: object, slots: Mapping[str, list]) -> s
         if not isinstance(line, str) or not line.strip():
             return f"`{split}` holds {line!r}, expected a sentence; quote it if it has or ends with a colon"
         try:
-            named = {slot for _, slot, _, _ in string.Formatter().parse(line) if slot is not None}
+            parts = [part[1:] for part in string.Formatter().parse(line) if part[1] is not None]
         except ValueError as error:
             return f"`{split}` holds {line!r}, whose braces do not match ({error}); write {{{{ and }}}} for plain ones"
+        named = {slot + (f":{spec}" if spec else "") + (f"!{way}" if way else "") for slot, spec, way in parts}
         if missing := sorted(set(slots) - named):
             return f"`{split}` holds {line!r}, which lacks the slot {{{missing[0]}}} of this task"
         if unknown := sorted(named - set(slots)):
@@ -165,10 +180,10 @@ def draw_tasks(weights: Mapping[str, float], id: str, seed: int, count: int = 1)
             raise ValueError(f"weight of task {task!r} is {weight}; expected a number, 0 or above")
     always = sorted(task for task, weight in weights.items() if math.isinf(weight))
     rest = {task: weights[task] for task in sorted(weights) if 0 < weights[task] < math.inf}
-    if not len(always) <= count <= len(always) + len(rest) or count < 1:
+    if not max(len(always), 1) <= count <= len(always) + len(rest):
         raise ValueError(
-            f"cannot draw {count} tasks per utterance from {dict(weights)}: expected at least as many tasks with a "
-            "weight above 0, and no more than that with an infinite one"
+            f"cannot draw {count} tasks per utterance from {dict(weights)}: expected 1 or more, at least as many tasks "
+            "with a weight above 0, and no more than that with an infinite one"
         )
     drawn: list[str] = []
     while len(drawn) < count - len(always):

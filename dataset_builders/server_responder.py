@@ -99,7 +99,7 @@ class ServerResponder(Responder):
         """What the server says of each model that it serves, by id."""
         try:
             with openai.OpenAI(**self._access, timeout=min(self.timeout, 30.0)) as client:
-                body = client.models.with_raw_response.list().text
+                body = client.models.with_raw_response.list().http_response.text
         except openai.APIError as error:
             if not _is_transient(error):
                 raise ValueError(f"{self.server}/models: {_describe(error)}; is the URL right?") from error
@@ -170,7 +170,7 @@ class ServerResponder(Responder):
                     answer = await client.completions.with_raw_response.create(
                         model=self.served_model, prompt=content, max_tokens=self.max_new_tokens, temperature=0.0, n=1
                     )
-                return self._read(answer.text)
+                return self._read(answer.http_response.text)
             except (openai.APIError, TimeoutError, MalformedAnswerError) as error:
                 if not _is_transient(error):
                     hint = "; servers that take no token ids need prompt_format='text'" * isinstance(content, list)

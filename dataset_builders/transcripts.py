@@ -8,13 +8,13 @@ case alone, never a word, and are named in the set's card.
 | `plain` | any corpus | joins white space |
 | `librispeech` | LibriSpeech | text in capitals only: lower case, "I" and the first letter excepted |
 | `common_voice` | Common Voice | takes quotation marks off that wrap the whole sentence, as its TSV files have them |
-| `gigaspeech` | GigaSpeech | `<COMMA>` and its like become marks; then as LibriSpeech; "" for mere noise or music |
+| `gigaspeech` | GigaSpeech | `<COMMA>` and its like become marks; then as LibriSpeech; "" where noise is tagged |
 """
 
 import re
 from collections.abc import Callable
 
-_PRONOUN = re.compile(r"\bi\b(?!\.\w)")  # "i", "i'm"; not "i.e"
+_PRONOUN = re.compile(r"(?<!\w['’])\bi\b(?!\.\w)")  # "i", "i'm"; not "i.e", "hawai'i"
 _MARKS = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
 _SPACE_BEFORE_MARK = re.compile(r"\s+([,.?!。，？！])")
 _NO_SPEECH = re.compile(r"<(SIL|MUSIC|NOISE|OTHER)>")
@@ -48,7 +48,7 @@ def common_voice(text: str) -> str:
 
 
 def gigaspeech(text: str) -> str:
-    """`YES <COMMA> SIR <PERIOD>` → `Yes, sir.`; `<MUSIC>` and other clips without speech → "". Unknown tags stay."""
+    """`YES <COMMA> SIR <PERIOD>` → `Yes, sir.`; `<MUSIC>` and other clips with tagged noise → "". Unknown tags stay."""
     if _NO_SPEECH.search(text):
         return ""
     for tag, mark in _MARKS.items():

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 OK = "ok"
-HTML = b"<html><body><h1>503 Service Unavailable</h1></body></html>"
+HTML = b"<html><body>This is no API.</body></html>"
 # Name of a behaviour: status, headers, and what the right answer becomes.
 ANSWERS: dict[str, tuple[int, dict, Callable[[dict], object]]] = {
     OK: (200, {}, lambda answer: answer),
@@ -126,6 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.keys.append(self.headers["Authorization"])
+        if self.path == "/models":  # as web applications answer whatever they are asked
+            return self.send(200, {"Content-Type": "text/html"}, HTML)
         if self.path != "/v1/models":
             return self.send(404, {}, {"detail": "Not Found"})
         cards = [{"id": name, "object": "model", **self.server.card} for name in self.server.models]

@@ -4,6 +4,8 @@ import importlib
 import json
 import logging
 import shutil
+import socket
+import ssl
 import sys
 import threading
 import time
@@ -31,7 +33,8 @@ RECOVERABLE = sorted({*ANSWERS, *RUDE} - {OK, "length", *REFUSALS})
 
 @pytest.fixture(autouse=True)
 def direct(monkeypatch):
-    """No proxy between the tests and this machine, and nobody's key."""
+    """No proxy between the tests and this machine, nobody's key, and no certificates, which take long to load."""
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *paths, **more: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
@@ -104,6 +107,13 @@ def test_the_key_is_sent_and_kept_from_provenance_and_log(ask, caplog, monkeypat
         responder.respond(REQUESTS[:1])
         assert set(server.keys) == {"Bearer sk-env", "Bearer sk-given"}
     assert "sk-" not in caplog.text + responder.provenance + by_environment.provenance
+
+
+def test_no_line_is_logged_for_each_request(ask, caplog):
+    caplog.set_level(logging.INFO)
+    with MisbehavingServer() as server:
+        ask(server).respond(REQUESTS)
+    assert caplog.records == []
 
 
 def with_special_tokens(llm_dir, folder, template: str):
@@ -279,9 +289,17 @@ def test_no_server_at_all(ask):
         ServerResponder("llm", "localhost:1/v1")
 
 
-def test_a_url_that_is_not_the_base_url(llm_dir):
-    with MisbehavingServer() as server, pytest.raises(ValueError, match="HTTP 404.*is the URL right"):
-        ServerResponder(llm_dir, server.url.removesuffix("/v1"))
+def test_a_server_that_only_listens(llm_dir):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with pytest.raises(ConnectionError, match=f"{url} is not ready: no answer in time"):
+            ServerResponder(llm_dir, url, timeout=0.3)
+
+
+@pytest.mark.parametrize(("path", "message"), [("", "lists no models: '<html>"), ("/v2", "HTTP 404 .*Not Found")])
+def test_a_url_that_is_not_the_base_url(llm_dir, path, message):
+    with MisbehavingServer() as server, pytest.raises(ValueError, match=f"{message}.*is the URL right"):
+        ServerResponder(llm_dir, server.url.removesuffix("/v1") + path)
 
 
 def test_the_model_is_the_llm_itself_if_it_is_served(llm_dir, lsm_dir, caplog):
