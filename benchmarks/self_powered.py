@@ -1,48 +1,49 @@
 """How fast a self-powered set is built: a whole build against a plain loop of `generate`, with the same answers.
 
-    python -m benchmarks.self_powered --llm assets/nano/llm --rows 6000 --threads 2
+    python -m benchmarks.self_powered --llm assets/nano/llm --rows 6000 --cores 2 --processes 2
 
 The loop is what one would write first: requests in the order of the corpus, batches of 32, nothing else. The build does
-all that a build does: it renders prompts, answers, filters, and writes Parquet with audio. They take turns, and each
-turn's ratio of rows per second is one measurement. Speaking the nano corpus is no part of it.
+all that a build does: it reads a corpus of Parquet files, renders prompts, answers, filters, and writes rows with
+their audio; its processes share the cores as under `torchrun`. Both have the LLM loaded. They take turns on the same
+rows, and each turn's ratio of rows per second is one measurement.
 """
 
 import argparse
+import itertools
 import json
 import logging
+import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
+from datasets import Dataset
 
-from dataset_builders.asr_corpora import NanoCorpus
+from dataset_builders.asr_corpora import NanoCorpus, open_corpus
 from dataset_builders.building import build, draw_rows
+from dataset_builders.corpus import FEATURES
 from dataset_builders.instructions import SELF_POWERED_TASKS, Draw, load_pool
 from dataset_builders.responders import LocalResponder
-
-logger = logging.getLogger(__name__)
+from dataset_builders.shards import Worker
 
 BATCH = 32
+DRAW = Draw(load_pool(), dict.fromkeys(SELF_POWERED_TASKS, 1.0))
+RESPONDER: LocalResponder  # of this process
 
 
-class SpokenCorpus(NanoCorpus):
-    """Utterances of the nano corpus that were spoken before."""
+def load(llm: str, threads: int) -> None:
+    global RESPONDER
+    logging.getLogger("dataset_builders").setLevel(logging.WARNING)
+    torch.set_num_threads(threads)
+    RESPONDER = LocalResponder(llm)
 
-    default_limit = None
 
-    def __init__(self, utterances: list[dict]):
-        super().__init__("train")
-        self.utterances = utterances
-
-    def lines(self, file: int) -> Iterator[tuple[str, dict]]:
-        return ((utterance["id"], utterance) for utterance in self.utterances)
-
-    def utterance(self, where: str, line: dict) -> dict:
-        return line
+def build_share(corpus: Path, output: Path, worker: Worker) -> None:
+    build(open_corpus(corpus), RESPONDER, output, DRAW, worker=worker)
 
 
 @torch.inference_mode()
@@ -66,44 +67,50 @@ def plain_loop(responder: LocalResponder, rows: list[dict]) -> dict[str, str]:
     return answers
 
 
-def whole_build(responder: LocalResponder, utterances: list[dict], draw: Draw, output: Path) -> dict[str, str]:
+def whole_build(pool: ProcessPoolExecutor, processes: int, corpus: Path, output: Path) -> dict[str, str]:
     """The answers by row id, read back from what was written."""
-    build(SpokenCorpus(utterances), responder, output, draw)
+    shares = [pool.submit(build_share, corpus, output, Worker(rank, processes)) for rank in range(processes)]
+    for share in shares:
+        share.result()
     tables = [pq.read_table(file, columns=["id", "response"]) for file in output.glob("data/*/*.parquet")]
     return {row["id"]: row["response"] for table in tables for row in table.to_pylist()}
 
 
-def measure(llm: str, rows: int, turns: int) -> dict:
+def measure(llm: str, rows: int, turns: int, cores: int, processes: int) -> dict:
     """Rows per second of both, and their ratio, turn by turn.
 
     Raises:
         ValueError: the answers differ, so that the times cannot be compared.
     """
-    responder = LocalResponder(llm)
-    draw = Draw(load_pool(), dict.fromkeys(SELF_POWERED_TASKS, 1.0))
-    corpus, size = NanoCorpus("train"), rows // turns
-    lines = corpus.lines(0)
-    plain_loop(responder, draw_rows([corpus.utterance(*next(lines)) for _ in range(BATCH)], draw))  # warm up
+    load(llm, cores)
+    nano, size = iter(NanoCorpus("train")), rows // turns
     rates: dict[str, list[float]] = {"loop": [], "build": []}
-    for turn in range(turns):
-        utterances = [corpus.utterance(*next(lines)) for _ in range(size)]
-        with tempfile.TemporaryDirectory() as folder:
+    context = multiprocessing.get_context("spawn")
+    settings = {"mp_context": context, "initializer": load, "initargs": (llm, cores // processes)}
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(processes, **settings) as pool:
+        for turn in range(-1, turns):  # the one before the first warms up
+            spoken = list(itertools.islice(nano, size if turn >= 0 else BATCH * processes))
+            corpus = Path(folder) / f"corpus{turn}"
+            Dataset.from_list(spoken, features=FEATURES).to_parquet(str(corpus / "train.parquet"))
+            utterances = [{**utterance, "source": f"{corpus.name}/train"} for utterance in spoken]
             start = time.perf_counter()
-            built = whole_build(responder, utterances, draw, Path(folder) / "set")
+            built = whole_build(pool, processes, corpus, Path(folder) / f"set{turn}")
             middle = time.perf_counter()
-            looped = plain_loop(responder, draw_rows(utterances, draw))
+            looped = plain_loop(RESPONDER, draw_rows(utterances, DRAW))
             end = time.perf_counter()
-        if differing := [id for id in built if built[id] != looped[id]]:
-            raise ValueError(f"{len(differing)} of {size} answers differ, such as that to {differing[0]}.")
-        if len(built) < 0.99 * size:
-            raise ValueError(f"{size - len(built)} of {size} answers were dropped.")
-        rates["build"].append(size / (middle - start))
-        rates["loop"].append(size / (end - middle))
-        logger.info("turn %d: loop %.0f rows/s, build %.0f rows/s", turn, rates["loop"][-1], rates["build"][-1])
+            if differing := [id for id in built if built[id] != looped[id]]:
+                raise ValueError(f"{len(differing)} of {size} answers differ, such as that to {differing[0]}.")
+            if len(built) < 0.99 * len(looped):
+                raise ValueError(f"{len(looped) - len(built)} of {len(looped)} answers were dropped.")
+            if turn >= 0:
+                rates["build"].append(size / (middle - start))
+                rates["loop"].append(size / (end - middle))
+                print(f"turn {turn}: loop {rates['loop'][-1]:.0f} rows/s, build {rates['build'][-1]:.0f} rows/s")
     ratios = [mine / theirs for mine, theirs in zip(rates["build"], rates["loop"], strict=True)]
     return {
         "rows": size * turns,
-        "threads": torch.get_num_threads(),
+        "cores": cores,
+        "processes": processes,
         "rows_per_second": {name: statistics.median(values) for name, values in rates.items()},
         "ratio": statistics.median(ratios),
         "ratios": ratios,
@@ -114,19 +121,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llm", default="assets/nano/llm")
     parser.add_argument("--rows", type=int, default=6000)
-    parser.add_argument("--turns", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="of the build; the loop has one, with all cores")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("dataset_builders").setLevel(logging.WARNING)
-    torch.set_num_threads(args.threads)
-    found = measure(args.llm, args.rows, args.turns)
-    spread = f"{min(found['ratios']):.2f} to {max(found['ratios']):.2f}"
-    rate = found["rows_per_second"]
+    found = measure(args.llm, args.rows, args.turns, args.cores, args.processes)
+    rate, ratios = found["rows_per_second"], found["ratios"]
     print(
-        f"{found['rows']} rows, {found['threads']} threads: build {rate['build']:.0f} rows/s, plain loop "
-        f"{rate['loop']:.0f} rows/s, ratio {found['ratio']:.2f} ({spread})"
+        f"{found['rows']} rows, {args.cores} cores: build in {args.processes} processes {rate['build']:.0f} rows/s, "
+        f"plain loop {rate['loop']:.0f} rows/s, ratio {found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     )
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=2), encoding="utf-8")
