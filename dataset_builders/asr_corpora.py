@@ -180,6 +180,7 @@ def open_corpus(
     normalizer: str | None = None,
     data_root: str | Path | None = None,
     revision: str | None = None,
+    corpus_name: str | None = None,
 ) -> Corpus:
     """Open one split of an ASR corpus, as a stream.
 
@@ -193,16 +194,19 @@ def open_corpus(
         normalizer: the rule for its transcripts (`transcripts.py`); the preset's or `plain` by default.
         data_root: folder that audio must be in and paths start from; the manifest's own, or the folder, by default.
         revision: branch, tag or commit on the Hub.
+        corpus_name: what rows call it in `source` and in ids, where its own name (Hub id, folder or file) says little.
 
     Raises:
         ValueError: no such corpus, preset, normalizer or column; names those there are.
     """
     name = str(corpus)
     if name == "nano":
-        return NanoCorpus(split)
-    known = _preset(preset, name)
-    opened = _open(name, split, known, config, columns or {}, normalizer or known.normalizer, data_root, revision)
-    opened.license, opened.language = known.license, known.language
+        opened: Corpus = NanoCorpus(split)
+    else:
+        known = _preset(preset, name)
+        opened = _open(name, split, known, config, columns or {}, normalizer or known.normalizer, data_root, revision)
+        opened.license, opened.language = known.license, known.language
+    opened.name = corpus_name or opened.origin
     return opened
 
 

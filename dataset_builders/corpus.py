@@ -53,6 +53,7 @@ class Corpus:
         if normalizer not in NORMALIZERS:
             raise ValueError(f"unknown normalizer {normalizer!r}; there are {list(NORMALIZERS)}")
         self.name, self.split, self.columns, self.normalizer = name, split, columns, normalizer
+        self.origin = name  # its Hub id, or its folder's or file's name; `name` is what rows call it
 
     @property
     def source(self) -> str:
@@ -60,7 +61,7 @@ class Corpus:
 
     def describe(self) -> dict:
         """Which corpus this is, as JSON takes it."""
-        names = ("name", "split", "config", "revision", "columns", "normalizer", "license", "language")
+        names = ("origin", "name", "split", "config", "revision", "columns", "normalizer", "license", "language")
         return {"kind": type(self).__name__, **{name: getattr(self, name) for name in names}}
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:

@@ -109,6 +109,7 @@ def _metadata(builds: list[BuildFolder], summaries: Mapping[str, Summary]) -> Da
     # return the rows of another folder of that name.
     content = ", ".join(f"{split} {summary.content}" for split, summary in summaries.items())
     folders = {"all": "data/*", **{task: f"data/{task}" for task in tasks}}
+    on_hub = sorted({corpus["origin"] for corpus in corpora if corpus["kind"] == "HubCorpus" and corpus["revision"]})
     licenses = sorted({corpus["license"] for corpus in corpora if corpus["license"]})
     return DatasetCardData(
         configs=[
@@ -123,7 +124,7 @@ def _metadata(builds: list[BuildFolder], summaries: Mapping[str, Summary]) -> Da
         language=sorted({corpus["language"] for corpus in corpora if corpus["language"]}) or None,
         license=licenses[0] if len(licenses) == 1 else None,
         size_categories=next((name for bound, name in _SIZES if total < bound), "n>10M"),
-        source_datasets=["original"],
+        source_datasets=on_hub or None,
         task_categories=["automatic-speech-recognition", "audio-text-to-text"],
         tags=["self-powered", "speech", "instruction-following"],
         pretty_name="Self-powered speech instructions",
@@ -220,7 +221,8 @@ def rebuild_command(settings: dict) -> str:
     """The command line of a build; local files by their names alone."""
     corpus, draw, responder = settings["corpus"], settings["draw"], settings["responder"]
     options = {
-        "corpus": corpus["name"],
+        "corpus": corpus["origin"],
+        "corpus-name": corpus["name"] if corpus["name"] != corpus["origin"] else None,
         "split": corpus["split"],
         "corpus-config": corpus["config"],
         "corpus-revision": corpus["revision"] if corpus["kind"] == "HubCorpus" else None,

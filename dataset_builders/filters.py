@@ -7,7 +7,8 @@ import regex
 from dataset_builders.instructions import TRANSCRIPTION, Task
 from dataset_builders.responders import Reply, Request, Responder
 
-# Every reason to drop a response, in the order of looking; each can be turned off by its name.
+# Every reason to drop a response, in the order of looking. Each can be turned off by its name but the first, which
+# `max_prompt_tokens` sets: what an LLM has no room for cannot be asked.
 FILTERS = {
     "prompt_too_long": "the prompt was longer than the limit, so it was not asked",
     "truncated": "the response was cut at the token limit",
@@ -19,7 +20,8 @@ FILTERS = {
     "judged": "the LLM gave its own response a low score, or none",
 }
 
-_END = regex.compile(r"""[\p{Sentence_Terminal}…][\p{Pe}\p{Pf}\p{Pi}"'*_`\s]*$""")
+# A full stop or its like, perhaps within quotes or markup; Greek asks with a semicolon; Thai and Lao write none.
+_END = regex.compile(r"""([\p{Sentence_Terminal}…]|\p{Greek}[;\u037E]|\p{Thai}|\p{Lao})[\p{Pe}\p{Pf}\p{Pi}"'*_`\s]*$""")
 # Looked for at the beginning alone: a speaker in a story may well be sorry.
 _REFUSAL = regex.compile(
     r"""\s*(
@@ -47,7 +49,9 @@ _SCALE = regex.compile(r"\b1\s*(to|-|–)\s*5\b")  # what some repeat before the
 
 
 def check_names(names: Collection[str]) -> None:
-    """Raises ValueError for a name that no filter has."""
+    """Raises ValueError for a name that no filter has, or of one that cannot be off."""
+    if "prompt_too_long" in names:
+        raise ValueError("the filter 'prompt_too_long' cannot be off; raise max_prompt_tokens, or leave it out")
     if unknown := sorted(set(names) - set(FILTERS)):
         raise ValueError(f"unknown filter {unknown[0]!r}; there are {list(FILTERS)}")
 

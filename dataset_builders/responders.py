@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
+    GenerationConfig,
     WhisperFeatureExtractor,
 )
 
@@ -47,12 +48,21 @@ class Reply(NamedTuple):
     finish: Literal["stop", "length", "prompt_too_long"] = "stop"
 
 
+class Prompt(NamedTuple):
+    """A request as the LLM reads it."""
+
+    text: str
+    tokens: list[int]
+    task: str
+
+
 class Responder:
     """What all responders share: which LLM it is, and the prompts.
 
     Args:
         processor: of the LSM, or `text_processor` of an LLM.
         identity: `model` and `revision` of the LLM and `template`, as in an LSM's `config.responder`.
+        settings: what the checkpoint's generation settings change in greedy decoding (`changed_decoding`).
         max_new_tokens: longest response.
         max_prompt_tokens: longer prompts are not asked; by default those that leave no room for the response.
         context: positions that the LLM has, None if unknown.
@@ -64,6 +74,7 @@ class Responder:
         self,
         processor: LsmProcessor,
         identity: dict,
+        settings: dict,
         max_new_tokens: int = MAX_NEW_TOKENS,
         max_prompt_tokens: int | None = None,
         context: int | None = None,
@@ -74,6 +85,7 @@ class Responder:
             raise ValueError(f"{max_new_tokens=} leaves no room for a prompt: the LLM has {context} positions.")
         self.processor = processor
         self.identity = identity
+        self.settings = settings
         self.max_new_tokens = max_new_tokens
         limits = [max_prompt_tokens, None if context is None else context - max_new_tokens]
         self.max_prompt_tokens = min((limit for limit in limits if limit is not None), default=None)
@@ -85,34 +97,32 @@ class Responder:
 
     @property
     def decoding(self) -> dict:
-        return {"do_sample": False, "max_new_tokens": self.max_new_tokens, "engine": self.engine}
+        return {"do_sample": False, "max_new_tokens": self.max_new_tokens, "engine": self.engine, **self.settings}
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
         """Answer the requests, in their order.
 
         Raises:
             ConnectionError: a server that cannot be reached, or keeps failing.
+            ValueError: a server that refuses a request.
         """
-        tokens = self._tokenize(requests)
-        limit = self.max_prompt_tokens
-        asked = [index for index, prompt in enumerate(tokens) if limit is None or len(prompt) <= limit]
+        prompts, limit = self.render(requests), self.max_prompt_tokens
+        asked = [index for index, prompt in enumerate(prompts) if limit is None or len(prompt.tokens) <= limit]
         replies = [Reply("", "prompt_too_long")] * len(requests)
-        written = self._generate([tokens[index] for index in asked], [requests[index].task for index in asked])
-        for index, reply in zip(asked, written, strict=True):
+        for index, reply in zip(asked, self._generate([prompts[index] for index in asked]), strict=True):
             replies[index] = reply
         return replies
 
-    def _tokenize(self, requests: Sequence[Request]) -> list[list[int]]:
-        conversations = [
-            self.processor.conversation(request.instruction, transcript=request.transcript) for request in requests
-        ]
-        prompts = [
-            self.processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations
-        ]
-        return self.processor.tokenizer(prompts, add_special_tokens=False).input_ids if prompts else []
+    def render(self, requests: Sequence[Request]) -> list[Prompt]:
+        """The prompts: what the LSM will see, with the transcript in the slot."""
+        processor = self.processor
+        conversations = [processor.conversation(asked.instruction, transcript=asked.transcript) for asked in requests]
+        texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
+        tokens = processor.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        return [Prompt(text, ids, asked.task) for text, ids, asked in zip(texts, tokens, requests, strict=True)]
 
-    def _generate(self, prompts: list[list[int]], tasks: list[str]) -> list[Reply]:
-        """Answer prompts given as token ids, in their order."""
+    def _generate(self, prompts: list[Prompt]) -> list[Reply]:
+        """Answer prompts, in their order."""
         raise NotImplementedError
 
 
@@ -148,25 +158,15 @@ class LocalResponder(Responder):
         if self.model.generation_config.eos_token_id is None:
             self.model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
         self.model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu").eval()
-        super().__init__(processor, identity, max_new_tokens, max_prompt_tokens, context_of(config))
+        settings = changed_decoding(self.model.generation_config)
+        super().__init__(processor, identity, settings, max_new_tokens, max_prompt_tokens, context_of(config))
         self.token_budget = kv_cache_bytes // kv_bytes_per_token(config, self.model.dtype.itemsize)
 
-    @property
-    def decoding(self) -> dict:
-        """With what the checkpoint's generation settings change in greedy decoding."""
-        settings = self.model.generation_config
-        changed = {
-            name: getattr(settings, name)
-            for name, neutral in NEUTRAL.items()
-            if getattr(settings, name, None) not in (None, neutral)
-        }
-        return {**super().decoding, **changed}
-
-    def _generate(self, prompts: list[list[int]], tasks: list[str]) -> list[Reply]:
+    def _generate(self, prompts: list[Prompt]) -> list[Reply]:
         replies = [Reply("")] * len(prompts)
         with tqdm(total=len(prompts), desc="responses", unit="row", leave=False) as progress:
-            for batch in self._batches([len(prompt) for prompt in prompts], tasks):
-                answers = self._generate_batch([prompts[index] for index in batch])
+            for batch in self._batches([len(prompt.tokens) for prompt in prompts], [prompt.task for prompt in prompts]):
+                answers = self._generate_batch([prompts[index].tokens for index in batch])
                 for index, reply in zip(batch, answers, strict=True):
                     replies[index] = reply
                 progress.update(len(batch))
@@ -195,8 +195,11 @@ class LocalResponder(Responder):
         return [Reply(text.strip(), "stop" if done else "length") for text, done in zip(texts, finished, strict=True)]
 
 
-# Settings of a checkpoint's generation_config.json that act on greedy decoding too, and the value that does nothing.
-NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "length_penalty": 1.0}
+def changed_decoding(settings: GenerationConfig) -> dict:
+    """What a checkpoint's generation settings change even in decoding without sampling."""
+    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "length_penalty": 1.0}
+    found = {name: getattr(settings, name, None) for name in neutral}
+    return {name: value for name, value in found.items() if value not in (None, neutral[name])}
 
 
 def load_identity(llm: str | Path) -> tuple[LsmProcessor, dict, AutoConfig]:

@@ -63,6 +63,7 @@ class BuildArguments:
     # The corpus
     split: str = _option("train", "Split of the corpus, and name of the set's.")
     corpus_config: str | None = _option(None, "Configuration of the corpus on the Hub.")
+    corpus_name: str | None = _option(None, "What rows call the corpus; by default its Hub id, folder or file name.")
     corpus_revision: str | None = _option(None, "Branch, tag or commit of the corpus on the Hub.")
     preset: str | None = _option(None, "Whose columns and transcript rule: " + ", ".join(PRESETS))
     audio_column: str | None = _option(None, "Column of the audio, where it has no customary name.")
@@ -106,6 +107,7 @@ class BuildArguments:
             normalizer=self.normalizer,
             data_root=self.data_root,
             revision=self.corpus_revision,
+            corpus_name=self.corpus_name,
         )
 
     def draw(self) -> Draw:

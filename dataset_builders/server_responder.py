@@ -15,8 +15,17 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from tqdm import tqdm
+from transformers import GenerationConfig
 
-from dataset_builders.responders import MAX_NEW_TOKENS, Reply, Responder, context_of, load_identity
+from dataset_builders.responders import (
+    MAX_NEW_TOKENS,
+    Prompt,
+    Reply,
+    Responder,
+    changed_decoding,
+    context_of,
+    load_identity,
+)
 
 try:
     import openai
@@ -39,9 +48,8 @@ class MalformedAnswerError(Exception):
 class ServerResponder(Responder):
     """An LLM run by an OpenAI-compatible server, answering greedily from text alone.
 
-    The server can't prove which weights it runs: that they are those of `llm` is for the caller to see to. It may
-    apply what the checkpoint's generation settings say beside greedy decoding (`repetition_penalty`), as
-    `LocalResponder` does; `provenance` doesn't know.
+    The server can't prove which weights it runs: that they are those of `llm` is for the caller to see to. A
+    repetition penalty in the checkpoint's generation settings is asked for, since `LocalResponder` has it too.
 
     Args:
         llm: the LLM that the server runs, or an LSM with that LLM inside: folder or Hub id. Tokenizer, chat template
@@ -91,7 +99,7 @@ class ServerResponder(Responder):
         self.served_model = self._choose(served, served_model, [str(llm), identity["model"]])
         contexts = [context_of(config), served[self.served_model].get("max_model_len")]
         context = min((context for context in contexts if context is not None), default=None)
-        super().__init__(processor, identity, max_new_tokens, max_prompt_tokens, context)
+        super().__init__(processor, identity, _decoding_of(llm), max_new_tokens, max_prompt_tokens, context)
         added = processor.tokenizer.added_tokens_decoder.values()
         self._special = re.compile("|".join(re.escape(token.content) for token in added if token.special))
 
@@ -123,8 +131,8 @@ class ServerResponder(Responder):
         logger.warning("%s serves %r and not %r; make sure that they are one LLM.", self.server, only, names[0])
         return only
 
-    def _generate(self, prompts: list[list[int]], tasks: list[str]) -> list[Reply]:
-        contents = prompts if self.prompt_format == "tokens" else self._as_text(prompts)
+    def _generate(self, prompts: list[Prompt]) -> list[Reply]:
+        contents = self._as_text(prompts) if self.prompt_format == "text" else [prompt.tokens for prompt in prompts]
         retries: Counter[str] = Counter()
         with tqdm(total=len(prompts), desc="responses", unit="row", leave=False) as progress:
             try:
@@ -134,13 +142,12 @@ class ServerResponder(Responder):
                     counts = ", ".join(f"{kind} ({count})" for kind, count in retries.most_common())
                     logger.warning("%s failed %d times, and was asked again: %s", self.server, retries.total(), counts)
 
-    def _as_text(self, prompts: list[list[int]]) -> list[str]:
-        """Texts that a server which adds special tokens, as servers do, reads as these ids."""
+    def _as_text(self, prompts: list[Prompt]) -> list[str]:
+        """Texts without the BOS that servers add. Raises ValueError if one would not be read as the same tokens."""
         tokenizer = self.processor.tokenizer
-        opening = tokenizer("").input_ids[:1]  # BOS, if the tokenizer adds one
-        bare = [ids[1:] if ids[:1] == opening else ids for ids in prompts]
-        texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in bare]
-        if texts and tokenizer(texts).input_ids != prompts:
+        adds_bos = tokenizer.bos_token is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        texts = [prompt.text.removeprefix(tokenizer.bos_token) if adds_bos else prompt.text for prompt in prompts]
+        if texts and tokenizer(texts).input_ids != [prompt.tokens for prompt in prompts]:
             raise ValueError("As text, the LLM's prompts would not be read as they are; use prompt_format='tokens'.")
         return texts
 
@@ -168,7 +175,12 @@ class ServerResponder(Responder):
             try:
                 async with asyncio.timeout(self.timeout):
                     answer = await client.completions.with_raw_response.create(
-                        model=self.served_model, prompt=content, max_tokens=self.max_new_tokens, temperature=0.0, n=1
+                        model=self.served_model,
+                        prompt=content,
+                        max_tokens=self.max_new_tokens,
+                        temperature=0.0,
+                        n=1,
+                        extra_body=self.settings,
                     )
                 return self._read(answer.http_response.text)
             except (openai.APIError, TimeoutError, MalformedAnswerError) as error:
@@ -193,6 +205,23 @@ class ServerResponder(Responder):
         if finish not in ("stop", "length"):
             raise MalformedAnswerError(f"a completion of finish_reason {finish!r}")
         return Reply(text, finish)
+
+
+def _decoding_of(llm: str | Path) -> dict:
+    """The repetition penalty of a checkpoint's generation settings, if it has one.
+
+    Raises:
+        ValueError: other settings that change greedy decoding and that completions APIs do not have.
+    """
+    try:
+        settings = changed_decoding(GenerationConfig.from_pretrained(str(llm)))
+    except OSError:  # not every checkpoint has such a file
+        return {}
+    if unknown := sorted(set(settings) - {"repetition_penalty"}):
+        raise ValueError(
+            f"{llm} asks for {unknown[0]}={settings[unknown[0]]} in its generation settings; a server can't."
+        )
+    return settings
 
 
 def _is_transient(error: Exception) -> bool:

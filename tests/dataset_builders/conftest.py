@@ -15,7 +15,7 @@ class Backwards(Responder):
 
     def __init__(self):
         self.identity = {"model": "backwards", "revision": "1", "template": "none"}
-        self.max_new_tokens, self.asked = 225, []
+        self.settings, self.max_new_tokens, self.asked = {}, 225, []
 
     def respond(self, requests):
         self.asked.extend(requests)

@@ -127,6 +127,7 @@ def test_a_corpus_says_what_it_is_as_json_takes_it(tmp_path):
     assert described.pop("revision").startswith("sha256:")  # of the manifest
     assert described == {
         "kind": "ManifestCorpus",
+        "origin": "train",
         "name": "train",
         "split": "train",
         "config": None,
@@ -805,3 +806,11 @@ def test_no_bytes_in_a_manifest_raise_anything_but_refusals(three_kinds, content
         rows, refused = read(open_corpus(folder / f"junk{suffix}"))
         assert rows[0]["transcript"] == "hi"
         assert all(error.where.startswith(f"junk{suffix} line ") for error in refused)
+
+
+def test_a_corpus_may_be_called_otherwise(tmp_path):
+    """Two files of one name would otherwise give rows that cannot be told apart."""
+    folder = write(tmp_path / "en", {"train.jsonl": '{"audio": "a.wav", "text": "hello"}', "a.wav": clip(0)})
+    corpus = open_corpus(folder / "train.jsonl", corpus_name="cv-en")
+    assert next(iter(corpus))["source"] == "cv-en/train"
+    assert corpus.describe()["origin"] == "train"

@@ -37,6 +37,11 @@ def test_each_reason_drops_and_can_be_turned_off(reason):
     assert reason_to_drop(POOL["continuation"], SAID, reply, off=set(FILTERS)) is None
 
 
+def test_what_cannot_be_asked_cannot_be_kept():
+    with pytest.raises(ValueError, match="cannot be off; raise max_prompt_tokens"):
+        check_names(["prompt_too_long"])
+
+
 def test_the_first_reason_in_the_order_of_the_table_is_the_one_that_counts():
     assert list(REPLIES) == [name for name in FILTERS if name not in ("duplicate", "judged")]
     reply, off = Reply("", "prompt_too_long"), []
@@ -54,7 +59,7 @@ def test_a_good_response_has_no_reason():
 
 
 def test_names_that_no_filter_has_are_refused_with_those_there_are():
-    check_names(FILTERS)
+    check_names(set(FILTERS) - {"prompt_too_long"})
     check_names([])
     with pytest.raises(ValueError, match="unknown filter 'refusals'; there are .*'refusal'"):
         check_names(["empty", "refusals"])
@@ -125,6 +130,8 @@ def test_transcription_is_never_dropped(said):
         "یہ سچ ہے۔",
         "Սա ճիշտ է։",
         "እውነት ነው።",
+        "Είναι αλήθεια;",
+        "มันเป็นความจริง",
     ],
 )
 def test_a_sentence_ends_in_the_mark_of_its_script(text):

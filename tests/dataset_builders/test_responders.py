@@ -59,7 +59,7 @@ def test_it_reads_the_lsms_prompt_with_the_transcript_in_the_slot(responder, pro
 
 def test_a_plain_llm_reads_and_answers_as_it_does_inside_an_lsm(responder, llm_dir):
     plain = LocalResponder(llm_dir, max_new_tokens=4)
-    assert plain._tokenize(REQUESTS) == responder._tokenize(REQUESTS)
+    assert plain.render(REQUESTS) == responder.render(REQUESTS)
     assert plain.respond(REQUESTS) == responder.respond(REQUESTS)
     assert plain.provenance == responder.provenance
 
@@ -86,7 +86,7 @@ def test_the_budget_is_what_keys_and_values_take(lsm_dir):
 
 def test_a_prompt_that_is_too_long_is_not_asked(lsm_dir):
     responder = LocalResponder(lsm_dir, max_new_tokens=4, max_prompt_tokens=60)
-    lengths = [len(prompt) for prompt in responder._tokenize(REQUESTS)]
+    lengths = [len(prompt.tokens) for prompt in responder.render(REQUESTS)]
     assert [length > 60 for length in lengths] == [False, True, False]
     replies = responder.respond(REQUESTS)
     assert replies[1] == Reply("", "prompt_too_long")

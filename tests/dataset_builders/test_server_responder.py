@@ -50,8 +50,12 @@ def ask(llm_dir):
     return make
 
 
+def token_ids(responder, requests: list[Request]) -> list[list[int]]:
+    return [prompt.tokens for prompt in responder.render(requests)]
+
+
 def expected(server: MisbehavingServer, responder: ServerResponder, requests: list[Request]) -> list[Reply]:
-    return [Reply(reply_to(prompt), "stop") for prompt in responder._tokenize(requests)]
+    return [Reply(reply_to(prompt), "stop") for prompt in token_ids(responder, requests)]
 
 
 def test_every_reply_is_its_requests_though_they_end_in_any_order(ask):
@@ -72,20 +76,18 @@ def test_what_is_asked_is_greedy_and_goes_to_the_model_by_name(ask):
 
 
 @pytest.mark.parametrize("folder", ["llm_dir", "lsm_dir"])
-def test_the_server_reads_and_writes_what_the_local_responder_does(ask, folder, request, monkeypatch):
+def test_the_server_reads_and_writes_what_the_local_responder_does(ask, folder, request):
     folder = request.getfixturevalue(folder)
-    local, read = LocalResponder(folder, max_new_tokens=4), []
-    generate = local._generate
-    monkeypatch.setattr(local, "_generate", lambda prompts, tasks: read.extend(prompts) or generate(prompts, tasks))
+    local = LocalResponder(folder, max_new_tokens=4)
     replies = local.respond(REQUESTS)
 
     def answer(prompt):
-        return generate([prompt], [""])[0].text
+        return local._generate_batch([prompt])[0].text
 
     with MisbehavingServer(lambda *_: "length", answer=answer) as server:
         responder = ask(server, folder, max_new_tokens=4, concurrency=1)
         assert responder.respond(REQUESTS) == replies
-        assert [body["prompt"] for body in server.bodies] == read
+        assert [body["prompt"] for body in server.bodies] == token_ids(local, REQUESTS)
 
 
 @pytest.mark.parametrize("folder", ["llm_dir", "lsm_dir"])
@@ -96,6 +98,20 @@ def test_its_rows_are_not_foreign_to_the_lsm(ask, folder, request, lsm):
     assert foreign(responder.provenance, lsm.config.responder) == []
     decoding = {"do_sample": False, "max_new_tokens": 8, "engine": "openai-compatible server"}
     assert json.loads(responder.provenance)["decoding"] == decoding
+
+
+def test_a_repetition_penalty_of_the_checkpoint_is_asked_for_and_told(ask, llm_dir, tmp_path):
+    folder = shutil.copytree(llm_dir, tmp_path / "penal")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 1.1}))
+    with MisbehavingServer() as server:
+        responder = ask(server, folder)
+        responder.respond(REQUESTS[:1])
+    assert server.bodies[0]["repetition_penalty"] == 1.1
+    assert json.loads(responder.provenance)["decoding"]["repetition_penalty"] == 1.1
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "num_beams": 4}))
+    with MisbehavingServer() as server, pytest.raises(ValueError, match="num_beams=4"):
+        ask(server, folder)
 
 
 def test_the_key_is_sent_and_kept_from_provenance_and_log(ask, caplog, monkeypatch):
@@ -133,7 +149,7 @@ def test_text_has_no_bos_where_the_server_adds_it(ask, llm_dir, tmp_path):
         responder.respond(REQUESTS)
         prompts = [body["prompt"] for body in server.bodies]
     assert prompts[0] == "<|user|>What is said?\nthe farmer sold the lamp yesterday</s><|assistant|>"
-    assert AutoTokenizer.from_pretrained(folder)(prompts).input_ids == responder._tokenize(REQUESTS)
+    assert AutoTokenizer.from_pretrained(folder)(prompts).input_ids == token_ids(responder, REQUESTS)
 
 
 def test_text_has_the_templates_bos_where_nobody_adds_one(ask, llm_dir):
@@ -141,7 +157,7 @@ def test_text_has_the_templates_bos_where_nobody_adds_one(ask, llm_dir):
         responder = ask(server, prompt_format="text", concurrency=1)
         responder.respond(REQUESTS)
         prompts = [body["prompt"] for body in server.bodies]
-    assert AutoTokenizer.from_pretrained(llm_dir)(prompts).input_ids == responder._tokenize(REQUESTS)
+    assert AutoTokenizer.from_pretrained(llm_dir)(prompts).input_ids == token_ids(responder, REQUESTS)
 
 
 def test_prompts_that_a_server_would_read_otherwise_are_not_sent_as_text(ask, llm_dir, tmp_path):
@@ -167,7 +183,7 @@ def test_special_tokens_and_spaces_around_are_no_part_of_an_answer(ask):
 
 def test_prompts_that_are_too_long_never_reach_the_server(ask):
     with MisbehavingServer() as server:
-        lengths = [len(prompt) for prompt in ask(server)._tokenize(REQUESTS)]
+        lengths = [len(prompt) for prompt in token_ids(ask(server), REQUESTS)]
         short = ask(server, max_prompt_tokens=min(lengths))
         replies = short.respond(REQUESTS)
         assert [reply.finish for reply in replies] == [
