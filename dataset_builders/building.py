@@ -10,7 +10,9 @@ import json
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 from datasets import Audio, Features, Value
@@ -23,6 +25,7 @@ from dataset_builders.responders import Reply, Request, Responder
 from dataset_builders.shards import BuildFolder, Shard, Worker
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FEATURES = Features(
     {
@@ -136,7 +139,7 @@ def build(
     draw: Draw | None = None,
     *,
     limit: int | None = None,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | None = None,
     filters_off: Collection[str] = (),
     judge_below: int | None = None,
     worker: Worker | None = None,
@@ -149,7 +152,8 @@ def build(
         output: folder of the set; the corpus's split names the set's.
         draw: what is asked; the pool's tasks and transcription, evenly, one per utterance, if None.
         limit: the first so many rows, refused and dropped ones included; all if None.
-        shard_size: utterances per shard: what a kill can lose, and what is in memory at a time.
+        shard_size: utterances per shard: what a kill can lose; two shards are in memory at a time. If None, 1000, or
+            less where a limit makes that few shards for several processes to share.
         filters_off: names in `FILTERS` that drop nothing.
         judge_below: drop responses to which the LLM itself gives less than this, of 1 to 5; not asked if None.
         worker: which of the processes this is; the environment says so if None.
@@ -159,16 +163,11 @@ def build(
         OSError: the disk is full, or the responder's server fails; the shards written so far are whole.
     """
     draw = draw or Draw(load_pool(), dict.fromkeys(TASKS, 1.0))
-    check_names(filters_off)
-    if shard_size < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"{shard_size=} and {limit=} must be 1 or more.")
-    if judge_below is not None and not 1 <= judge_below <= 5:
-        raise ValueError(f"{judge_below=} must be 1 to 5.")
-    for task in draw.weights:
-        if draw.pool[task].held_out_task:
-            raise ValueError(f"task {task!r} is held out of training (held_out_task in the pool); leave it out.")
+    _check(draw, limit, shard_size, filters_off, judge_below)
     if limit is None and corpus.default_limit is not None:
         limit = corpus.default_limit * draw.tasks_per_utterance
+    utterances = None if limit is None else math.ceil(limit / draw.tasks_per_utterance)
+    shard_size = shard_size or (SHARD_SIZE if utterances is None else max(100, min(SHARD_SIZE, utterances // 8)))
     folder = BuildFolder(output, corpus.split)
     folder.agree(
         {
@@ -179,29 +178,45 @@ def build(
             "shard_size": shard_size,
             "filters_off": sorted(filters_off),
             "judge_below": judge_below,
+            # With a limit the corpus counts as one file: which rows are the first must not depend on the processes.
             "num_files": corpus.num_files if limit is None else 1,
         }
     )
     folder.settle()
-    for shard, lines in _my_shards(corpus, folder, worker or Worker.from_environment(), shard_size, limit, draw):
-        utterances, refused = read(corpus, lines)
-        rows = draw_rows(utterances, draw)
+    shards = _my_shards(corpus, folder, worker or Worker.from_environment(), utterances)
+    for shard, lines, found, refused in ahead(shards):
+        rows = draw_rows(found, draw)
         if limit is not None:  # the last utterance may be asked less than the others
             rows = rows[: limit - shard.chunk * shard_size * draw.tasks_per_utterance]
         kept, dropped = answer(rows, responder, draw, filters_off, judge_below)
-        folder.commit(shard, to_tables(kept), report(len(lines), refused, rows, kept, dropped))
+        folder.commit(shard, to_tables(kept), report(lines, refused, rows, kept, dropped))
         logger.info("shard %s: %d rows, %d dropped", shard, len(kept), len(rows) - len(kept))
     return finish(folder, draw.pool)
 
 
-def _my_shards(
-    corpus: Corpus, folder: BuildFolder, worker: Worker, shard_size: int, limit: int | None, draw: Draw
-) -> Iterator[tuple[Shard, list[tuple[str, dict]]]]:
-    """This process's shards that are still to be written, and their lines.
+def _check(
+    draw: Draw, limit: int | None, shard_size: int | None, filters_off: Collection[str], judge_below: int | None
+) -> None:
+    """Raises ValueError for settings that cannot be."""
+    check_names(filters_off)
+    for name, value in {"limit": limit, "shard_size": shard_size}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more.")
+    if judge_below is not None and not 1 <= judge_below <= 5:
+        raise ValueError(f"{judge_below=} must be 1 to 5.")
+    for task in draw.weights:
+        if draw.pool[task].held_out_task:
+            raise ValueError(f"task {task!r} is held out of training (held_out_task in the pool); leave it out.")
 
-    With a limit the corpus counts as one file: which rows are the first must not depend on the processes.
+
+def _my_shards(
+    corpus: Corpus, folder: BuildFolder, worker: Worker, limit: int | None
+) -> Iterator[tuple[Shard, int, list[dict], list[RefusedRowError]]]:
+    """This process's shards that are still to be written: how many lines they have, the utterances, and those refused.
+
+    `limit` counts utterances.
     """
-    num_files = corpus.num_files if limit is None else 1
+    num_files, shard_size = folder.settings["num_files"], folder.settings["shard_size"]
     for file in worker.files(num_files):
         shards = folder.shards_of(file)
         if shards is not None and all(folder.is_done(Shard(file, chunk)) for chunk in range(shards)):
@@ -209,16 +224,24 @@ def _my_shards(
         if limit is None:
             lines = corpus.lines(file)
         else:
-            every = itertools.chain.from_iterable(map(corpus.lines, range(corpus.num_files)))
-            lines = itertools.islice(every, math.ceil(limit / draw.tasks_per_utterance))
+            lines = itertools.islice(itertools.chain.from_iterable(map(corpus.lines, range(corpus.num_files))), limit)
         for chunk in itertools.count():
             some = list(itertools.islice(lines, shard_size))
             if not some:
                 break
             shard = Shard(file, chunk)
             if worker.has(file, chunk, num_files) and not folder.is_done(shard):
-                yield shard, some
+                yield shard, len(some), *read(corpus, some)
         folder.end(file, chunk)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each made in a thread while the one before is worked on: reading must not keep an LLM waiting."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = reader.submit(next, items, None)
+            yield item
 
 
 def finish(folder: BuildFolder, pool: Mapping[str, Task]) -> Path:

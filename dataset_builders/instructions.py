@@ -6,7 +6,7 @@ Draws are functions of their arguments alone, so the same rows come out on any m
 import hashlib
 import math
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -245,17 +245,18 @@ class Draw:
         return [(task, draw_instruction(self.pool, task, id, self.seed, self.paraphrases)) for task in tasks]
 
 
-def parse_weights(tasks: Iterable[str]) -> dict[str, float]:
-    """Weights from the command line: `intent` weighs 1, `intent=2.5` as it says, `transcription=inf` is in every draw.
+def parse_weights(tasks: Sequence[str]) -> dict[str, float]:
+    """Weights from the command line: `intent` weighs 1, `intent=2.5` as it says, `transcription=inf` is in every draw;
+    several may stand between commas.
 
     Raises:
         ValueError: a weight that is no number, or a task named twice.
     """
     weights: dict[str, float] = {}
-    for entry in tasks:
+    for entry in ",".join(tasks).split(","):
         task, equals, weight = entry.partition("=")
         if task in weights:
-            raise ValueError(f"task {task!r} is named twice in {list(tasks)}")
+            raise ValueError(f"task {task!r} is named twice")
         try:
             weights[task] = float(weight) if equals else 1.0
         except ValueError:

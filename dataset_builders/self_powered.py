@@ -33,6 +33,7 @@ from datasets import (
     SplitGenerator,
     Value,
 )
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import HfArgumentParser
 
 from dataset_builders.asr_corpora import PRESETS, open_corpus
@@ -94,7 +95,7 @@ class BuildArguments:
         default_factory=list, metadata={"help": f"Names of filters that drop nothing: {', '.join(FILTERS)}."}
     )
     judge_below: int | None = _option(None, "Drop what the LLM itself scores below this, of 1 to 5.")
-    shard_size: int = _option(SHARD_SIZE, "Utterances written at a time: what a kill can lose.")
+    shard_size: int | None = _option(None, f"Utterances written at a time; by default {SHARD_SIZE}, less with a limit.")
 
     def open_corpus(self) -> Corpus:
         columns = {role: getattr(self, f"{role}_column") for role in ("audio", "transcript", "id")}
@@ -207,7 +208,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("httpx", "httpx2"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    COMMANDS[args.pop("command")](**args)
+    with logging_redirect_tqdm():
+        COMMANDS[args.pop("command")](**args)
 
 
 def _build(output: str, **arguments) -> None:

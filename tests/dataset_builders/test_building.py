@@ -1,13 +1,14 @@
 """From a corpus to rows: what is asked of which utterance, what is kept, and what lies on disk afterwards."""
 
 import json
+import time
 from collections import Counter
 
 import pytest
 from datasets import Audio, load_dataset
 
 from dataset_builders.asr_corpora import load_corpus, open_corpus
-from dataset_builders.building import FEATURES, TASKS, answer, build, draw_rows
+from dataset_builders.building import FEATURES, TASKS, ahead, answer, build, draw_rows
 from dataset_builders.data_card import Summary
 from dataset_builders.instructions import TRANSCRIPTION, Draw, load_pool
 from dataset_builders.responders import LocalResponder, Reply
@@ -157,6 +158,32 @@ def test_the_rows_do_not_depend_on_shards_or_processes(built, backwards, both, c
         assert (shared / "README.md").exists() == (rank == 2)  # the last one writes it
     by_id = [sorted(rows_of(folder), key=lambda row: row["id"]) for folder in (built, shared)]
     assert by_id[0] == by_id[1]
+
+
+@pytest.mark.parametrize(("limit", "size"), [(None, 1000), (10, 100), (1600, 100), (8000, 500), (10**6, 1000)])
+def test_few_rows_are_cut_small_enough_to_share(limit, size, backwards, both, corpus_dir, tmp_path):
+    build(open_corpus(corpus_dir), backwards, tmp_path / "set", both, limit=limit)
+    assert BuildFolder(tmp_path / "set", "train").settings["shard_size"] == size
+
+
+def test_reading_is_a_shard_ahead_of_answering():
+    made = []
+    items = ahead(made.append(index) or (index,) for index in range(4))
+    assert next(items) == (0,)
+    while len(made) < 2:  # the thread's part
+        time.sleep(0.001)
+    assert list(items) == [(1,), (2,), (3,)]
+
+
+def test_what_goes_wrong_ahead_is_raised_when_its_turn_comes():
+    def break_down():
+        yield (0,)
+        raise OSError("the cable")
+
+    items = ahead(break_down())
+    assert next(items) == (0,)
+    with pytest.raises(OSError, match="the cable"):
+        next(items)
 
 
 def test_a_finished_build_asks_nothing_again(built, backwards, both, corpus_dir):
