@@ -19,9 +19,10 @@ from datasets import Audio, Features, Value
 
 from dataset_builders.corpus import Corpus, RefusedRowError
 from dataset_builders.data_card import Summary, write_card
+from dataset_builders.exchange import Reply, Request
 from dataset_builders.filters import check_names, judge, reason_to_drop
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, Task, load_pool
-from dataset_builders.responders import Reply, Request, Responder
+from dataset_builders.responders import Responder
 from dataset_builders.shards import BuildFolder, Shard, Worker
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ FEATURES = Features(
     }
 )
 TASKS = (*SELF_POWERED_TASKS, TRANSCRIPTION)
-SHARD_SIZE = 1000  # utterances
+SHARD_ROWS = 1000
 
 
 def draw_rows(utterances: list[dict], draw: Draw) -> list[dict]:
@@ -91,7 +92,7 @@ def answer(
     ]
     if judge_below is not None:
         asked = [i for i, reason in enumerate(reasons) if reason is None and requests[i].task != TRANSCRIPTION]
-        scores = judge(responder, [requests[i] for i in asked], [replies[i].text for i in asked])
+        scores = judge(responder.respond, [requests[i] for i in asked], [replies[i].text for i in asked])
         for index, score in zip(asked, scores, strict=True):
             reasons[index] = "judged" if score is None or score < judge_below else None
     kept, dropped, seen = [], collections.Counter(), set()
@@ -152,8 +153,8 @@ def build(
         output: folder of the set; the corpus's split names the set's.
         draw: what is asked; the pool's tasks and transcription, evenly, one per utterance, if None.
         limit: the first so many rows, refused and dropped ones included; all if None.
-        shard_size: utterances per shard: what a kill can lose; two shards are in memory at a time. If None, 1000, or
-            less where a limit makes that few shards for several processes to share.
+        shard_size: utterances per shard: what a kill can lose; two shards are in memory at a time. If None, those of
+            1000 rows, or of fewer where a limit would leave few shards for several processes to share.
         filters_off: names in `FILTERS` that drop nothing.
         judge_below: drop responses to which the LLM itself gives less than this, of 1 to 5; not asked if None.
         worker: which of the processes this is; the environment says so if None.
@@ -167,7 +168,9 @@ def build(
     if limit is None and corpus.default_limit is not None:
         limit = corpus.default_limit * draw.tasks_per_utterance
     utterances = None if limit is None else math.ceil(limit / draw.tasks_per_utterance)
-    shard_size = shard_size or (SHARD_SIZE if utterances is None else max(100, min(SHARD_SIZE, utterances // 8)))
+    if shard_size is None:
+        rows = SHARD_ROWS if limit is None else max(100, min(SHARD_ROWS, limit // 8))
+        shard_size = max(1, rows // draw.tasks_per_utterance)
     folder = BuildFolder(output, corpus.split)
     folder.agree(
         {

@@ -1,11 +1,11 @@
 """Which responses are kept, and the reasons why others are not."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import regex
 
+from dataset_builders.exchange import Reply, Request
 from dataset_builders.instructions import TRANSCRIPTION, Task
-from dataset_builders.responders import Reply, Request, Responder
 
 # Every reason to drop a response, in the order of looking. Each can be turned off by its name but the first, which
 # `max_prompt_tokens` sets: what an LLM has no room for cannot be asked.
@@ -72,13 +72,15 @@ def reason_to_drop(task: Task, transcript: str, reply: Reply, off: Collection[st
     return next((reason for reason, found in reasons.items() if found and reason not in off), None)
 
 
-def judge(responder: Responder, requests: list[Request], responses: list[str]) -> list[int | None]:
-    """The LLM's scores, 1 to 5, for its own responses; None where it gave none."""
+def judge(
+    respond: Callable[[list[Request]], list[Reply]], requests: list[Request], responses: list[str]
+) -> list[int | None]:
+    """The LLM's scores, 1 to 5, for its own responses; None where it gave none. `respond` is a responder's."""
     questions = [
         Request(_JUDGE.format(instruction=request.instruction, response=response), request.transcript, "judge")
         for request, response in zip(requests, responses, strict=True)
     ]
-    replies = [_SCALE.sub("", reply.text) for reply in responder.respond(questions)]
+    replies = [_SCALE.sub("", reply.text) for reply in respond(questions)]
     found = [regex.search(r"(?<!\d)[1-5](?!\d)", reply) for reply in replies]
     return [int(match[0]) if match else None for match in found]
 

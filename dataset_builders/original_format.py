@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from dataset_builders.building import SHARD_SIZE, finish, report, to_tables
+from dataset_builders.building import SHARD_ROWS, finish, report, to_tables
 from dataset_builders.corpus import RefusedRowError
 from dataset_builders.file_corpora import ManifestCorpus
 from dataset_builders.shards import BuildFolder, Shard
@@ -70,7 +70,7 @@ class OriginalRows(ManifestCorpus):
         }
 
 
-def import_original(rows: OriginalRows, output: str | Path, shard_size: int = SHARD_SIZE) -> Path:
+def import_original(rows: OriginalRows, output: str | Path, shard_size: int = SHARD_ROWS) -> Path:
     """Write the original's rows as a set, or go on with it.
 
     Raises:

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -20,6 +20,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from dataset_builders.exchange import Reply, Request
 from processing_lsm import LsmProcessor
 from recipes.compose import identify, load_tokenizer, make_room
 
@@ -30,22 +31,6 @@ IDENTITY = ("model", "revision", "template")
 MAX_NEW_TOKENS = 225  # the paper's
 KV_CACHE_BYTES = 8 * 2**30
 MOST_ROWS = 256  # of one batch: more do not make it faster
-
-
-class Request(NamedTuple):
-    """What is asked. Requests of one `task` have answers of similar length, so they share batches."""
-
-    instruction: str
-    transcript: str
-    task: str = ""
-
-
-class Reply(NamedTuple):
-    """What was answered, and why it ended: the model's own end of turn, the token limit, or a prompt too long to ask
-    (then `text` is empty)."""
-
-    text: str
-    finish: Literal["stop", "length", "prompt_too_long"] = "stop"
 
 
 class Prompt(NamedTuple):

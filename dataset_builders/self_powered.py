@@ -37,7 +37,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import HfArgumentParser
 
 from dataset_builders.asr_corpora import PRESETS, open_corpus
-from dataset_builders.building import FEATURES, SHARD_SIZE, TASKS, build
+from dataset_builders.building import FEATURES, SHARD_ROWS, TASKS, build
 from dataset_builders.corpus import Corpus
 from dataset_builders.filters import FILTERS
 from dataset_builders.instructions import POOL_PATH, Draw, load_pool, parse_weights
@@ -95,7 +95,7 @@ class BuildArguments:
         default_factory=list, metadata={"help": f"Names of filters that drop nothing: {', '.join(FILTERS)}."}
     )
     judge_below: int | None = _option(None, "Drop what the LLM itself scores below this, of 1 to 5.")
-    shard_size: int | None = _option(None, f"Utterances written at a time; by default {SHARD_SIZE}, less with a limit.")
+    shard_size: int | None = _option(None, f"Utterances written at a time; by default those of {SHARD_ROWS} rows.")
 
     def open_corpus(self) -> Corpus:
         columns = {role: getattr(self, f"{role}_column") for role in ("audio", "transcript", "id")}

@@ -17,10 +17,10 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from dataset_builders.exchange import Reply
 from dataset_builders.responders import (
     MAX_NEW_TOKENS,
     Prompt,
-    Reply,
     Responder,
     changed_decoding,
     context_of,

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from dataset_builders.exchange import Reply
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
-from dataset_builders.responders import Reply, Responder
+from dataset_builders.responders import Responder
 
 
 class Backwards(Responder):

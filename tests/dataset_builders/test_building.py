@@ -10,8 +10,9 @@ from datasets import Audio, load_dataset
 from dataset_builders.asr_corpora import load_corpus, open_corpus
 from dataset_builders.building import FEATURES, TASKS, ahead, answer, build, draw_rows
 from dataset_builders.data_card import Summary
+from dataset_builders.exchange import Reply
 from dataset_builders.instructions import TRANSCRIPTION, Draw, load_pool
-from dataset_builders.responders import LocalResponder, Reply
+from dataset_builders.responders import LocalResponder
 from dataset_builders.shards import BuildFolder, Worker
 
 COLUMNS = ["id", "audio", "transcript", "task", "instruction", "response", "duration", "source", "responder"]
@@ -160,7 +161,7 @@ def test_the_rows_do_not_depend_on_shards_or_processes(built, backwards, both, c
     assert by_id[0] == by_id[1]
 
 
-@pytest.mark.parametrize(("limit", "size"), [(None, 1000), (10, 100), (1600, 100), (8000, 500), (10**6, 1000)])
+@pytest.mark.parametrize(("limit", "size"), [(None, 500), (10, 50), (1600, 100), (4000, 250), (10**6, 500)])
 def test_few_rows_are_cut_small_enough_to_share(limit, size, backwards, both, corpus_dir, tmp_path):
     build(open_corpus(corpus_dir), backwards, tmp_path / "set", both, limit=limit)
     assert BuildFolder(tmp_path / "set", "train").settings["shard_size"] == size
@@ -279,7 +280,7 @@ def test_a_task_that_measures_generalisation_is_not_trained_on(corpus_dir, backw
 
 
 def test_other_settings_do_not_mix_with_what_is_there(built, backwards, both, corpus_dir):
-    with pytest.raises(ValueError, match=r"begun with other settings: shard_size was 3, now 1000"):
+    with pytest.raises(ValueError, match=r"begun with other settings: shard_size was 3, now 500"):
         build(open_corpus(corpus_dir), backwards, built, both)
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from dataset_builders.exchange import Reply, Request
 from dataset_builders.filters import FILTERS, check_names, judge, reason_to_drop
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Task, load_pool
-from dataset_builders.responders import Reply, Request
 
 POOL = load_pool()
 SAID = "the farmer sold the lamp yesterday"
@@ -267,16 +267,16 @@ class Judge:
     ],
 )
 def test_the_score_is_the_first_number_from_1_to_5_if_there_is_one(text, score):
-    assert judge(Judge(text), [Request("Sing.", SAID)], ["La."]) == [score]
+    assert judge(Judge(text).respond, [Request("Sing.", SAID)], ["La."]) == [score]
 
 
 def test_the_judge_reads_instruction_response_and_transcript():
     responder = Judge("5", "none", "1")
     requests = [Request(f"Sing {{{n}}}.", f"said {n}", "song") for n in range(3)]
-    assert judge(responder, requests, ["La.", "{Le}.", "Li."]) == [5, None, 1]
+    assert judge(responder.respond, requests, ["La.", "{Le}.", "Li."]) == [5, None, 1]
     assert [request.transcript for request in responder.asked] == ["said 0", "said 1", "said 2"]
     assert "Sing {1}." in responder.asked[1].instruction and "{Le}." in responder.asked[1].instruction
 
 
 def test_nothing_to_judge_asks_nothing():
-    assert judge(Judge(), [], []) == []
+    assert judge(Judge().respond, [], []) == []

@@ -34,14 +34,25 @@ print(json.dumps([row["audio"]["bytes"].hex() for row in rows]))
 READ = """
 import json, sys
 from datasets import Audio, get_dataset_config_names, load_dataset
-name, revision = sys.argv[1:]
-found = {"configs": get_dataset_config_names(name, revision=revision)}
-for config in ("all", "transcription"):
-    for streaming in (False, True):
-        rows = load_dataset(name, config, split="train.clean.100", streaming=streaming, revision=revision)
-        rows = rows.cast_column("audio", Audio(16_000, decode=False))
-        found[f"{config} {streaming}"] = [{**row, "audio": row["audio"]["bytes"].hex()} for row in rows]
-print(json.dumps(found))
+name, split, *revisions = sys.argv[1:]
+answer = []
+for revision in revisions:
+    found = {"configs": get_dataset_config_names(name, revision=revision)}
+    for config in ("all", "transcription"):
+        for streaming in (False, True):
+            rows = load_dataset(name, config, split=split, streaming=streaming, revision=revision)
+            rows = rows.cast_column("audio", Audio(16_000, decode=False))
+            found[f"{config} {streaming}"] = [{**row, "audio": row["audio"]["bytes"].hex()} for row in rows]
+    answer.append(found)
+print(json.dumps(answer))
+"""
+
+PUSH = """
+import json, sys
+from dataset_builders.publishing import push_to_hub
+for arguments in json.loads(sys.argv[1]):
+    push_to_hub(*arguments)
+print("{}")
 """
 
 COMMAND = "from dataset_builders.self_powered import main; main(); print('{}')"
@@ -71,7 +82,7 @@ def test_from_a_corpus_on_the_hub_to_a_set_on_the_hub(hub, clips, llm_dir, tmp_p
     run(COMMAND, hub, home, "publish", str(folder), "--repo", SET, PYTHONPATH=str(ROOT))
     assert len(hub.requests) > asked
 
-    found = run(READ, hub, tmp_path / "user", SET, "main")
+    (found,) = run(READ, hub, tmp_path / "user", SET, "train.clean.100", "main")
     assert found["configs"] == ["all", "intent", "transcription"]
     assert found["all False"] == found["all True"]
     assert len(found["all True"]) == 12
@@ -99,20 +110,16 @@ def test_from_a_corpus_on_the_hub_to_a_set_on_the_hub(hub, clips, llm_dir, tmp_p
 def test_publishing_again_replaces_what_was_there_and_a_revision_stands_beside_it(
     hub, backwards, both, corpus_dir, tmp_path
 ):
-    code = "import sys; from dataset_builders.publishing import push_to_hub; push_to_hub(*sys.argv[1:]); print('{}')"
     first = build(open_corpus(corpus_dir), backwards, tmp_path / "first", both, shard_size=2)
     second = build(open_corpus(corpus_dir), backwards, tmp_path / "second", both, shard_size=8, limit=4)
-    run(code, hub, tmp_path / "home", str(first), "org/again", PYTHONPATH=str(ROOT))
-    run(code, hub, tmp_path / "home", str(first), "org/again", "v1", PYTHONPATH=str(ROOT))
-    run(code, hub, tmp_path / "home", str(second), "org/again", PYTHONPATH=str(ROOT))
-    read = READ.replace("train.clean.100", "train")
-    assert len(run(read, hub, tmp_path / "user", "org/again", "main")["all False"]) == 4
-    assert len(run(read, hub, tmp_path / "user", "org/again", "v1")["all True"]) == 16
+    pushes = [[str(first), "org/again"], [str(first), "org/again", "v1"], [str(second), "org/again"]]
+    run(PUSH, hub, tmp_path / "home", json.dumps(pushes), PYTHONPATH=str(ROOT))
+    found = run(READ, hub, tmp_path / "user", "org/again", "train", "main", "v1")
+    assert [len(rows["all False"]) for rows in found] == [len(rows["all True"]) for rows in found] == [4, 16]
 
 
 def test_what_is_not_fit_makes_no_repository(hub, tmp_path):
-    code = "import sys; from dataset_builders.publishing import push_to_hub; push_to_hub(*sys.argv[1:])"
-    result = start(code, hub, tmp_path / "home", str(tmp_path), "org/x", PYTHONPATH=str(ROOT))
+    result = start(PUSH, hub, tmp_path / "home", json.dumps([[str(tmp_path), "org/x"]]), PYTHONPATH=str(ROOT))
     assert "is no finished set" in result.stderr
     assert ("dataset", "org/x") not in hub.repos
 

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from dataset_builders.responders import LocalResponder, Reply, Request, foreign
+from dataset_builders.exchange import Reply, Request
+from dataset_builders.responders import LocalResponder, foreign
 from modeling_lsm import LsmForConditionalGeneration
 
 REQUESTS = [

@@ -18,7 +18,8 @@ from misbehaving_server import ANSWERS, OK, RUDE, MisbehavingServer, reply_to
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from dataset_builders.responders import LocalResponder, Reply, Request, foreign
+from dataset_builders.exchange import Reply, Request
+from dataset_builders.responders import LocalResponder, foreign
 from dataset_builders.server_responder import ServerResponder, _retry_after
 
 REQUESTS = [

@@ -6,8 +6,9 @@ import pytest
 
 from dataset_builders.asr_corpora import open_corpus
 from dataset_builders.building import build
+from dataset_builders.exchange import Reply
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
-from dataset_builders.responders import LocalResponder, Reply
+from dataset_builders.responders import LocalResponder
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,8 @@ import torch
 from datasets import Dataset
 
 from dataset_builders.asr_corpora import load_corpus
-from dataset_builders.instructions import load_pool
+from dataset_builders.instructions import SELF_POWERED_TASKS, load_pool
 from dataset_builders.nano_tasks import answers, is_correct
-from dataset_builders.self_powered import SELF_POWERED_TASKS
 from processing_lsm import load_audio
 from recipes import evaluate as recipe
 from recipes.evaluate import (

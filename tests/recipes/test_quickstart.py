@@ -113,7 +113,8 @@ def test_the_whole_story_on_tiny_random_models(tmp_path, whisper_dir, llm_dir):
 
 def _answer_at_once(run: Quickstart, folder: Path) -> None:
     """The random LLM's answers never end, so all would be dropped; these end."""
-    from dataset_builders.responders import LocalResponder, Reply
+    from dataset_builders.exchange import Reply
+    from dataset_builders.responders import LocalResponder
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalResponder, "respond", lambda self, requests: [Reply("So be it.")] * len(requests))
