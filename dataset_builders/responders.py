@@ -12,17 +12,11 @@ from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoProcessor,
-    GenerationConfig,
-    WhisperFeatureExtractor,
-)
+from transformers import AutoModelForCausalLM
 
 from dataset_builders.exchange import Reply, Request
+from dataset_builders.text_llm import changed_decoding, context_of, kv_bytes_per_token, load_identity, make_room
 from processing_lsm import LsmProcessor
-from recipes.compose import identify, load_tokenizer, make_room
 
 logger = logging.getLogger(__name__)
 
@@ -178,46 +172,6 @@ class LocalResponder(Responder):
         finished = torch.isin(answers, torch.tensor(end, device=answers.device)).any(dim=1).tolist()
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [Reply(text.strip(), "stop" if done else "length") for text, done in zip(texts, finished, strict=True)]
-
-
-def changed_decoding(settings: GenerationConfig) -> dict:
-    """What a checkpoint's generation settings change even in decoding without sampling."""
-    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "length_penalty": 1.0}
-    found = {name: getattr(settings, name, None) for name in neutral}
-    return {name: value for name, value in found.items() if value not in (None, neutral[name])}
-
-
-def load_identity(llm: str | Path) -> tuple[LsmProcessor, dict, AutoConfig]:
-    """Processor, identity (`model`, `revision`, `template`) and configuration of an LLM or of the LLM in an LSM.
-
-    Raises:
-        ValueError: an LSM that does not say which LLM is inside.
-    """
-    config = AutoConfig.from_pretrained(str(llm), trust_remote_code=True)
-    if config.model_type != "lsm":
-        processor = text_processor(llm)
-        return processor, {**identify(str(llm)), "template": processor.template_hash}, config
-    if config.responder is None:
-        raise ValueError(f"{llm} does not say which LLM is inside; compose it with recipes/compose.py.")
-    return AutoProcessor.from_pretrained(str(llm), trust_remote_code=True), config.responder, config
-
-
-def text_processor(llm: str | Path) -> LsmProcessor:
-    """The processor that an LSM composed of this LLM would have: it lays out the very same prompts."""
-    return LsmProcessor(WhisperFeatureExtractor(), load_tokenizer(str(llm)))
-
-
-def context_of(config: AutoConfig) -> int | None:
-    """Positions that the LLM has, None if its configuration does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def kv_bytes_per_token(config: AutoConfig, itemsize: int) -> int:
-    """Bytes that keys and values of one token take in all layers."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim * itemsize
 
 
 def foreign(provenance: str, responder: dict | None) -> list[str]:

@@ -18,14 +18,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from dataset_builders.exchange import Reply
-from dataset_builders.responders import (
-    MAX_NEW_TOKENS,
-    Prompt,
-    Responder,
-    changed_decoding,
-    context_of,
-    load_identity,
-)
+from dataset_builders.responders import MAX_NEW_TOKENS, Prompt, Responder
+from dataset_builders.text_llm import changed_decoding, context_of, load_identity
 
 try:
     import openai

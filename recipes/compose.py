@@ -7,30 +7,22 @@ python -m recipes.compose \
 """
 
 import argparse
-import hashlib
 import logging
-from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
     WhisperModel,
 )
 
 from configuration_lsm import LsmConfig
+from dataset_builders.text_llm import identify, load_tokenizer, make_room
 from modeling_lsm import LsmForConditionalGeneration, LsmProjector
-from processing_lsm import AUDIO_TOKEN, LsmProcessor
+from processing_lsm import LsmProcessor
 
 logger = logging.getLogger(__name__)
-
-WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def compose(
@@ -106,40 +98,6 @@ def compose(
     return model, processor
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The LLM's tokenizer with the audio placeholder, and with EOS as pad token if it has none.
-
-    Raises:
-        ValueError: if it has no EOS token.
-    """
-    # Batches are padded where generation wants it; a training collator pads on the right by asking for it.
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    if tokenizer.eos_token is None:
-        raise ValueError(f"The tokenizer of {source} has no EOS token, so no answer could end; set its `eos_token`.")
-    tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def make_room(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give the placeholder an embedding, a new one only if the LLM has no spare ones. Returns its id."""
-    audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
-    if audio_token_id >= llm.get_input_embeddings().num_embeddings:
-        # The new row is never read (speech replaces it) nor written (suppressed), so any value will do.
-        llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    never_write(llm.generation_config, audio_token_id, tokenizer.pad_token_id)
-    return audio_token_id
-
-
-def never_write(generation_config: GenerationConfig, audio_token_id: int, pad_token_id: int | None) -> None:
-    """Keep generation from writing the placeholder, and give it a pad token if it has none."""
-    if generation_config.pad_token_id is None:
-        generation_config.pad_token_id = pad_token_id
-    generation_config._from_model_config = False  # it is now more than the LLM's config says
-    generation_config.suppress_tokens = [*(generation_config.suppress_tokens or []), audio_token_id]
-
-
 def _load(audio: str, text: str, dtype: str | torch.dtype) -> tuple:
     """Encoder, feature extractor, LLM and tokenizer, checked to fit together."""
     tokenizer = load_tokenizer(text)
@@ -189,25 +147,6 @@ def _assemble(config: LsmConfig, whisper: WhisperModel, llm: PreTrainedModel) ->
     model.lm_head = llm.get_output_embeddings()
     model.generation_config = llm.generation_config
     return model.eval()
-
-
-def identify(source: str) -> dict[str, str]:
-    """Which checkpoint this is: `model`, its Hub id or the folder's name, and `revision`, its commit or the hash of
-    its weights (`"sha256:"` and 16 hex digits)."""
-    folder = Path(source)
-    if not folder.is_dir():
-        cached = try_to_load_from_cache(source, "config.json")
-        if not isinstance(cached, str):
-            raise ValueError(f"{source} is neither a folder nor in the Hub cache, so its commit cannot be told.")
-        return {"model": source, "revision": Path(cached).parent.name}
-    files = sorted(file for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern))
-    if not files:
-        raise ValueError(f"{folder.name} holds no weights ({', '.join(WEIGHT_PATTERNS)}).")
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return {"model": folder.resolve().name, "revision": f"sha256:{digest.hexdigest()[:16]}"}
 
 
 def main() -> None:

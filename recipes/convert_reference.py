@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, LlamaConfig, WhisperConfig, WhisperFeatureExtractor
 
 from configuration_lsm import LsmConfig
+from dataset_builders.text_llm import identify, load_tokenizer, never_write
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
-from recipes.compose import identify, load_tokenizer, never_write
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
+from dataset_builders.text_llm import identify
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
-from recipes.compose import identify, main
+from recipes.compose import main
 
 
 def test_no_second_copy_of_the_llm(compose_tiny, whisper_dir, llm_dir):

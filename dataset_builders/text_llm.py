@@ -1,0 +1,113 @@
+"""A causal LLM as an LSM has it: its tokenizer and room for speech, its prompts, and which LLM it is."""
+
+import hashlib
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from tokenizers import AddedToken
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    WhisperFeatureExtractor,
+)
+
+from processing_lsm import AUDIO_TOKEN, LsmProcessor
+
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The LLM's tokenizer with the audio placeholder, and with EOS as pad token if it has none.
+
+    Raises:
+        ValueError: if it has no EOS token.
+    """
+    # Batches are padded where generation wants it; a training collator pads on the right by asking for it.
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    if tokenizer.eos_token is None:
+        raise ValueError(f"The tokenizer of {source} has no EOS token, so no answer could end; set its `eos_token`.")
+    tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def make_room(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give the placeholder an embedding, a new one only if the LLM has no spare ones. Returns its id."""
+    audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+    if audio_token_id >= llm.get_input_embeddings().num_embeddings:
+        # The new row is never read (speech replaces it) nor written (suppressed), so any value will do.
+        llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    never_write(llm.generation_config, audio_token_id, tokenizer.pad_token_id)
+    return audio_token_id
+
+
+def never_write(generation_config: GenerationConfig, audio_token_id: int, pad_token_id: int | None) -> None:
+    """Keep generation from writing the placeholder, and give it a pad token if it has none."""
+    if generation_config.pad_token_id is None:
+        generation_config.pad_token_id = pad_token_id
+    generation_config._from_model_config = False  # it is now more than the LLM's config says
+    generation_config.suppress_tokens = [*(generation_config.suppress_tokens or []), audio_token_id]
+
+
+def identify(source: str) -> dict[str, str]:
+    """Which checkpoint this is: `model`, its Hub id or the folder's name, and `revision`, its commit or the hash of
+    its weights (`"sha256:"` and 16 hex digits)."""
+    folder = Path(source)
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(source, "config.json")
+        if not isinstance(cached, str):
+            raise ValueError(f"{source} is neither a folder nor in the Hub cache, so its commit cannot be told.")
+        return {"model": source, "revision": Path(cached).parent.name}
+    files = sorted(file for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern))
+    if not files:
+        raise ValueError(f"{folder.name} holds no weights ({', '.join(WEIGHT_PATTERNS)}).")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return {"model": folder.resolve().name, "revision": f"sha256:{digest.hexdigest()[:16]}"}
+
+
+def load_identity(llm: str | Path) -> tuple[LsmProcessor, dict, AutoConfig]:
+    """Processor, identity (`model`, `revision`, `template`) and configuration of an LLM or of the LLM in an LSM.
+
+    Raises:
+        ValueError: an LSM that does not say which LLM is inside.
+    """
+    config = AutoConfig.from_pretrained(str(llm), trust_remote_code=True)
+    if config.model_type != "lsm":
+        processor = text_processor(llm)
+        return processor, {**identify(str(llm)), "template": processor.template_hash}, config
+    if config.responder is None:
+        raise ValueError(f"{llm} does not say which LLM is inside; compose it with recipes/compose.py.")
+    return AutoProcessor.from_pretrained(str(llm), trust_remote_code=True), config.responder, config
+
+
+def text_processor(llm: str | Path) -> LsmProcessor:
+    """The processor that an LSM composed of this LLM would have: it lays out the very same prompts."""
+    return LsmProcessor(WhisperFeatureExtractor(), load_tokenizer(str(llm)))
+
+
+def context_of(config: AutoConfig) -> int | None:
+    """Positions that the LLM has, None if its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def kv_bytes_per_token(config: AutoConfig, itemsize: int) -> int:
+    """Bytes that keys and values of one token take in all layers."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * head_dim * itemsize
+
+
+def changed_decoding(settings: GenerationConfig) -> dict:
+    """What a checkpoint's generation settings change even in decoding without sampling."""
+    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "length_penalty": 1.0}
+    found = {name: getattr(settings, name, None) for name in neutral}
+    return {name: value for name, value in found.items() if value not in (None, neutral[name])}
