@@ -78,13 +78,14 @@ class NanoCorpus(Corpus):
         self.seed, self.license, self.language = seed, "apache-2.0", "en"
         if split not in nano_speech.SPLITS:
             raise ValueError(f"the nano corpus has no split {split!r}; expected one of {nano_speech.SPLITS}.")
+        self.speaker = nano_speech.Speaker(seed, split)
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:
         for index in itertools.count():
             yield nano_speech.row_id(self.seed, self.split, index), {"index": index}
 
     def utterance(self, where: str, line: dict | RefusedRowError) -> dict:
-        row = nano_speech.row(self.seed, self.split, line["index"])
+        row = self.speaker.row(line["index"])
         return {key: row[key] for key in FEATURES if key in row} | {"source": self.source}
 
 

@@ -141,3 +141,23 @@ def test_clips_are_speech_not_silence(corpus):
         audio, _ = soundfile.read(io.BytesIO(line["audio"]["bytes"]))
         assert np.sqrt((audio**2).mean()) > 0.01
         assert 1.0 < line["duration"] < 6.0
+
+
+def test_a_speaker_says_the_same_in_any_process(monkeypatch):
+    monkeypatch.setattr(nano_speech, "LOADS", 2)  # then another process takes over, and a third one
+    speaker = nano_speech.Speaker(0, "train")
+    rows = [speaker.row(index) for index in (3, 1, 3, 1, 7)]
+    assert speaker.process is not None
+    assert rows == [nano_speech.row(0, "train", index) for index in (3, 1, 3, 1, 7)]
+    speaker.close()
+
+
+def test_a_speaker_that_is_killed_is_told(monkeypatch):
+    monkeypatch.setattr(nano_speech, "LOADS", 1)
+    speaker = nano_speech.Speaker(0, "train")
+    speaker.row(0)
+    speaker.row(1)
+    speaker.process.kill()
+    monkeypatch.setattr(nano_speech, "LOADS", 9)
+    with pytest.raises(ChildProcessError, match="ended with -9"):
+        speaker.row(2)
