@@ -21,7 +21,7 @@ def peak_memory(llm: str, rows: int, threads: int) -> float:
     """MiB that a build of so many rows takes at most.
 
     Raises:
-        subprocess.CalledProcessError: the build fails.
+        ChildProcessError: the build fails; with the end of its log.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = ["--llm", llm, "--limit", str(rows), "--tasks-per-utterance", "7", "--output", f"{folder}/set"]
@@ -34,7 +34,7 @@ def peak_memory(llm: str, rows: int, threads: int) -> float:
             )
             _, status, usage = os.wait4(process.pid, 0)
         if code := os.waitstatus_to_exitcode(status):
-            raise subprocess.CalledProcessError(code, COMMAND, stderr=Path(f"{folder}/log").read_text()[-2000:])
+            raise ChildProcessError(f"the build ended with {code}: {Path(f'{folder}/log').read_text()[-1000:]}")
     return usage.ru_maxrss / 1024
 
 

@@ -194,6 +194,7 @@ def render_html(survey: Survey, samples: list[dict]) -> str:
     return environment.get_template("inspection.html").render(
         survey=survey,
         table=_table(survey),
+        largest_task=max(tally.rows for tally in survey.tasks.values()),
         responders=_responders(survey),
         sources=survey.sources.most_common(),
         histograms={task: _histograms(f"t{i}", tally) for i, (task, tally) in enumerate(survey.tasks.items())},

@@ -1,0 +1,18 @@
+"""Benchmarks run, on next to nothing; what they measure is for them to say."""
+
+import pytest
+
+from benchmarks.build_memory import peak_memory
+from benchmarks.self_powered import measure
+
+
+def test_building_is_measured_against_a_plain_loop():
+    found = measure("assets/nano/llm", rows=12, turns=2, cores=1, processes=1)
+    assert (found["rows"], len(found["ratios"])) == (12, 2)
+    assert found["ratio"] > 0
+
+
+def test_memory_is_measured_and_a_failing_build_told():
+    with pytest.raises(ChildProcessError, match="no-such-llm"):
+        peak_memory("no-such-llm", rows=7, threads=1)
+    assert 100 < peak_memory("assets/nano/llm", rows=7, threads=1) < 10_000
