@@ -183,3 +183,14 @@ def corpus_dir(tmp_path_factory) -> Path:
     folder.mkdir()
     datasets.Dataset.from_list(rows).to_parquet(str(folder / "train.parquet"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A Hub of one's own, which must have understood all that it was asked."""
+    from hub_clients import HARMLESS
+    from local_hub import LocalHub
+
+    with LocalHub() as hub:
+        yield hub
+        assert set(hub.unanswered) <= HARMLESS

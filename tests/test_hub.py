@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_clients import HARMLESS, run, start
-from local_hub import LocalHub, Repo
+from hub_clients import run, start
+from local_hub import Repo
 from safetensors.torch import load
 
 ROOT = Path(__file__).parents[1]
@@ -58,13 +58,6 @@ found = [use(auto) for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMul
 found += [use(AutoModel, revision=first), use(AutoModel, code_revision=first)]
 print(json.dumps(found))
 """
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with LocalHub() as hub:
-        yield hub
-        assert set(hub.unanswered) <= HARMLESS
 
 
 @pytest.fixture(scope="module")

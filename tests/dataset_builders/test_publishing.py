@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hub_clients import HARMLESS, run, start
-from local_hub import LocalHub
+from hub_clients import run, start
 
 from dataset_builders.asr_corpora import open_corpus
 from dataset_builders.building import build
@@ -57,13 +56,6 @@ print("{}")
 
 COMMAND = "from dataset_builders.self_powered import main; main(); print('{}')"
 SENTENCES = [f"THE FARMER SOLD THE {thing} I SAID" for thing in ("LAMP", "CLOCK", "HORSE", "DESK", "BOAT", "CHAIR")]
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with LocalHub() as hub:
-        yield hub
-        assert set(hub.unanswered) <= HARMLESS
 
 
 @pytest.fixture(scope="module")
