@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("LSM_KILLS", "5"))
+KILLS = int(os.environ.get("LSM_KILLS", "3"))
 ROWS = 60 + 24 * KILLS  # so many that there is something left to kill
 
 
