@@ -120,10 +120,8 @@ class Corpus:
                 yield self.utterance(where, line)
 
 
-def choose_columns(
-    there: list[str], told: dict[str, str], corpus: str, optional: tuple[str, ...] = ("id",)
-) -> dict[str, str]:
-    """Which column of a corpus is its `audio`, `transcript` and `id`.
+def choose_columns(there: list[str], told: dict[str, str], corpus: str) -> dict[str, str]:
+    """Which column of a corpus is its `audio`, its `transcript` and, if it has one, its `id`.
 
     Raises:
         ValueError: a column that it was told of is not there, or none that could be it; names those there are.
@@ -134,7 +132,7 @@ def choose_columns(
         found = next((column for column in candidates if column in there), None)
         if found is not None:
             chosen[role] = found
-        elif role in told or role not in optional:
+        elif role in told or role != "id":
             names = " or ".join(map(repr, candidates))
             raise ValueError(
                 f"{corpus} has no column {names} for the {role}; it has {there}. Name its columns with --audio-column, "
