@@ -5,6 +5,7 @@ Draws are functions of their arguments alone, so the same rows come out on any m
 
 import hashlib
 import math
+import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ def load_pool(path: str | Path = POOL_PATH, slots: Mapping[str, Sequence[str]] |
 
 def _read_task(name: str, fields: object, slots: Mapping[str, Sequence[str]], path: str | Path) -> Task:
     """Check one task's block and make it a Task; raises ValueError."""
+    if not re.fullmatch(r"\w[\w-]*", name) or name == "all":  # it names a folder and a configuration, besides `all`
+        raise ValueError(f"{path}: task {name!r}: expected a name of letters, digits, - and _, other than 'all'")
     if trouble := _trouble(fields):
         raise ValueError(f"{path}: task {name!r}: {trouble}")
     values = {slot: slots.get(slot, given) for slot, given in fields.get("slots", {}).items()}

@@ -377,3 +377,11 @@ def test_values_that_no_pool_can_take_are_refused(slots, message):
 
 def test_the_self_powered_tasks_are_in_the_pool():
     assert [*SELF_POWERED_TASKS, "transcription"] == TRAINED
+
+
+@pytest.mark.parametrize("name", ["all", "../up", "two words", "a/b", ""])
+def test_a_task_is_named_as_a_folder_can_be(name, tmp_path):
+    block = {"description": "Any.", "seen": ["Sing the speech."], "held_out": ["Hum the speech."]}
+    (tmp_path / "pool.yaml").write_text(yaml.safe_dump({"tasks": {name: block}}))
+    with pytest.raises(ValueError, match="expected a name of letters, digits"):
+        load_pool(tmp_path / "pool.yaml")
