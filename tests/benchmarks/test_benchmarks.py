@@ -12,7 +12,6 @@ def test_building_is_measured_against_a_plain_loop():
     assert found["ratio"] > 0
 
 
-def test_memory_is_measured_and_a_failing_build_told():
+def test_a_build_that_fails_is_no_measurement():
     with pytest.raises(ChildProcessError, match="(?s)the build ended with 1: .*OSError"):
         peak_memory("no-such-llm", rows=7, threads=1)
-    assert 100 < peak_memory("assets/nano/llm", rows=7, threads=1) < 10_000
