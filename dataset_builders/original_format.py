@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from dataset_builders.building import SHARD_ROWS, finish, report, to_tables
+from dataset_builders.building import SHARD_ROWS, finish, read, report, to_tables
 from dataset_builders.corpus import RefusedRowError
 from dataset_builders.file_corpora import ManifestCorpus
 from dataset_builders.shards import BuildFolder, Shard
@@ -49,8 +49,11 @@ class OriginalRows(ManifestCorpus):
         self.task = task
         self.transcripts = {}
         if transcripts is not None:
-            lines = (line for _, line in ManifestCorpus(Path(transcripts), split, COLUMNS, "plain", data_root).lines(0))
-            self.transcripts = {line["audio"]: line["text"] for line in lines if isinstance(line, dict)}
+            for where, line in ManifestCorpus(Path(transcripts), split, COLUMNS, "plain", data_root).lines(0):
+                if isinstance(line, dict) and isinstance(line.get("text"), str) and isinstance(line.get("audio"), str):
+                    self.transcripts[line["audio"]] = line["text"]
+                else:
+                    logger.warning("%s is no transcript: %s; expected audio and text", where, line)
 
     def utterance(self, where: str, line: dict | RefusedRowError) -> dict:
         """A row of the set. Raises RefusedRowError, also for a row without an instruction, or whose audio has no
@@ -96,13 +99,7 @@ def import_original(rows: OriginalRows, output: str | Path, shard_size: int = SH
         if not some:
             break
         if not folder.is_done(Shard(0, chunk)):
-            kept, refused = [], []
-            for where, line in some:
-                try:
-                    kept.append(rows.utterance(where, line))
-                except RefusedRowError as error:
-                    logger.warning("refused %s", error)
-                    refused.append(error)
+            kept, refused = read(rows, some)
             folder.commit(Shard(0, chunk), to_tables(kept), report(len(some), refused, kept, kept, {}))
     folder.end(0, chunk)
     return finish(folder, pool={})

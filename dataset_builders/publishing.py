@@ -1,17 +1,16 @@
 """A finished set: checked, pushed to the Hub, and opened again."""
 
 import hashlib
-import logging
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 from datasets import Audio, Dataset, load_dataset
 from huggingface_hub import HfApi
 
 from dataset_builders.data_card import REPOSITORY
 from dataset_builders.shards import BuildFolder
-
-logger = logging.getLogger(__name__)
 
 
 def check(folder: str | Path) -> int:
@@ -30,15 +29,22 @@ def check(folder: str | Path) -> int:
                 f"{folder} lacks {len(missing)} shards of {split.split!r} ({missing[0]} ...); build it to its end."
             )
         split.settle()
-    rows, ids = 0, set()
+    # 8 bytes an id, not the id: a set may have millions of rows
+    hashes = np.fromiter((_hash(id) for _, id in _ids(folder)), np.uint64)
+    values, counts = np.unique(hashes, return_counts=True)
+    if twice := set(values[counts > 1].tolist()):
+        file, id = next((file, id) for file, id in _ids(folder) if _hash(id) in twice)
+        raise ValueError(f"{file} has the id {id!r}, which another row has too; ids of a corpus must differ.")
+    return len(hashes)
+
+
+def _ids(folder: Path) -> Iterator[tuple[Path, str]]:
     for file in sorted(folder.glob("data/*/*.parquet")):
-        # 8 bytes an id, not the id: a set may have millions of rows
-        for id in pq.read_table(file, columns=["id"])["id"].to_pylist():
-            rows += 1
-            ids.add(int.from_bytes(hashlib.sha256(id.encode()).digest()[:8]))
-            if len(ids) != rows:
-                raise ValueError(f"{file} has the id {id!r}, which another row has too; ids of a corpus must differ.")
-    return rows
+        yield from ((file, id) for id in pq.read_table(file, columns=["id"])["id"].to_pylist())
+
+
+def _hash(id: str) -> int:
+    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8])
 
 
 def push_to_hub(

@@ -4,7 +4,6 @@ It renders the LSM's own prompt, with the transcript in the slot where the LSM w
 """
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,6 @@ from transformers import AutoModelForCausalLM
 from dataset_builders.exchange import Reply, Request
 from dataset_builders.text_llm import changed_decoding, context_of, kv_bytes_per_token, load_identity, make_room
 from processing_lsm import LsmProcessor
-
-logger = logging.getLogger(__name__)
 
 # What must agree between a row's responder and the LSM that trains on it, for the row to be self-powered.
 IDENTITY = ("model", "revision", "template")

@@ -29,10 +29,10 @@ import pyarrow.parquet as pq
 logger = logging.getLogger(__name__)
 
 ROW_GROUP = 100  # rows: what a viewer reads to show one
-_INDICES = {
-    ("RANK", "WORLD_SIZE"): "torchrun and accelerate",
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"): "srun",  # not SLURM_NTASKS: a batch script has it without any srun
-}
+_INDICES = (
+    ("RANK", "WORLD_SIZE"),  # torchrun and accelerate
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # srun; not SLURM_NTASKS: a batch script has it without any srun
+)
 
 
 class Worker(NamedTuple):

@@ -56,15 +56,18 @@ def test_rows_that_do_not_say_who_answered_are_foreign_to_any_lsm(exported, lsm,
     assert len(foreign(row["responder"], lsm.config.responder)) == 3
 
 
-def test_lines_that_cannot_be_used_are_counted(exported, tmp_path):
+def test_lines_that_cannot_be_used_are_told_and_counted(exported, tmp_path, caplog):
     _, jsonl = exported
     first = json.loads(jsonl.read_text().splitlines()[0])
     lines = ["no JSON", json.dumps({**first, "instruction": None}), json.dumps({**first, "audio": "/etc/passwd"})]
     with open(jsonl, "a") as file:
         file.write("\n".join([*lines, json.dumps({**first, "audio": "gone.wav"})]))
     transcripts = jsonl.with_name("train_transcripts.jsonl")
+    with open(transcripts, "a") as file:
+        file.write('{"audio": "x.wav"}\n')
     folder = import_original(OriginalRows(jsonl, transcripts=transcripts), tmp_path / "back")
     assert len(rows_of(folder)) == 16
+    assert "line 17 is no transcript" in caplog.text
     assert Summary.of(BuildFolder(folder, "train").reports()).refused == {
         "not JSON": 1,
         "no instruction": 1,
