@@ -12,7 +12,7 @@ import argparse
 import torch
 from transformers import TextStreamer
 
-from recipes.evaluate import load_lsm
+from recipes.speech_llm import load
 
 
 class Conversation:
@@ -27,7 +27,8 @@ class Conversation:
     """
 
     def __init__(self, model: str, audio: str | None = None, max_new_tokens: int = 256):
-        self.model, self.processor = load_lsm(model)
+        llm = load(model)
+        self.model, self.processor = llm.model, llm.processor
         self.max_new_tokens = max_new_tokens
         self.heard = None if audio is None else self._listen(audio)
 

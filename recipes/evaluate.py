@@ -1,210 +1,298 @@
-"""Score a checkpoint on held-out clips: does it follow instructions, does it transcribe, does it merely copy?
+"""What a speech LLM can do, whether it follows instructions, and whether it listens: one command, one table.
 
-    python -m recipes.evaluate --model DIR_OR_ID --corpus CORPUS --split test --output DIR
+    python -m recipes.evaluate --model runs/quickstart/checkpoint --base runs/quickstart/base --tasks nano \
+        --vanilla runs/quickstart/training/vanilla --output runs/evaluation
+    python -m recipes.evaluate --model Qwen/Qwen2-Audio-7B-Instruct --tasks asr st --output runs/qwen2_audio
+    python -m recipes.evaluate --list
 
-Every clip is asked one task in a wording that no training row has, and its transcription. Answers are checked by
-`--checker`, a module with `is_correct(task, transcript, response)`. `--hear` picks what the model is given: the clip
-(`audio`), the transcript in its slot (`transcript`, the text LLM's ceiling), another sentence's clip (`shuffled`) or
-`silence`; the last two separate listening from guessing. Writes `predictions.parquet` and `scores.json`.
+`--model` is an LSM or another speech LLM of transformers. `--tasks` are names or groups of `evaluation/tasks.yaml`;
+`--data librispeech_clean=DIR` says where a corpus is if not on the Hub. Beside the model stand baselines (`--systems`):
+the text LLM (`--base`; else the checkpoint itself) that reads the transcript, a cascade, a vanilla LSM; and controls:
+the clips shuffled, silence, the instruction of another task. Writes every answer (`predictions.parquet`),
+`results.json`, `results.md`, `model_index.yaml` for the model card, and `report.html`. Interrupted, the same command
+goes on where it stopped.
 """
 
 import argparse
-import importlib
+import dataclasses
 import json
 import logging
-import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
-import jiwer
-import numpy as np
-import torch
-from datasets import Dataset
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoProcessor
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer
-
-from dataset_builders.asr_corpora import load_corpus
-from dataset_builders.building import draw_rows
-from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
-from processing_lsm import LsmProcessor, load_audio
-from recipes.audio_features import AudioFeatureStore, audio_key
-from recipes.collator import render_prompt
+from dataset_builders.exchange import Reply
+from dataset_builders.instructions import TRANSCRIPTION
+from recipes.audio_features import AudioFeatureStore
+from recipes.evaluation import results
+from recipes.evaluation.answers import answer, to_parquet
+from recipes.evaluation.scoring import choices, is_correct
+from recipes.evaluation.systems import SYSTEMS, System, shuffle_clips, swap_instructions, transcription_rows
+from recipes.evaluation.tasks import Task, choose_tasks, load_tasks, override, read_rows
+from recipes.speech_llm import SpeechLLM, load
+from recipes.transcriber import load_recogniser
 
 logger = logging.getLogger(__name__)
 
-HEARD = ("audio", "transcript", "shuffled", "silence")
-COPY_WER = 0.2  # an answer this close to the transcript is a copy of it
-Checker = Callable[[str, str, str], bool]
+CHUNK = 4  # batches asked between two writes
 
 
-def load_checker(module: str) -> Checker:
-    """The `is_correct(task, transcript, response)` of a module named by its import path.
-
-    Raises:
-        ValueError: the module has none.
-    """
-    found = getattr(importlib.import_module(module), "is_correct", None)
-    if found is None:
-        raise ValueError(f"{module} has no is_correct(task, transcript, response); name a module that has.")
-    return found
-
-
-def load_lsm(model: str | Path, dtype: str = "auto"):
-    """A checkpoint and its processor, on the GPU if there is one, ready to generate."""
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
-    loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True, dtype=dtype)
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
-
-
-def held_out_rows(corpus: Dataset, tasks: Sequence[str], seed: int = 0) -> list[dict]:
-    """Evaluation rows: every clip with one of `tasks` and with transcription, in held-out wordings, and its audio."""
-    weights = {**dict.fromkeys(tasks, 1.0), TRANSCRIPTION: math.inf}
-    draw = Draw(load_pool(), weights, min(2, len(weights)), seed, "held_out")
-    return draw_rows([utterance | {"row": row} for row, utterance in enumerate(corpus)], draw)
-
-
-def shuffle_clips(rows: list[dict]) -> list[dict]:
-    """The rows, each with the clip of another sentence: rotated by about half, so none keeps its own."""
-    utterances = sorted({row["row"] for row in rows})
-    if len(utterances) < 2:
-        raise ValueError("one clip alone cannot be shuffled; give at least two.")
-    clip = {row["row"]: row["audio"] for row in rows}
-    shift = len(utterances) // 2
-    other = dict(zip(utterances, utterances[shift:] + utterances[:shift], strict=True))
-    return [row | {"audio": clip[other[row["row"]]]} for row in rows]
-
-
-@torch.inference_mode()
-def respond(
-    model,
-    processor: LsmProcessor,
-    rows: Sequence[dict],
-    hear: str = "audio",
-    store: AudioFeatureStore | None = None,
-    batch_size: int = 64,
-    max_new_tokens: int = 48,
-    progress: bool = True,
-) -> list[str]:
-    """Greedy answers, in order.
+@dataclasses.dataclass
+class Evaluation:
+    """A run over tasks and systems, in a folder of its own.
 
     Args:
-        rows: `instruction` and `audio`, and `transcript` when that is heard.
-        hear: `audio`, `transcript` or `silence` (as long as the clip); shuffle the rows for `shuffled`.
-        store: the audio tower's output for clips it was run on before; other clips are encoded here.
+        output: the folder.
+        checkpoints: `model` and, as far as they are there, `base`, `vanilla` and `asr`: folders or Hub ids.
+        tasks: what is asked.
+        systems: who is asked; by default all for which there is a checkpoint.
+        limit: utterances of a task at most; or of the tasks named.
+        control_limit: utterances of a task that the controls are asked about, at most.
+        constrained: whether closed questions are also answered among the allowed answers alone.
+        store: an LSM's audio features, computed before.
     """
-    responses: dict[int, str] = {}
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].get("transcript", "")))
-    for start in tqdm(range(0, len(order), batch_size), desc="answers", unit="batch", disable=not progress):
-        batch = order[start : start + batch_size]
-        inputs = _inputs(processor, [rows[index] for index in batch], hear, store).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        responses |= zip(batch, (text.strip() for text in texts), strict=True)
-    return [responses[index] for index in range(len(rows))]
+
+    output: Path
+    checkpoints: dict[str, str]
+    tasks: Sequence[Task]
+    systems: Sequence[str] = ()
+    limit: int | Mapping[str, int] | None = None
+    control_limit: int | None = None
+    batch_size: int = 16
+    max_new_tokens: int = 128
+    constrained: bool = True
+    seed: int = 0
+    dtype: str = "auto"
+    store: AudioFeatureStore | None = None
+
+    def __post_init__(self):
+        self.output = Path(self.output)
+        there = {"base": self.checkpoints["model"], "asr": self.checkpoints["model"], **self.checkpoints}
+        if self.control_limit is not None and self.control_limit < 1:
+            raise ValueError(f"control_limit is {self.control_limit}; expected 1 or more, or other --systems.")
+        unknown = sorted(set(self.systems) - set(SYSTEMS))
+        if unknown:
+            raise ValueError(f"unknown system {unknown[0]!r}; there are {list(SYSTEMS)}.")
+        absent = [name for name in self.systems if SYSTEMS[name].checkpoint not in there]
+        if absent:
+            raise ValueError(f"the system {absent[0]!r} needs --{SYSTEMS[absent[0]].checkpoint}.")
+        self.chosen = [
+            system
+            for system in SYSTEMS.values()
+            if (system.name in self.systems or not self.systems) and system.checkpoint in there
+        ]
+        if "base" not in self.checkpoints and not self.systems:  # it would be the text LLM itself
+            self.chosen = [system for system in self.chosen if system.name != "model_reading"]
+        self.paths = there
+        self._open: tuple[str, SpeechLLM] | None = None
+
+    def llm(self, checkpoint: str) -> SpeechLLM:
+        """One of the checkpoints; one is held at a time."""
+        path = str(self.paths[checkpoint])
+        if self._open is None or self._open[0] != path:
+            self._open = None
+            self._open = (path, (load_recogniser if checkpoint == "asr" else load)(path, self.dtype))
+        return self._open[1]
+
+    def run(self) -> dict:
+        """Ask, score and write; returns the results."""
+        self._check_folder()
+        rows = {task.name: read_rows(task, self.limit_of(task), self.seed) for task in self.tasks}
+        asked: dict[tuple[str, str], list[dict]] = {}
+        answers: dict[tuple[str, str], list[dict]] = {}
+        if any(system.change == "recognised" for system in self.chosen):
+            for task in self.tasks:
+                self.recognise(task, rows[task.name])
+        # Checkpoint by checkpoint: loading is what costs.
+        for system in sorted(self.chosen, key=lambda system: str(self.paths[system.checkpoint])):
+            for task in self.tasks:
+                some = rows[task.name]
+                if system.is_control and self.control_limit is not None:
+                    some = [row for row in some if row["utterance"] < self.control_limit]
+                if system.hear == "transcript" and not all(row["transcript"] for row in some):
+                    logger.warning("%s has rows without a transcript, so %s is left out", task.name, system.name)
+                    continue
+                asked[task.name, system.name] = some
+                answers[task.name, system.name] = self.ask(task, system, some)
+        if not answers:
+            raise ValueError("nothing could be asked: no system here can do without a transcript.")
+        found = results.collect(self.tasks, self.chosen, asked, answers) | {"checkpoints": self.settings["checkpoints"]}
+        to_parquet(list(self._records(asked, answers)), self.output / "predictions.parquet")
+        results.write(self.output, found, asked, answers)
+        return found
+
+    def limit_of(self, task: Task) -> int | None:
+        return self.limit.get(task.name) if isinstance(self.limit, Mapping) else self.limit
+
+    def ask(self, task: Task, system: System, rows: Sequence[dict]) -> list[dict]:
+        """The answers of one system to one task, and what it was given: `asked` under each."""
+        given = self.given(task, system, rows)
+        # A cascade's transcription is what its ASR model heard.
+        heard = [row for row in given if system.change == "recognised" and row["kind"] == TRANSCRIPTION]
+        records = [
+            {"id": row["id"], "response": row["transcript"], "constrained": None, "finished": True, "seconds": None}
+            for row in heard
+        ]
+        known = {record["id"] for record in records}
+        records += self.answer(task, system, [row for row in given if row["id"] not in known], system.name)
+        by_id = {record["id"]: record for record in records}
+        return [by_id[row["id"]] | {"asked": row["instruction"]} for row in given]
+
+    def given(self, task: Task, system: System, rows: Sequence[dict]) -> list[dict]:
+        """The rows as the system gets them."""
+        if system.change == "shuffled":
+            return shuffle_clips(rows)
+        if system.change == "swapped":
+            return swap_instructions(rows)
+        return self.recognise(task, rows) if system.change == "recognised" else list(rows)
+
+    def recognise(self, task: Task, rows: Sequence[dict]) -> list[dict]:
+        """The rows with what the ASR model heard for a transcript."""
+        asked = transcription_rows(rows)
+        records = self.answer(task, System("asr", "ASR", "asr", "audio"), asked, "asr")
+        heard = {row["utterance"]: record["response"] for row, record in zip(asked, records, strict=True)}
+        return [row | {"transcript": heard[row["utterance"]] or " "} for row in rows]
+
+    def answer(self, task: Task, system: System, rows: Sequence[dict], name: str) -> list[dict]:
+        """Answers to rows as they were given; those on disk are not asked for again, and load no checkpoint."""
+        file = self.output / "answers" / task.name / f"{name}.jsonl"
+
+        def respond(some: Sequence[dict]):
+            return self.respond(self.llm(system.checkpoint), system, some)
+
+        return answer(rows, respond, file, CHUNK * self.batch_size, f"{task.name}, {name}")
+
+    def respond(self, llm: SpeechLLM, system: System, rows: Sequence[dict]) -> tuple[list[Reply], list[str | None]]:
+        """Free answers, and to closed questions those among the allowed ones."""
+        settings = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens, "progress": False}
+        store = self.store if system.hear == "audio" else None
+        replies = llm.respond(rows, system.hear, store, **settings)
+        constrained: list[str | None] = [None] * len(rows)
+        closed = [place for place, row in enumerate(rows) if choices(row)] if self.constrained else []
+        if closed:
+            asked = [rows[place] for place in closed]
+            among = llm.respond(asked, system.hear, store, allowed=[choices(row) for row in asked], **settings)
+            for place, reply in zip(closed, among, strict=True):
+                constrained[place] = reply.text
+        return replies, constrained
+
+    def _records(self, asked: dict, answers: dict):
+        for (task, system), records in answers.items():
+            for row, record in zip(asked[task, system], records, strict=True):
+                kept = {key: row[key] for key in ("id", "transcript", "references")}
+                said = {key: record[key] for key in ("response", "constrained", "finished", "seconds")}
+                yield (
+                    kept
+                    | said
+                    | {
+                        "task": task,
+                        "system": system,
+                        "part": row["task"],
+                        "instruction": record["asked"],
+                        "correct": is_correct(row, record["response"]),
+                    }
+                )
+
+    @cached_property
+    def settings(self) -> dict:
+        """What the answers depend on."""
+        names = ("limit", "control_limit", "max_new_tokens", "constrained", "seed", "dtype")
+        return {"checkpoints": {name: str(path) for name, path in self.paths.items()}} | {
+            name: getattr(self, name) for name in names
+        }
+
+    def _check_folder(self) -> None:
+        """Refuse a folder with the answers of other settings; systems, their checkpoints and tasks may be added.
+
+        Raises:
+            ValueError: says which settings differ.
+        """
+        self.output.mkdir(parents=True, exist_ok=True)
+        file = self.output / "settings.json"
+        tasks = {task.name: json.loads(json.dumps(dataclasses.asdict(task), default=list)) for task in self.tasks}
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**self.settings, "tasks": {}}
+        checkpoints = {**before["checkpoints"], **self.settings["checkpoints"]}
+        now = {**self.settings, "checkpoints": checkpoints, "tasks": {**before["tasks"], **tasks}}
+        differing = [name for name, path in before["checkpoints"].items() if checkpoints[name] != path]
+        differing += [key for key in self.settings if key != "checkpoints" and before.get(key) != now[key]]
+        differing += [f"task {name}" for name in tasks if before["tasks"].get(name, tasks[name]) != tasks[name]]
+        if differing:
+            raise ValueError(
+                f"{self.output} holds answers given with another {', '.join(differing)} ({file}): delete it or name "
+                "another --output."
+            )
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, file)
 
 
-def _inputs(processor: LsmProcessor, rows: list[dict], hear: str, store: AudioFeatureStore | None):
-    prompts = [render_prompt(processor, row, "transcript" if hear == "transcript" else "audio") for row in rows]
-    settings = {"add_special_tokens": False, "padding_side": "left", "padding": True, "return_tensors": "pt"}
-    if hear == "transcript":
-        return processor.tokenizer(prompts, **settings)
-    keys = [audio_key(row["audio"]) for row in rows] if store is not None and hear == "audio" else []
-    if keys and all(key in store for key in keys):
-        prompts = processor.expand_audio_tokens(prompts, [store.num_samples(key) for key in keys])
-        inputs = processor.tokenizer(prompts, **settings)
-        inputs.update(store.batch(keys))
-        return inputs
-    clips = [load_audio(row["audio"]) for row in rows]
-    if hear == "silence":
-        clips = [np.zeros_like(clip) for clip in clips]
-    return processor(text=prompts, audio=clips, **settings)
+def list_tasks(tasks: dict[str, Task]) -> str:
+    width = max(map(len, tasks))
+    return "\n".join(f"{task.group:<10} {task.name:<{width}}  {task.description}" for task in tasks.values())
 
 
-def is_copy(transcript: str, response: str) -> bool:
-    """Whether a response is the transcript: word error rate below 0.2 after normalisation."""
-    normalize = BasicTextNormalizer()
-    said, answered = normalize(transcript).strip(), normalize(response).strip()
-    return bool(said) and jiwer.wer(said, answered) < COPY_WER
-
-
-def score(rows: Sequence[dict], responses: Sequence[str], checker: Checker) -> dict:
-    """Following rate, transcript copy rate and word error rate.
-
-    Returns:
-        `following`: mean over the self-powered tasks of the share right; `tasks`: that share for every task asked;
-        `transcript_copy`: share of answers to tasks other than repetition and transcription that are the transcript;
-        `wer`: of the transcription rows. A figure without rows is left out.
-    """
-    right: dict[str, list[bool]] = {}
-    copies, spoken, written = [], [], []
-    normalize = BasicTextNormalizer()
-    for row, response in zip(rows, responses, strict=True):
-        right.setdefault(row["task"], []).append(checker(row["task"], row["transcript"], response))
-        if row["task"] == TRANSCRIPTION:
-            spoken.append(normalize(row["transcript"]).strip())
-            written.append(normalize(response).strip())
-        elif row["task"] != "repetition":
-            copies.append(is_copy(row["transcript"], response))
-    tasks = {task: float(np.mean(hits)) for task, hits in sorted(right.items())}
-    followed = [share for task, share in tasks.items() if task in SELF_POWERED_TASKS]
-    scores = {"tasks": tasks}
-    if followed:
-        scores["following"] = float(np.mean(followed))
-    if copies:
-        scores["transcript_copy"] = float(np.mean(copies))
-    if spoken:
-        scores["wer"] = jiwer.wer(spoken, written)
-    return scores
-
-
-def predictions(name: str, rows: Sequence[dict], responses: Sequence[str], checker: Checker) -> list[dict]:
-    """One record per answer: `id`, `model`, `task`, `instruction`, `transcript`, `response`, `correct`."""
-    return [
-        {key: row[key] for key in ("id", "task", "instruction", "transcript")}
-        | {"model": name, "response": response, "correct": checker(row["task"], row["transcript"], response)}
-        for row, response in zip(rows, responses, strict=True)
-    ]
-
-
-def evaluate(model, processor, rows: list[dict], checker: Checker, hear: str = "audio", name: str = "model", **options):
-    """Answer and score: `(scores, records)` as in `score` and `predictions`; `options` go to `respond`.
+def parse_overrides(entries: Sequence[str]) -> dict[str, dict[str, str]]:
+    """`NAME=PATH` and `NAME.SETTING=VALUE` by task, as `tasks.override` takes them.
 
     Raises:
-        ValueError: unknown `hear`.
+        ValueError: an entry of another form.
     """
-    if hear not in HEARD:
-        raise ValueError(f"cannot hear {hear!r}; expected one of {HEARD}.")
-    given = shuffle_clips(rows) if hear == "shuffled" else rows
-    responses = respond(model, processor, given, "audio" if hear == "shuffled" else hear, **options)
-    return score(rows, responses, checker), predictions(name, rows, responses, checker)
+    overrides: dict[str, dict[str, str]] = {}
+    for entry in entries:
+        key, equals, value = entry.partition("=")
+        name, _, setting = key.partition(".")
+        if not equals or not name:
+            raise ValueError(f"cannot read --data {entry!r}; expected TASK=PATH or TASK.SETTING=VALUE.")
+        overrides.setdefault(name, {})[setting or "corpus"] = value
+    return overrides
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--corpus", required=True, help="Hub id or folder of an ASR corpus")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--tasks", nargs="+", default=list(SELF_POWERED_TASKS))
-    parser.add_argument("--hear", choices=HEARD, default="audio")
-    parser.add_argument("--checker", default="dataset_builders.nano_tasks")
-    parser.add_argument("--limit", type=int, help="clips at most")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--model", help="folder or Hub id of a speech LLM")
+    parser.add_argument("--tasks", nargs="+", default=["nano"], help="names or groups; --list shows them")
+    parser.add_argument("--output")
+    parser.add_argument("--base", help="the text LLM: as it was before it learned to listen")
+    parser.add_argument("--vanilla", help="an LSM trained on transcription alone")
+    parser.add_argument("--asr", help="the cascade's ASR model (a Whisper or a speech LLM); the model by default")
+    parser.add_argument("--systems", nargs="+", default=[], metavar="NAME", help=f"among {', '.join(SYSTEMS)}")
+    parser.add_argument("--data", nargs="+", default=[], metavar="TASK=PATH", help="where a task's corpus is")
+    parser.add_argument("--task-file", help="YAML of your own tasks, in the form of evaluation/tasks.yaml")
+    parser.add_argument("--list", action="store_true", help="show all tasks and stop")
+    parser.add_argument("--limit", type=int, help="utterances of a task at most")
+    parser.add_argument("--control-limit", type=int, help="utterances that the controls are asked about, at most")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--no-constrained", action="store_true", help="free answers alone, to closed questions too")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    rows = held_out_rows(load_corpus(args.corpus, args.split, limit=args.limit), args.tasks, args.seed)
-    options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
-    model, processor = load_lsm(args.model)
-    checker, name = load_checker(args.checker), Path(args.model).name
-    scores, records = evaluate(model, processor, rows, checker, args.hear, name, **options)
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    Dataset.from_list(records).to_parquet(str(output / "predictions.parquet"))
-    (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    logger.info("%s", json.dumps(scores, indent=2))
+    tasks = load_tasks(more=args.task_file)
+    if args.list:
+        sys.exit(print(list_tasks(tasks)))
+    if not args.model or not args.output:
+        parser.error("--model and --output are needed.")
+    for name, settings in parse_overrides(args.data).items():
+        tasks |= {task.name: override(task, settings) for task in choose_tasks([name], tasks)}
+    given = {"model": args.model, "base": args.base, "vanilla": args.vanilla, "asr": args.asr}
+    run = Evaluation(
+        output=args.output,
+        checkpoints={name: path for name, path in given.items() if path},
+        tasks=choose_tasks(args.tasks, tasks),
+        systems=args.systems,
+        limit=args.limit,
+        control_limit=args.control_limit,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        constrained=not args.no_constrained,
+        seed=args.seed,
+        dtype=args.dtype,
+    )
+    found = run.run()
+    print(results.markdown(found))
 
 
 if __name__ == "__main__":

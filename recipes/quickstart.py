@@ -36,19 +36,23 @@ from dataset_builders import nano_speech
 from dataset_builders.asr_corpora import load_corpus, open_corpus
 from dataset_builders.building import build
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
-from dataset_builders.nano_tasks import QUESTION_TASKS
 from dataset_builders.responders import LocalResponder
 from processing_lsm import load_audio
+from recipes.analyze_bias import analyze, behave, write
 from recipes.audio_features import AudioFeatureStore
 from recipes.compose import compose
-from recipes.evaluate import evaluate, held_out_rows, load_checker, load_lsm
-from recipes.report import bootstrap_interval, percent, read_lines, table, write_report
+from recipes.evaluate import Evaluation
+from recipes.evaluation.tasks import load_tasks, override, read_rows
+from recipes.report import STYLES, percent, read_lines, scores_of, table, write_report
+from recipes.speech_llm import load
 
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "configs"
 CHECKER = "dataset_builders.nano_tasks"
 MODELS = ("vanilla", "self_powered")
+MODEL_NAMES = {"model": "self_powered", "model_reading": "self_powered_reading"}  # of systems, in this report
+TRACED = {"text_llm": "base", "vanilla": "training/vanilla", "self_powered": "training/self_powered"}
 NEEDED_BYTES = 4 * 2**30
 
 
@@ -101,6 +105,7 @@ class Quickstart:
         self.stages.run("features", self.encode)
         self.stages.run("training", self.train)
         self.stages.run("predictions", self.evaluate)
+        self.stages.run("bias", self.trace)
         trained = self.folder / "training" / "self_powered"
         self.stages.run("checkpoint", lambda folder: shutil.copytree(trained, folder))
         return self.report()
@@ -120,9 +125,10 @@ class Quickstart:
         build(corpus, responder, folder, Draw(load_pool(), weights, 2, self.seed))
 
     def encode(self, folder: Path) -> None:
-        model, processor = load_lsm(self.folder / "base")
+        llm = load(self.folder / "base")
         corpora = [load_corpus(self.folder / "corpus", split) for split in ("train", "validation", "test")]
-        AudioFeatureStore.build(folder, model, processor, (row["audio"] for corpus in corpora for row in corpus))
+        audio = (row["audio"] for corpus in corpora for row in corpus)
+        AudioFeatureStore.build(folder, llm.model, llm.processor, audio)
 
     def train(self, folder: Path) -> None:
         """Both trainings side by side, each on its share of the cores, under a live table."""
@@ -165,43 +171,72 @@ class Quickstart:
         flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
         return [sys.executable, "-m", "recipes.sft", *flags]
 
+    def tasks(self) -> list:
+        """The nano tasks of `recipes.evaluate`, about this run's own corpus."""
+        corpus = {"corpus": str(self.folder / "corpus"), "split": "test"}
+        return [override(load_tasks()[name], corpus) for name in ("nano", "nano_questions")]
+
     def evaluate(self, folder: Path) -> None:
-        """Answers and scores of both LSMs, the text LLM and the controls."""
-        folder.mkdir(parents=True)
-        checker, store = load_checker(CHECKER), AudioFeatureStore(self.folder / "features")
-        corpus = load_corpus(self.folder / "corpus", "test")
-        rows = held_out_rows(corpus, SELF_POWERED_TASKS, self.seed)
-        questions = corpus.select(range(min(len(corpus), self.settings["question_clips"])))
-        questions = [
-            row for row in held_out_rows(questions, QUESTION_TASKS, self.seed) if row["task"] in QUESTION_TASKS
+        """Both LSMs, the text LLM, the self-powered LSM as a reader of text, and the controls: `recipes.evaluate`."""
+        Evaluation(
+            output=folder,
+            checkpoints={
+                "model": str(self.folder / "training" / "self_powered"),
+                "vanilla": str(self.folder / "training" / "vanilla"),
+                "base": str(self.folder / "base"),
+            },
+            tasks=self.tasks(),
+            limit={"nano": self.settings["test_clips"], "nano_questions": self.settings["question_clips"]},
+            control_limit=self.settings["control_clips"],
+            batch_size=128,
+            max_new_tokens=self.settings["max_new_tokens"],
+            constrained=False,
+            seed=self.seed,
+            store=AudioFeatureStore(self.folder / "features"),
+        ).run()
+
+    def trace(self, folder: Path) -> None:
+        """Where the answers come from, in all three models: traced is what the text LLM answers."""
+        store, answers = AudioFeatureStore(self.folder / "features"), self.answers()
+        rows = read_rows(self.tasks()[0], self.settings["test_clips"], self.seed)
+        traced = [
+            row | {"response": answers["text_llm", row["id"]]["response"]}
+            for row in rows
+            if row["task"] != TRANSCRIPTION and row["utterance"] < self.settings["bias_clips"]
         ]
-        quiet = [row for row in rows if row["row"] < self.settings["silence_clips"]]
-        runs = {
-            "text_llm": ("base", "transcript", rows),
-            "vanilla": ("training/vanilla", "audio", rows),
-            "self_powered": ("training/self_powered", "audio", rows),
-            "shuffled": ("training/self_powered", "shuffled", rows),
-            "silence": ("training/self_powered", "silence", quiet),
-        }
-        scores, unseen = {}, {}
-        for name, (path, hear, asked) in runs.items():
-            model, processor = load_lsm(self.folder / path)
-            options = {"store": store, "max_new_tokens": self.settings["max_new_tokens"], "batch_size": 128}
-            scores[name], records = evaluate(model, processor, asked, checker, hear, name, **options)
-            scores[name]["following_interval"] = bootstrap_interval(records)
-            Dataset.from_list(records).to_parquet(str(folder / f"{name}.parquet"))
-            if name in ("text_llm", *MODELS):
-                unseen[name], records = evaluate(model, processor, questions, checker, hear, name, **options)
-                Dataset.from_list(records).to_parquet(str(folder / f"{name}_unseen_tasks.parquet"))
-        scores["unseen_tasks"] = unseen
-        (folder / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
+        traced = [row for row in traced if row["response"].strip()]
+        biases: dict[str, dict] = {}
+        for name, path in TRACED.items():
+            llm, hear = load(self.folder / path), "transcript" if name == "text_llm" else "audio"
+            bias = analyze(llm, traced, hear, store if hear == "audio" else None)
+            asked = [row for row in rows if (name, row["id"]) in answers]
+            said = [answers[name, row["id"]]["response"] for row in asked]
+            about = {"model": path, "data": "corpus", "split": "test", "hear": hear, "target": "response"}
+            biases[STYLES[name][0]] = bias | behave(asked, said, CHECKER) | about
+            write(folder / name, biases[STYLES[name][0]], STYLES[name][0], dict(list(biases.items())[:-1]))
+
+    def answers(self) -> dict[tuple[str, str], dict]:
+        """What was answered to the nano tasks, by model and row."""
+        records = Dataset.from_parquet(str(self.folder / "predictions" / "predictions.parquet"))
+        return {(MODEL_NAMES.get(record["system"], record["system"]), record["id"]): record for record in records}
 
     def report(self) -> dict:
-        """`report.json`, `report.md`, plots, `predictions.parquet` and `example.wav`."""
-        answers = self.folder / "predictions"
-        report = json.loads((answers / "scores.json").read_text(encoding="utf-8"))
-        names = ("text_llm", "vanilla", "self_powered", "shuffled")
-        records = [record for name in names for record in Dataset.from_parquet(str(answers / f"{name}.parquet"))]
+        """`report.json`, `report.md`, `report.html`, plots, `predictions.parquet` and `example.wav`."""
+        results = json.loads((self.folder / "predictions" / "results.json").read_text(encoding="utf-8"))
+        report = {
+            MODEL_NAMES.get(system, system): scores_of(found)
+            for system, found in results["tasks"]["nano"]["systems"].items()
+        }
+        questions = results["tasks"]["nano_questions"]["systems"]
+        report["unseen_tasks"] = {
+            MODEL_NAMES.get(name, name): scores_of(questions[name]) for name in ("text_llm", "vanilla", "model")
+        }
+        records = [
+            {key: record[key] for key in ("id", "instruction", "transcript", "response", "correct")}
+            | {"model": name, "task": record["part"]}
+            for (name, _), record in self.answers().items()
+            if record["task"] == "nano"
+        ]
         Dataset.from_list(records).to_parquet(str(self.folder / "predictions.parquet"))
         training = self.folder / "training"
         report["steps"] = {name: read_lines(training / name / "log.jsonl")[-1]["step"] for name in MODELS}
@@ -209,7 +244,8 @@ class Quickstart:
         report["stages"] = dict(self.stages.seconds)
         report["seconds"] = round(sum(self.stages.seconds.values()), 1)
         report["seed"] = self.seed
-        write_report(self.folder, report, records)
+        biases = {name: json.loads((self.folder / "bias" / name / "bias.json").read_text()) for name in TRACED}
+        write_report(self.folder, report, records, results, biases)
         clip = load_corpus(self.folder / "corpus", "test", limit=1)[0]["audio"]
         soundfile.write(self.folder / "example.wav", load_audio(clip), 16_000)
         return report

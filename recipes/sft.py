@@ -24,7 +24,8 @@ from dataset_builders.publishing import load_self_powered
 from dataset_builders.responders import foreign
 from recipes.audio_features import AudioFeatureStore, audio_key
 from recipes.collator import SpeechResponseCollator
-from recipes.evaluate import held_out_rows, load_checker, respond, score
+from recipes.evaluation.following import held_out_rows, load_checker, score
+from recipes.speech_llm import Lsm
 
 logger = logging.getLogger(__name__)
 
@@ -154,10 +155,10 @@ class FollowingCallback(TrainerCallback):
         due = state.global_step % self.every == 0 or state.global_step == state.max_steps
         if not due or not state.is_world_process_zero:
             return
-        model.eval()
-        responses = respond(model, self.processor, self.rows, store=self.store, progress=False)
+        replies = Lsm(model, self.processor).respond(self.rows, store=self.store, progress=False)
         model.train()
-        record = {"step": state.global_step, **score(self.rows, responses, self.checker)}
+        answers = [reply.text for reply in replies]
+        record = {"step": state.global_step, **score(self.rows, answers, self.checker)}
         append_line(Path(args.output_dir) / "following.jsonl", record)
 
 

@@ -10,7 +10,7 @@ import torch
 from recipes import audio_features
 from recipes.audio_features import AudioFeatureStore, audio_key
 from recipes.collator import SpeechResponseCollator
-from recipes.evaluate import respond
+from recipes.speech_llm import Lsm
 
 
 def wav(waveform, rate=16_000):
@@ -52,9 +52,8 @@ def test_a_store_gives_the_tokens_of_the_audio(store, processor, rows):
 
 def test_a_store_gives_the_answers_of_the_audio(store, lsm, processor, rows):
     asked = rows[::5]
-    assert respond(lsm, processor, asked, store=store, max_new_tokens=4, progress=False) == respond(
-        lsm, processor, asked, max_new_tokens=4, progress=False
-    )
+    llm, settings = Lsm(lsm, processor), {"max_new_tokens": 4, "progress": False}
+    assert llm.respond(asked, store=store, **settings) == llm.respond(asked, **settings)
 
 
 def test_a_clip_is_stored_once_and_known_by_its_bytes(store, rows, tmp_path):

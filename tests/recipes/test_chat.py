@@ -4,7 +4,7 @@ import pytest
 import soundfile
 
 from recipes.chat import Conversation
-from recipes.evaluate import respond
+from recipes.speech_llm import Lsm
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def test_many_questions_about_one_clip_encode_it_once(lsm_dir, wav, monkeypatch)
 def test_chat_answers_as_evaluation_does(lsm_dir, wav):
     chat = Conversation(str(lsm_dir), wav, max_new_tokens=8)
     row = {"instruction": "what is said", "audio": {"bytes": None, "path": wav}}
-    [expected] = respond(chat.model, chat.processor, [row], max_new_tokens=8, progress=False)
-    assert chat.ask("what is said") == expected
+    [expected] = Lsm(chat.model, chat.processor).respond([row], max_new_tokens=8, progress=False)
+    assert chat.ask("what is said") == expected.text
 
 
 def test_without_audio_it_is_a_text_chat(lsm_dir):

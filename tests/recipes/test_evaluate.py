@@ -1,201 +1,589 @@
-"""Scores that tell listening from copying, and controls that take the listening away."""
+"""The evaluation as one command: who is given what, what is written, and that a killed run goes on."""
 
+import collections
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
+import yaml
+from transformers import GenerationMixin
 
-from dataset_builders.asr_corpora import load_corpus
-from dataset_builders.instructions import SELF_POWERED_TASKS, load_pool
-from dataset_builders.nano_tasks import answers, is_correct
+from dataset_builders.exchange import Reply
+from dataset_builders.instructions import TRANSCRIPTION, load_pool
+from dataset_builders.nano_tasks import answers
 from processing_lsm import load_audio
 from recipes import evaluate as recipe
-from recipes.evaluate import (
-    evaluate,
-    held_out_rows,
-    is_copy,
-    load_checker,
-    predictions,
-    respond,
-    score,
-    shuffle_clips,
-)
+from recipes.evaluate import Evaluation, parse_overrides
+from recipes.evaluation.answers import FEATURES
+from recipes.evaluation.systems import SYSTEMS
+from recipes.evaluation.tasks import load_tasks, override, read_rows
+from recipes.speech_llm import Lsm, SpeechLLM
 
-SPOKEN = "the farmer proudly repaired the old clock in the attic"
-OTHER = "the nurse sold the red lamp yesterday"
+ROOT = Path(__file__).parents[2]
+TASKS = load_tasks()
+TASK_OF = {wording: task.name for task in load_pool().values() for wording in (*task.seen, *task.held_out)}
+AUDIO_SYSTEMS = ("model", "shuffled", "silence")
 
 
-def asked(*tasks, transcript=SPOKEN):
-    return [{"id": f"u/{task}", "task": task, "instruction": "Do.", "transcript": transcript} for task in tasks]
+@pytest.fixture(scope="session")
+def nano(corpus_dir):
+    """`nano(name)`: a task about eight clips of noise with sentences of the nano language."""
+    return lambda name: override(TASKS[name], {"corpus": str(corpus_dir), "split": "train"})
+
+
+@pytest.fixture(scope="session")
+def heard(nano):
+    """What is said in each clip, by its bytes."""
+    return {row["audio"]["bytes"]: row["transcript"] for row in read_rows(nano("nano_asr"))}
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["evaluate", *map(str, arguments)])
+    recipe.main()
+
+
+def predictions(folder):
+    return pq.read_table(folder / "predictions.parquet").to_pylist()
+
+
+def figure(found, task, system, name):
+    return found["tasks"][task]["systems"][system]["figures"][name]["value"]
+
+
+# Everything at once, with real models
+
+
+@pytest.fixture(scope="module")
+def whole(lsm_dir, llm_dir, corpus_dir, tmp_path_factory):
+    """The folder of one run of the command over two tasks and all systems, each in a few words."""
+    folder = tmp_path_factory.mktemp("evaluation") / "out"
+    checkpoints = ["--model", lsm_dir, "--base", llm_dir, "--vanilla", lsm_dir]
+    data = [f"{task}{setting}" for task in ("nano", "nano_questions") for setting in (f"={corpus_dir}", ".split=train")]
+    amount = ["--limit", 4, "--control-limit", 2, "--max-new-tokens", 3, "--batch-size", 4]
+    with pytest.MonkeyPatch.context() as patch:
+        command(patch, *checkpoints, "--tasks", "nano", "nano_questions", "--data", *data, *amount, "--output", folder)
+    return folder
+
+
+def test_a_run_leaves_answers_figures_a_card_and_a_page(whole):
+    assert {file.name for file in whole.iterdir()} == {
+        "answers",
+        "following.png",
+        "following.svg",
+        "model_index.yaml",
+        "predictions.parquet",
+        "report.html",
+        "results.json",
+        "results.md",
+        "settings.json",
+    }
+    assert {file.stem for file in (whole / "answers" / "nano").iterdir()} == {*SYSTEMS, "asr"}
+
+
+def test_every_system_answered_every_question(whole):
+    found = json.loads((whole / "results.json").read_text())
+    assert list(found["systems"]) == list(SYSTEMS)
+    tasks = found["tasks"].items()
+    counts = {name: {key: one["rows"] for key, one in task["systems"].items()} for name, task in tasks}
+    controls = [name for name, system in SYSTEMS.items() if system.is_control]
+    assert counts["nano"] == dict.fromkeys(SYSTEMS, 8) | dict.fromkeys(controls, 4)
+    assert counts["nano_questions"] == dict.fromkeys(SYSTEMS, 4) | dict.fromkeys(controls, 2)
+
+
+def test_predictions_hold_every_answer_and_what_was_asked(whole, nano):
+    rows = {row["id"]: row for name in ("nano", "nano_questions") for row in read_rows(nano(name), limit=4)}
+    records = predictions(whole)
+    assert list(records[0]) == list(FEATURES)
+    assert len(records) == 5 * 12 + 3 * 6
+    for record in records:
+        row = rows[record["id"]]
+        assert (record["part"], record["transcript"]) == (row["task"], row["transcript"])
+        assert record["references"] == row["references"]
+        assert (record["instruction"] == row["instruction"]) == (record["system"] != "swapped")
+    said = {record["response"] for record in records if record["system"] == "model"}
+    assert len(said) > 1
+
+
+def test_closed_questions_are_also_answered_among_the_allowed_answers(whole):
+    closed = [record for record in predictions(whole) if record["constrained"] is not None]
+    assert {record["part"] for record in closed} <= {"intent", "sentiment"}
+    assert {record["part"] for record in predictions(whole)} & {"intent", "sentiment"} == {r["part"] for r in closed}
+    for record in closed:
+        assert record["constrained"].startswith(f"The {record['part']} is ")
+
+
+def test_the_card_and_the_tables_are_of_these_figures(whole, lsm_dir):
+    found = json.loads((whole / "results.json").read_text())
+    index = yaml.safe_load((whole / "model_index.yaml").read_text())["model-index"]
+    metrics = {metric["name"]: metric["value"] for result in index[0]["results"] for metric in result["metrics"]}
+    assert metrics["nano: following"] == figure(found, "nano", "model", "following")
+    text = (whole / "results.md").read_text()
+    assert f"# {lsm_dir}" in text and "## nano_questions" in text
+    assert all(f"| {name} |" in text for name in SYSTEMS)
+
+
+# What a system is given
 
 
 @pytest.fixture
-def held_out(corpus_dir):
-    return held_out_rows(load_corpus(corpus_dir, "train"), SELF_POWERED_TASKS)
+def given(nano, lsm_dir, llm_dir, tmp_path, monkeypatch):
+    """`given(system)`: for every row of three clips, by its id, the row and what the model's `generate` gets."""
+    settings = {"batch_size": 1, "constrained": False}
+    checkpoints = {"model": str(lsm_dir), "base": str(llm_dir), "vanilla": str(lsm_dir)}
+    task = nano("nano")
+    evaluation = Evaluation(tmp_path / "out", checkpoints, [task], **settings)
+    taken, asked = [], []
+    inputs_of = Lsm.inputs
+
+    def inputs(self, rows, *arguments):
+        asked.extend((self.name, row) for row in rows)
+        return inputs_of(self, rows, *arguments)
+
+    def generate(self, **inputs):
+        """Ends at once, and says what the tokenizer has for the first token of the prompt: nothing."""
+        taken.append(inputs | {"text": None})
+        return torch.cat([inputs["input_ids"], inputs["input_ids"][:, :1]], dim=1)
+
+    monkeypatch.setattr(Lsm, "inputs", inputs)
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+
+    def run(name, system=None):
+        taken.clear(), asked.clear()
+        evaluation.ask(task, system or SYSTEMS[name], read_rows(task, limit=3))
+        return {(who, row["id"]): (row, inputs) for (who, row), inputs in zip(asked, taken, strict=True)}
+
+    return run
 
 
-# Scores
+def test_the_text_llm_reads_the_transcript(given, processor, llm_dir):
+    seen = given("text_llm")
+    assert len(seen) == 6
+    for (who, _), (row, inputs) in seen.items():
+        assert who == llm_dir.name
+        assert "input_features" not in inputs
+        text = processor.tokenizer.decode(inputs["input_ids"][0])
+        assert row["transcript"] in text and row["instruction"] in text
 
 
-def test_perfect_answers():
-    rows = asked(*SELF_POWERED_TASKS, "transcription", "question_who")
-    scores = score(rows, [answers(row["task"], SPOKEN)[0] for row in rows], is_correct)
-    assert scores == {
-        "tasks": dict.fromkeys(sorted(row["task"] for row in rows), 1.0),
-        "following": 1.0,
-        "transcript_copy": 0.0,
-        "wer": 0.0,
-    }
+def test_the_model_reads_as_the_text_llm_does(given, lsm_dir):
+    reading, text = given("model_reading"), given("text_llm")
+    ids = {id: inputs["input_ids"].tolist() for (_, id), (_, inputs) in text.items()}
+    assert {who for who, _ in reading} == {lsm_dir.name}
+    assert {id: inputs["input_ids"].tolist() for (_, id), (_, inputs) in reading.items()} == ids
 
 
-def test_a_parrot_transcribes_and_follows_nothing():
-    """What training on transcriptions alone makes: WER 0, following 0, every answer a copy."""
-    rows = asked(*SELF_POWERED_TASKS, "transcription")
-    scores = score(rows, [SPOKEN.capitalize() + "."] * len(rows), is_correct)
-    assert (scores["wer"], scores["following"], scores["transcript_copy"]) == (0.0, 0.0, 1.0)
+def test_the_model_hears_the_clip_and_reads_no_transcript(given, processor):
+    for row, inputs in given("model").values():
+        own = processor.audio_features([load_audio(row["audio"])])["input_features"]
+        assert torch.equal(inputs["input_features"], torch.from_numpy(own))
+        text = processor.tokenizer.decode(inputs["input_ids"][0])
+        assert row["instruction"] in text and row["transcript"] not in text
 
 
-def test_following_is_the_mean_of_tasks_not_of_rows():
-    rows = asked("intent", "intent", "intent", "keyword", "transcription", "question_who")
-    right = ["The intent is repair."] * 3 + ["The intent is repair.", "nonsense", "nonsense"]
-    scores = score(rows, right, is_correct)
-    assert scores["following"] == 0.5
-    assert scores["tasks"] == {"intent": 1.0, "keyword": 0.0, "question_who": 0.0, "transcription": 0.0}
+def test_the_vanilla_lsm_is_given_what_the_model_is_given(given):
+    model, vanilla = given("model"), given("vanilla")
+    assert set(model) == set(vanilla)
+    for key, (row, inputs) in model.items():
+        assert vanilla[key][0] == row
+        assert torch.equal(vanilla[key][1]["input_features"], inputs["input_features"])
 
 
-def test_wer_is_of_words_over_all_transcriptions_after_normalisation():
-    rows = asked("transcription") + asked("transcription", transcript=OTHER)
-    heard = ["The FARMER proudly repaired the old clock, in the attic!", "the nurse sold a red lamp"]
-    assert score(rows, heard, is_correct)["wer"] == pytest.approx(2 / 17)
+def test_audio_shuffled_and_silence_differ_in_the_clip_alone(given, processor):
+    seen = {name: given(name) for name in AUDIO_SYSTEMS}
+    clips = {row["audio"]["bytes"] for row, _ in seen["model"].values()}
+    for key, (row, _) in seen["model"].items():
+        for name in ("shuffled", "silence"):
+            assert {**seen[name][key][0], "audio": None} == {**row, "audio": None}
+        other = seen["shuffled"][key][0]["audio"]
+        assert other["bytes"] != row["audio"]["bytes"] and other["bytes"] in clips
+        heard = {name: seen[name][key][1]["input_features"] for name in AUDIO_SYSTEMS}
+        expected = [load_audio(row["audio"]), load_audio(other), np.zeros_like(load_audio(row["audio"]))]
+        for name, clip in zip(AUDIO_SYSTEMS, expected, strict=True):
+            assert torch.equal(heard[name], torch.from_numpy(processor.audio_features([clip])["input_features"]))
+        texts = {name: prompt_of(seen[name][key][1], processor) for name in AUDIO_SYSTEMS}
+        assert len(set(texts.values())) == 1
 
 
-def test_a_figure_without_rows_is_left_out():
-    assert set(score(asked("transcription"), [""], is_correct)) == {"tasks", "wer"}
-    assert set(score(asked("intent"), [""], is_correct)) == {"tasks", "following", "transcript_copy"}
-    assert score([], [], is_correct) == {"tasks": {}}
+def prompt_of(inputs, processor):
+    """The text of a prompt, without the placeholders, of which there are as many as the clip is long."""
+    ids = inputs["input_ids"][0]
+    return processor.tokenizer.decode(ids[ids != processor.audio_token_id])
 
 
-def test_answers_and_rows_must_be_equally_many():
-    with pytest.raises(ValueError, match="zip"):
-        score(asked("intent", "keyword"), ["The intent is repair."], is_correct)
+def test_a_swapped_instruction_is_of_another_task_about_the_same_clip(given, processor):
+    model, swapped = given("model"), given("swapped")
+    for key, (row, inputs) in model.items():
+        other, heard = swapped[key]
+        assert TASK_OF[other["instruction"]] != row["task"]
+        assert other["instruction"] in processor.tokenizer.decode(heard["input_ids"][0])
+        assert torch.equal(heard["input_features"], inputs["input_features"])
+
+
+def test_a_cascade_has_every_clip_transcribed_and_the_text_llm_reads_that(given, lsm_dir, llm_dir, monkeypatch):
+    hypothesis = {}
+
+    def generate(self, rows, hear, *_, **__):
+        if hear == "audio":
+            for row in rows:
+                hypothesis[row["utterance"]] = f"heard {row['utterance']}"
+                assert TASK_OF[row["instruction"]] == TRANSCRIPTION
+            return [Reply(hypothesis[row["utterance"]]) for row in rows]
+        assert self.name == llm_dir.name
+        assert [row["transcript"] for row in rows] == [hypothesis[row["utterance"]] for row in rows]
+        return [Reply("read") for _ in rows]
+
+    monkeypatch.setattr(SpeechLLM, "respond", generate)
+    given("cascade")
+    assert len(hypothesis) == 3
+
+
+# What is right, with checkpoints that answer by rule
+
+
+class Scripted:
+    """A checkpoint that knows the nano language: it answers what it hears, and is asked, as its folder's name says.
+
+    `good` does as it is told, `parrot` transcribes whatever it is told; silence is nothing to either.
+    """
+
+    heard = None  # transcripts by clip
+    asked = None  # (checkpoint, hear, id) of every row that anybody was asked freely
+    closed = None  # (hear, id) of every row with its allowed answers
+    until = None  # how many calls may be made before one dies
+
+    def __init__(self, path, dtype="auto"):
+        self.path = path
+
+    def respond(self, rows, hear, store=None, allowed=None, **settings):
+        if Scripted.until is not None:
+            Scripted.until -= 1
+            if Scripted.until < 0:
+                raise KeyboardInterrupt
+        if allowed is not None:
+            Scripted.closed += [(hear, row["id"]) for row in rows]
+            return [Reply(answers[0]) for answers in allowed]
+        Scripted.asked += [(self.path, hear, row["id"], TASK_OF[row["instruction"]]) for row in rows]
+        return [Reply(self.say(row, hear)) for row in rows]
+
+    def say(self, row, hear):
+        if hear == "silence":
+            return "I hear nothing."
+        said = row["transcript"] if hear == "transcript" else self.heard[row["audio"]["bytes"]]
+        task = TRANSCRIPTION if self.path == "parrot" else TASK_OF[row["instruction"]]
+        return answers(task, said)[0]
+
+
+@pytest.fixture
+def scripted(heard, monkeypatch):
+    monkeypatch.setattr(Scripted, "heard", heard)
+    monkeypatch.setattr(Scripted, "asked", [])
+    monkeypatch.setattr(Scripted, "closed", [])
+    monkeypatch.setattr(recipe, "load", Scripted)
+    monkeypatch.setattr(recipe, "load_recogniser", Scripted)
+    monkeypatch.setattr(recipe.results, "draw", lambda *_: [])  # it takes longest
+    return Scripted
+
+
+@pytest.fixture
+def evaluation(scripted, nano, tmp_path):
+    """`evaluation(task, …)`: one of scripted checkpoints, in the test's one folder."""
+
+    def make(*names, model="good", base="good", vanilla="parrot", **settings):
+        checkpoints = {"model": model, "base": base, "vanilla": vanilla}
+        given = {name: path for name, path in checkpoints.items() if path}
+        return Evaluation(tmp_path / "out", given, [nano(name) for name in names or ("nano",)], **settings)
+
+    return make
+
+
+def test_who_listens_and_obeys_gets_all_right_and_nothing_where_that_is_taken_away(evaluation):
+    found = evaluation().run()
+    following = {name: figure(found, "nano", name, "following") for name in SYSTEMS}
+    assert {name: following[name] for name in ("text_llm", "cascade", "model", "model_reading")} == dict.fromkeys(
+        ("text_llm", "cascade", "model", "model_reading"), 1.0
+    )
+    assert following["vanilla"] == following["silence"] == following["swapped"] == 0.0
+    assert following["shuffled"] < 0.5  # the sentiment of another sentence may be the same
+    assert figure(found, "nano", "vanilla", "transcript_copy") == 1.0
+    assert found["tasks"]["nano"]["comparisons"]["forgetting"]["value"] == 0.0
+
+
+def test_the_figures_are_those_of_the_predictions(evaluation, tmp_path):
+    """Whoever reads the answers alone comes to the same figures."""
+    found = evaluation(model="good", base="parrot").run()
+    records = predictions(tmp_path / "out")
+    for system in SYSTEMS:
+        mine = [record for record in records if record["system"] == system and record["part"] != TRANSCRIPTION]
+        parts = {part: [r["correct"] for r in mine if r["part"] == part] for part in {r["part"] for r in mine}}
+        shares = [np.mean(hits) for hits in parts.values()]
+        assert figure(found, "nano", system, "following") == pytest.approx(np.mean(shares), abs=1e-6)
+        for part, hits in parts.items():
+            figures = found["tasks"]["nano"]["systems"][system]["parts"][part]["figures"]
+            assert figures["right"]["value"] == pytest.approx(np.mean(hits), abs=1e-6)
+    assert {record["correct"] for record in records} == {True, False}
+
+
+def test_a_cascade_is_as_good_as_what_it_hears(evaluation, scripted, monkeypatch):
+    """Every clip sounds the same to this one, so the text LLM answers about that sentence."""
+    monkeypatch.setattr(scripted, "heard", dict.fromkeys(scripted.heard, next(iter(scripted.heard.values()))))
+    found = evaluation(systems=["cascade", "text_llm"]).run()
+    assert figure(found, "nano", "text_llm", "following") == 1.0
+    assert 0 < figure(found, "nano", "cascade", "following") < 0.5
+
+
+def test_a_cascade_transcribes_by_its_asr_alone(evaluation, scripted):
+    found = evaluation("nano_asr", systems=["cascade"]).run()
+    assert figure(found, "nano_asr", "cascade", "wer") == 0.0
+    assert {(hear, task) for _, hear, _, task in scripted.asked} == {("audio", TRANSCRIPTION)}
+
+
+def test_an_asr_model_of_ones_own_hears_for_the_cascade(scripted, nano, tmp_path):
+    checkpoints = {"model": "good", "asr": "parrot"}
+    Evaluation(tmp_path / "out", checkpoints, [nano("nano")], ["cascade"]).run()
+    assert {(path, hear) for path, hear, *_ in scripted.asked} == {("parrot", "audio"), ("good", "transcript")}
+
+
+def test_controls_are_asked_about_as_many_clips_as_they_are_granted(evaluation):
+    found = evaluation(systems=["model", "shuffled", "silence", "swapped"], control_limit=3).run()
+    rows = {name: report["rows"] for name, report in found["tasks"]["nano"]["systems"].items()}
+    assert rows == {"model": 16, "shuffled": 6, "silence": 6, "swapped": 6}
+
+
+def test_without_a_base_the_model_is_its_own_text_llm(evaluation, scripted):
+    found = evaluation(base=None, vanilla=None).run()
+    assert list(found["systems"]) == ["text_llm", "cascade", "model", "shuffled", "silence", "swapped"]
+    assert {path for path, *_ in scripted.asked} == {"good"}
+
+
+def test_who_may_choose_hears_what_it_hears_when_it_answers_freely(evaluation, scripted):
+    evaluation("nano_intent", systems=["text_llm", "model", "silence"]).run()
+    assert len(scripted.closed) == 3 * 8
+    assert sorted(scripted.closed) == sorted((hear, id) for _, hear, id, _ in scripted.asked)
+
+
+def test_free_answers_alone_may_be_asked_for(evaluation, tmp_path):
+    evaluation("nano_intent", systems=["model"], constrained=False).run()
+    assert {record["constrained"] for record in predictions(tmp_path / "out")} == {None}
+
+
+def test_where_nobody_knows_what_is_said_nobody_can_read_it(scripted, corpus_dir, tmp_path, monkeypatch, caplog):
+    task = override(TASKS["format"], {"corpus": str(corpus_dir), "split": "train", "columns.transcript": ""})
+    monkeypatch.setattr(scripted, "say", lambda self, row, hear: "WELL.")
+    monkeypatch.setattr(sys.modules[__name__], "TASK_OF", collections.defaultdict(str))
+    found = Evaluation(tmp_path / "out", {"model": "good"}, [task], ["text_llm", "model"]).run()
+    assert list(found["tasks"]["format"]["systems"]) == ["model"]
+    assert "format has rows without a transcript, so text_llm is left out" in caplog.text
+    with pytest.raises(ValueError, match="nothing could be asked"):
+        Evaluation(tmp_path / "other", {"model": "good"}, [task], ["text_llm"]).run()
+
+
+# A run that is killed, and one that is added to
+
+
+def test_a_killed_run_goes_on_where_it_stopped(evaluation, scripted, tmp_path, monkeypatch):
+    kept = ("task", "system", "id", "part", "instruction", "response", "constrained", "correct", "finished")
+
+    def answered():
+        return [{key: record[key] for key in kept} for record in predictions(tmp_path / "out")]
+
+    settings = {"batch_size": 1, "constrained": False, "systems": ["text_llm", "cascade", "model", "swapped"]}
+    for calls in (3, 4, 2):
+        monkeypatch.setattr(scripted, "until", calls)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation(**settings).run()
+        assert not (tmp_path / "out" / "results.json").exists()
+    monkeypatch.setattr(scripted, "until", None)
+    found = evaluation(**settings).run()
+    # Every row once by each system; the cascade hears every clip and reads what is no transcription.
+    assert len(scripted.asked) == 3 * 16 + 8 + 8
+    before, seen = answered(), list(scripted.asked)
+    assert evaluation(**settings).run() == found
+    assert answered() == before
+    assert scripted.asked == seen  # a whole run asks nobody
+
+
+def test_systems_may_be_added(evaluation, scripted):
+    evaluation(systems=["model"]).run()
+    asked = len(scripted.asked)
+    found = evaluation(systems=["model", "silence"]).run()
+    assert list(found["tasks"]["nano"]["systems"]) == ["model", "silence"]
+    assert {hear for _, hear, *_ in scripted.asked[asked:]} == {"silence"}
+
+
+def test_a_checkpoint_may_be_added_with_its_systems(evaluation, scripted):
+    evaluation(systems=["model"], vanilla=None).run()
+    asked = len(scripted.asked)
+    found = evaluation(systems=["model", "vanilla"]).run()
+    assert list(found["tasks"]["nano"]["systems"]) == ["model", "vanilla"]
+    assert {path for path, *_ in scripted.asked[asked:]} == {"parrot"}
+    evaluation(systems=["model"], vanilla=None).run()  # and left out again
+
+
+def test_tasks_may_be_added(evaluation, scripted):
+    evaluation("nano", systems=["model"]).run()
+    asked = len(scripted.asked)
+    found = evaluation("nano", "nano_intent", systems=["model"]).run()
+    assert list(found["tasks"]) == ["nano", "nano_intent"]
+    assert len(scripted.asked) == asked + 8
+    assert list(evaluation("nano_intent", systems=["model"]).run()["tasks"]) == ["nano_intent"]
 
 
 @pytest.mark.parametrize(
-    ("response", "copy"),
+    ("changes", "name"),
     [
-        (SPOKEN, True),
-        (SPOKEN.upper() + "!", True),
-        (SPOKEN.replace("old ", ""), True),  # one word of ten
-        (SPOKEN.replace("old ", "").replace("proudly ", ""), False),
-        ("The old clock was proudly repaired by the farmer in the attic.", False),
-        ("The intent is repair.", False),
-        ("", False),
+        ({"model": "parrot"}, "asr, model"),  # the one is the other if none is named
+        ({"base": "parrot"}, "base"),
+        ({"limit": 3}, "limit"),
+        ({"control_limit": 1}, "control_limit"),
+        ({"max_new_tokens": 7}, "max_new_tokens"),
+        ({"constrained": False}, "constrained"),
+        ({"seed": 1}, "seed"),
+        ({"dtype": "float32", "seed": 1}, "seed, dtype"),
     ],
 )
-def test_a_copy_is_within_a_fifth_of_the_words(response, copy):
-    assert is_copy(SPOKEN, response) == copy
+def test_answers_given_with_another_setting_are_refused_by_its_name(evaluation, scripted, changes, name):
+    evaluation(systems=["model"]).run()
+    asked = list(scripted.asked)
+    with pytest.raises(ValueError, match=f"out holds answers given with another {name} .*: delete it or name another"):
+        evaluation(**{"systems": ["model"], **changes}).run()
+    assert scripted.asked == asked
 
 
-def test_a_restatement_close_to_the_transcript_is_no_copy():
-    rows = asked("repetition", "intent")
-    assert score(rows, [SPOKEN, "The intent is repair."], is_correct)["transcript_copy"] == 0.0
+def test_answers_to_another_form_of_a_task_are_refused(evaluation, nano):
+    evaluation(systems=["model"]).run()
+    run = evaluation(systems=["model"])
+    run.tasks = [override(nano("nano"), {"target_language": "fr"})]
+    with pytest.raises(ValueError, match="answers given with another task nano"):
+        run.run()
 
 
-def test_predictions_keep_what_a_reader_needs_to_judge():
-    (record,) = predictions("mine", asked("intent"), ["The intent is repair."], is_correct)
-    assert record == {**asked("intent")[0], "model": "mine", "response": "The intent is repair.", "correct": True}
+def test_how_many_are_asked_at_once_is_no_matter(evaluation, scripted):
+    evaluation(systems=["model"]).run()
+    asked = len(scripted.asked)
+    evaluation(systems=["model"], batch_size=3).run()
+    assert len(scripted.asked) == asked
 
 
-# What is asked and heard
+# The command line
 
 
-def test_every_clip_is_asked_a_task_and_its_transcription_in_unseen_wordings(held_out, corpus_dir):
-    corpus, pool = load_corpus(corpus_dir, "train"), load_pool()
-    assert len(held_out) == 2 * len(corpus)
-    for row in held_out:
-        assert row["instruction"] in pool[row["task"]].held_out
-        assert row["audio"] == corpus[row["row"]]["audio"]
+def test_the_tasks_are_listed(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, "--list")
+    assert not stop.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(TASKS)
+    by_name = {line.split()[1]: line for line in lines}
+    for name, task in TASKS.items():
+        assert by_name[name].startswith(task.group) and by_name[name].endswith(task.description)
 
 
-def test_shuffling_leaves_no_clip_at_home_and_all_else_as_it_was(held_out):
-    for rows in (held_out, held_out[:6], held_out[:4]):  # an even, an odd and the least number of clips
-        shuffled = shuffle_clips(rows)
-        for row, other in zip(rows, shuffled, strict=True):
-            assert other["audio"]["bytes"] != row["audio"]["bytes"]
-            assert {**other, "audio": None} == {**row, "audio": None}
-        clips = [{row["audio"]["bytes"] for row in some} for some in (rows, shuffled)]
-        assert clips[0] == clips[1]
+def test_tasks_of_ones_own_are_listed_too(monkeypatch, capsys, tmp_path):
+    block = {"group": "asr", "kind": "transcription", "description": "My own.", "prompt": "Transcribe."}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"tasks": {"mine": block | {"data": {"corpus": "a.jsonl"}}}}))
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--list", "--task-file", tmp_path / "mine.yaml")
+    assert "My own." in capsys.readouterr().out
 
 
-def test_one_clip_cannot_be_shuffled(held_out):
-    with pytest.raises(ValueError, match="at least two"):
-        shuffle_clips(held_out[:2])
+@pytest.mark.parametrize("arguments", [["--output", "out"], ["--model", "mine"], []])
+def test_a_model_and_a_folder_are_needed(monkeypatch, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, *arguments)
+    assert stop.value.code == 2
+    assert "--model and --output are needed." in capsys.readouterr().err
 
 
-def inputs_of(lsm, processor, rows, monkeypatch, **options):
-    """What the model is given for `rows`, in order."""
-    seen = []
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--systems", "modell"], "unknown system 'modell'; there are .*'text_llm', .*'swapped'"),
+        (["--systems", "model", "vanilla"], "the system 'vanilla' needs --vanilla"),
+        (["--tasks", "nanno"], "no task or group 'nanno'; there are"),
+        (["--data", "nano"], "cannot read --data 'nano'; expected TASK=PATH or TASK.SETTING=VALUE"),
+        (["--data", "=clips"], "cannot read --data '=clips'"),
+        (["--data", "nanno=clips"], "no task or group 'nanno'; there are"),
+        (["--data", "nano.splitt=train"], "task 'nano' has no setting 'splitt'; there are"),
+        (["--data", "nano=nowhere.jsonl"], "task 'nano': .*nowhere.jsonl"),
+        (["--limit", "0"], "limit=0 must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_checkpoint_is_loaded(
+    corpus_dir, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(recipe, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=message):
+        command(monkeypatch, "--model", "mine", "--output", tmp_path / "out", *arguments)
 
-    def generate(**inputs):
-        seen.append(inputs)
-        return torch.cat([inputs["input_ids"], inputs["input_ids"][:, :1]], dim=1)
 
-    monkeypatch.setattr(lsm, "generate", generate)
-    evaluate(lsm, processor, rows, is_correct, batch_size=1, progress=False, **options)
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["transcript"]))
-    return [seen[order.index(index)] for index in range(len(rows))]
-
-
-def test_the_transcript_is_heard_by_the_text_llm(lsm, processor, held_out, monkeypatch):
-    for row, inputs in zip(held_out, inputs_of(lsm, processor, held_out, monkeypatch, hear="transcript"), strict=True):
-        assert "input_features" not in inputs
-        assert row["transcript"] in processor.tokenizer.decode(inputs["input_ids"][0])
-
-
-def test_audio_shuffled_and_silence_differ_in_the_clip_alone(lsm, processor, held_out, monkeypatch):
-    heard = {
-        hear: inputs_of(lsm, processor, held_out[:6], monkeypatch, hear=hear)
-        for hear in ("audio", "shuffled", "silence")
+def test_corpora_and_their_settings_are_given_by_task():
+    entries = ["nano=clips=2.jsonl", "nano.split=dev", "asr.columns.audio=wav", "st.config="]
+    assert parse_overrides(entries) == {
+        "nano": {"corpus": "clips=2.jsonl", "split": "dev"},
+        "asr": {"columns.audio": "wav"},
+        "st": {"config": ""},
     }
-    for index, row in enumerate(held_out[:6]):
-        audio, shuffled, silence = (heard[hear][index]["input_features"] for hear in ("audio", "shuffled", "silence"))
-        own = torch.from_numpy(processor.audio_features([load_audio(row["audio"])])["input_features"])
-        assert torch.equal(audio, own)
-        assert shuffled.shape != own.shape or not torch.equal(shuffled, own)
-        nothing = processor.audio_features([np.zeros_like(load_audio(row["audio"]))])["input_features"]
-        assert torch.equal(silence, torch.from_numpy(nothing))
-        text = processor.tokenizer.decode(heard["audio"][index]["input_ids"][0])
-        assert row["transcript"] not in text
-        assert row["instruction"] in text
 
 
-def test_answers_are_in_order_whatever_the_batches(lsm, processor, held_out):
-    together = respond(lsm, processor, held_out, batch_size=5, max_new_tokens=3, progress=False)
-    alone = [respond(lsm, processor, [row], max_new_tokens=3, progress=False)[0] for row in held_out]
-    assert together == alone
-    assert len(set(together)) > 1
+def test_the_command_asks_what_it_is_told_and_prints_the_tables(scripted, corpus_dir, tmp_path, monkeypatch, capsys):
+    paths = ["--model", "good", "--vanilla", "parrot", "--output", tmp_path / "out"]
+    data = [f"slu={corpus_dir}", "slu.split=train", "nano_intent.prompt=Name the intent of the speech."]
+    monkeypatch.setitem(TASK_OF, "Name the intent of the speech.", "intent")
+    systems = ["--systems", "model", "vanilla"]
+    command(monkeypatch, *paths, "--tasks", "nano_intent", "nano_sentiment", "--data", *data, *systems, "--limit", 3)
+    out = capsys.readouterr().out
+    assert out == (tmp_path / "out" / "results.md").read_text() + "\n"
+    assert "| nano_intent | accuracy ↑ | 100.0 % (100.0–100.0) | 0.0 % (0.0–0.0) |" in out
+    asked = {record["instruction"] for record in predictions(tmp_path / "out") if record["task"] == "nano_intent"}
+    assert asked == {"Name the intent of the speech."}
+    assert len(scripted.asked) == 2 * 2 * 3
 
 
-@pytest.mark.parametrize("hear", ["music", ""])
-def test_something_else_cannot_be_heard(lsm, processor, hear):
-    with pytest.raises(ValueError, match=r"expected one of .*'silence'"):
-        evaluate(lsm, processor, [], is_correct, hear=hear)
+# Speech LLMs of transformers
 
 
-def test_a_checker_is_named_by_its_module():
-    assert load_checker("dataset_builders.nano_tasks") is is_correct
-    with pytest.raises(ValueError, match="json has no is_correct"):
-        load_checker("json")
+def peer_arguments(model, corpus_dir, output, *systems):
+    paths = ["--model", model, "--output", output, "--data", f"nano={corpus_dir}", "nano.split=train"]
+    amount = ["--limit", "2", "--max-new-tokens", "2", "--dtype", "float32"]
+    return [*map(str, paths), *amount, *(["--systems", *systems] if systems else [])]
 
 
-def test_the_command_line(lsm_dir, corpus_dir, tmp_path, monkeypatch):
-    paths = ["--model", str(lsm_dir), "--corpus", str(corpus_dir), "--output", str(tmp_path / "out")]
-    options = ["--split", "train", "--limit", "2", "--max-new-tokens", "2", "--tasks", "intent", "--hear", "shuffled"]
-    monkeypatch.setattr("sys.argv", ["evaluate", *paths, *options])
-    recipe.main()
-    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert set(scores["tasks"]) == {"intent", "transcription"}
-    records = Dataset.from_parquet(str(tmp_path / "out" / "predictions.parquet"))
-    assert records["task"][:] == ["intent", "transcription"] * 2
+def check_peer(output, systems):
+    records = predictions(output)
+    answered = {system: [r["response"] for r in records if r["system"] == system] for system in systems}
+    assert len(records) == 4 * len(systems)
+    found = json.loads((output / "results.json").read_text())
+    assert set(found["tasks"]["nano"]["systems"]) == set(systems)
+    assert (output / "report.html").read_text().count("<audio") >= 2
+    assert answered["model"] != answered["text_llm"]
+
+
+def test_another_speech_llm_is_evaluated_by_the_same_command(checkpoints, corpus_dir, tmp_path, monkeypatch):
+    command(monkeypatch, *peer_arguments(checkpoints["qwen2_audio"], corpus_dir, tmp_path / "out"))
+    check_peer(tmp_path / "out", set(SYSTEMS) - {"vanilla", "model_reading"})
+
+
+def test_granite_speech_too(corpus_dir, tmp_path):
+    """In a process of its own: transformers looks for torchaudio as it starts."""
+    model, output, systems = tmp_path / "granite-speech", tmp_path / "out", ("text_llm", "model", "silence")
+    program = (
+        "import sys; from pathlib import Path; from peers import write_granite_speech; from recipes import evaluate\n"
+        "write_granite_speech(Path(sys.argv[2])); evaluate.main()"
+    )
+    paths = [ROOT / "tests" / "stand_ins", ROOT, ROOT / "tests"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_DATASETS_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *peer_arguments(model, corpus_dir, output, *systems)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_peer(output, systems)

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from recipes import quickstart
 from recipes.quickstart import Quickstart, Stages, check_folder
-from recipes.report import bootstrap_interval, percent, table
+from recipes.report import percent, table
 
 
 def test_a_stage_that_fails_leaves_nothing_that_looks_whole(tmp_path):
@@ -85,8 +85,8 @@ def _is_running(pid: int) -> bool:
 def test_the_whole_story_on_tiny_random_models(tmp_path, whisper_dir, llm_dir):
     settings = yaml.safe_load((quickstart.CONFIGS / "quickstart.yaml").read_text())
     settings |= {"audio": str(whisper_dir), "text": str(llm_dir), "qformer_hidden": 16, "qformer_heads": 2}
-    settings |= {"train_clips": 40, "validation_clips": 2, "test_clips": 12, "question_clips": 3, "silence_clips": 3}
-    settings |= {"max_new_tokens": 4, "following_steps": 2}
+    settings |= {"train_clips": 40, "validation_clips": 2, "test_clips": 12, "question_clips": 3}
+    settings |= {"control_clips": 3, "bias_clips": 9, "max_new_tokens": 4, "following_steps": 2}
     run = Quickstart(tmp_path, settings, seed=0, steps=2)
     run.stages.run("corpus", run.speak)
     run.stages.run("base", run.compose)
@@ -98,13 +98,21 @@ def test_the_whole_story_on_tiny_random_models(tmp_path, whisper_dir, llm_dir):
     for name in ("vanilla", "self_powered", "shuffled"):
         assert {"following", "transcript_copy", "wer", "tasks"} <= set(report[name])
     assert {"following", "tasks"} <= set(report["text_llm"])
+    for name in ("text_llm", "vanilla", "self_powered"):
+        bias = json.loads((tmp_path / "bias" / name / "bias.json").read_text())
+        assert bias["following"] == report[name]["following"]
+        assert [sum(layer.values()) for layer in bias["layers"]] == pytest.approx([1.0] * 2, abs=1e-4)
     import pandas
 
     answers = pandas.read_parquet(tmp_path / "predictions.parquet")
-    assert set(answers["model"]) == {"text_llm", "vanilla", "self_powered", "shuffled"}
+    controls = {"shuffled", "silence", "swapped"}
+    assert (
+        set(answers["model"]) == {"text_llm", "cascade", "vanilla", "self_powered", "self_powered_reading"} | controls
+    )
     assert {"id", "model", "task", "instruction", "transcript", "response", "correct"} <= set(answers.columns)
     assert all(
-        (tmp_path / name).stat().st_size for name in ("report.md", "following.png", "training.png", "example.wav")
+        (tmp_path / name).stat().st_size
+        for name in ("report.md", "report.html", "following.png", "training.png", "layers.svg", "example.wav")
     )
     model = AutoModel.from_pretrained(tmp_path / "checkpoint", trust_remote_code=True)
     assert model.config.responder["model"] == llm_dir.name
@@ -119,12 +127,6 @@ def _answer_at_once(run: Quickstart, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalResponder, "respond", lambda self, requests: [Reply("So be it.")] * len(requests))
         run.answer(folder)
-
-
-def test_the_interval_is_around_the_mean_over_tasks():
-    records = [{"task": task, "correct": i < 8} for task in ("intent", "keyword") for i in range(10)]
-    low, high = bootstrap_interval(records)
-    assert low < 0.8 < high
 
 
 def test_the_table_has_a_row_per_model_and_leaves_out_what_was_not_measured():

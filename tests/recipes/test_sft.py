@@ -11,8 +11,8 @@ from packaging import version
 from transformers import AutoModelForCausalLM, AutoProcessor
 from trl import ModelConfig, SFTConfig
 
-from recipes.evaluate import respond
 from recipes.sft import LsmScriptArguments, load_rows, main, refuse_foreign, select_rows
+from recipes.speech_llm import Lsm
 
 TASKS = ["intent"] * 4 + ["keyword"] * 6 + ["transcription"] * 10
 SET = Dataset.from_dict({"id": [f"u{i}" for i in range(20)], "task": TASKS})
@@ -129,7 +129,7 @@ def test_what_moves_and_that_it_loads_again(llm, trained, train, lsm, rows):
     processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)
     assert model.config.responder == lsm.config.responder
     assert processor.template_hash == lsm.config.responder["template"]
-    assert len(respond(model, processor, rows[:1], max_new_tokens=2, progress=False)) == 1
+    assert len(Lsm(model, processor).respond(rows[:1], max_new_tokens=2, progress=False)) == 1
     assert [line["step"] for line in read_lines(output / "log.jsonl") if "loss" in line] == [1, 2]
 
 
@@ -150,7 +150,7 @@ def test_lora_saves_an_adapter_with_the_projector(train, lsm, rows):
     assert trained and not torch.equal(trained[0], projector)
     for name, _ in model.named_parameters():
         assert "lora" not in name or ("language_model" in name and "audio_tower" not in name)
-    assert len(respond(model, processor, rows[:1], max_new_tokens=2, progress=False)) == 1
+    assert len(Lsm(model, processor).respond(rows[:1], max_new_tokens=2, progress=False)) == 1
 
 
 def test_stored_features_give_the_training_of_the_audio(train, tmp_path):

@@ -1,0 +1,69 @@
+"""Rows whose answers are to be explained: instructions about speech, with the response that is traced."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from dataset_builders.asr_corpora import load_corpus
+from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, draw_fraction
+from dataset_builders.publishing import load_self_powered
+from recipes.audio_features import AudioFeatureStore
+from recipes.evaluation.following import held_out_rows
+from recipes.speech_llm import SpeechLLM
+
+TARGETS = ("response", "own")
+
+
+def load_rows(
+    data: str, split: str, limit: int, tasks: Sequence[str] = SELF_POWERED_TASKS, seed: int = 0
+) -> list[dict]:
+    """At most `limit` rows with one of `tasks`, evenly over them.
+
+    Args:
+        data: the folder of a finished self-powered set, whose responses are kept; or an ASR corpus, as
+            `open_corpus` opens it, whose utterances get a task in a held-out wording and no response yet.
+        split: of either.
+
+    Raises:
+        ValueError: none of the tasks, or as the readers do.
+    """
+    if (Path(data) / "README.md").is_file() and (Path(data) / "data").is_dir():
+        rows = [row for row in load_self_powered(data, "all", split) if row["task"] in tasks]
+        rows.sort(key=lambda row: draw_fraction(seed, "bias rows", row["id"]))
+        turns = itertools.zip_longest(*([row for row in rows if row["task"] == task] for task in tasks))
+        rows = [row for turn in turns for row in turn if row is not None]
+    else:
+        rows = held_out_rows(load_corpus(data, split, limit=limit), tasks, seed)
+        rows = [row for row in rows if row["task"] != TRANSCRIPTION]
+    if not rows:
+        raise ValueError(f"{data} ({split}) has no row of {list(tasks)}.")
+    return rows[:limit]
+
+
+def with_targets(
+    rows: list[dict], llm: SpeechLLM, target: str, answers: Sequence[str], store: AudioFeatureStore | None, **options
+) -> list[dict]:
+    """The rows with the `response` that is traced; rows whose response is empty are left out.
+
+    Args:
+        target: `response` is the rows' own or, where they have none, what the model answers when it reads the
+            transcript; `own` is what it answered from what it was given.
+        answers: what it answered.
+        options: of `SpeechLLM.respond`.
+
+    Raises:
+        ValueError: unknown target, or all responses are empty.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}; expected one of {TARGETS}.")
+    if target == "own":
+        traced = [row | {"response": answer} for row, answer in zip(rows, answers, strict=True)]
+    elif all("response" in row for row in rows):
+        traced = rows
+    else:
+        replies = llm.respond(rows, "transcript", **options)
+        traced = [row | {"response": reply.text} for row, reply in zip(rows, replies, strict=True)]
+    traced = [row for row in traced if row["response"].strip()]
+    if not traced:
+        raise ValueError(f"all {len(rows)} responses are empty; there is nothing to trace.")
+    return traced

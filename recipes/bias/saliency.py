@@ -1,0 +1,162 @@
+"""How much every layer of an LLM draws on each kind of token when it writes a response.
+
+Saliency of layer l: I_l = |Σ_h A_{h,l} ⊙ ∂L/∂A_{h,l}|, attention times the gradient of the response's loss, summed over
+heads before the absolute value ("Label Words are Anchors", arXiv 2305.14160; the paper's Figures 3 and 5).
+
+No attention matrix is kept. The output of a head is O = A·V, so ∂L/∂A = ∂L/∂O·Vᵀ: as the backward pass reaches a layer,
+attention and gradient are made anew from its queries, keys and values, for the rows of the response alone, and summed
+up. Memory grows with the length of the prompt, not with its square.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from recipes.bias.roles import ROLES, ForcedBatch
+from recipes.speech_llm import SpeechLLM
+
+ATTENTION = "lsm_recorded"
+
+# (layer, batch row, attention (heads, queries, keys), its gradient, which keys a query may see (queries, keys))
+Record = Callable[[int, int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+@dataclass
+class _Recording:
+    """Which rows of the attention are looked at, and who is told of them."""
+
+    batch: ForcedBatch
+    record: Record
+    layers: set[int] = field(default_factory=set)
+
+
+_recordings: list[_Recording] = []
+
+
+def recorded_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """transformers' SDPA attention, which tells the current recording of its rows when their gradient is known."""
+    refused = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if refused:
+        raise ValueError(
+            f"the attention of {type(module).__name__} has {refused[0]}, for which saliency is not written: analyse an "
+            "LLM with plain softmax attention."
+        )
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+    if output.requires_grad and _recordings:
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        recording, tensors = _recordings[-1], [tensor.detach() for tensor in (query, key, value)]
+        layer = module.layer_idx
+        output.register_hook(lambda gradient: _tell(recording, layer, *tensors, attention_mask, scale, gradient))
+    return output, None
+
+
+AttentionInterface.register(ATTENTION, recorded_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _tell(recording: _Recording, layer: int, query, key, value, mask, scale: float, gradient) -> None:
+    """Attention and its gradient in the rows of every response; `gradient` is `(batch, length, heads, width)`."""
+    recording.layers.add(layer)
+    groups = query.shape[1] // key.shape[1]
+    for row, length in enumerate(recording.batch.lengths):
+        rows = recording.batch.queries(row)
+        keys = key[row, :, :length].repeat_interleave(groups, 0).float()
+        values = value[row, :, :length].repeat_interleave(groups, 0).float()
+        scores = query[row, :, rows].float() @ keys.transpose(-1, -2) * scale
+        visible = _visible(mask, row, rows, length, scores.device)
+        attention = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        downstream = gradient[row, rows].transpose(0, 1).float() @ values.transpose(-1, -2)
+        recording.record(layer, row, attention, downstream, visible)
+
+
+def _visible(mask: torch.Tensor | None, row: int, rows: slice, length: int, device) -> torch.Tensor:
+    """`(queries, keys)`: which keys a query may see; without a mask those up to itself."""
+    if mask is None:
+        return torch.arange(length, device=device) <= torch.arange(rows.start, rows.stop, device=device)[:, None]
+    seen = mask[min(row, mask.shape[0] - 1), 0, rows, :length]
+    return seen if seen.dtype == torch.bool else seen == 0
+
+
+@contextlib.contextmanager
+def recording(llm: SpeechLLM, batch: ForcedBatch, record: Record) -> Iterator[_Recording]:
+    """While open, a backward pass through the LLM calls `record` for every layer and row, the last layer first.
+
+    The embeddings are where gradients end; no weight gets one.
+    """
+    decoder, trained = llm.model.get_decoder(), [p for p in llm.model.parameters() if p.requires_grad]
+    before = decoder.config._attn_implementation
+    hook = llm.model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+    _recordings.append(_Recording(batch, record))
+    try:
+        llm.model.requires_grad_(False)
+        decoder.set_attn_implementation(ATTENTION)
+        yield _recordings[-1]
+    finally:
+        _recordings.pop()
+        hook.remove()
+        decoder.set_attn_implementation(before)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def response_loss(llm: SpeechLLM, batch: ForcedBatch) -> torch.Tensor:
+    """Sum over the rows of the mean cross-entropy of a response's tokens, from one forward pass.
+
+    Tokens that generation never writes have no probability: the row of an LSM's placeholder in the head is arbitrary.
+    """
+    ids = batch.inputs["input_ids"]
+    never = torch.tensor(llm.model.generation_config.suppress_tokens or [], dtype=torch.long, device=ids.device)
+    spans = [batch.queries(row) for row in range(len(batch.lengths))]
+    positions = sorted({place for span in spans for place in range(span.start, span.stop)})
+    kept = torch.tensor(positions, device=ids.device)
+    logits = llm.logits(batch.inputs, kept)
+    losses = []
+    for row, span in enumerate(spans):
+        first = positions.index(span.start)
+        predicted = logits[row, first : first + span.stop - span.start].float().index_fill(-1, never, -torch.inf)
+        losses.append(torch.nn.functional.cross_entropy(predicted, ids[row, span.start + 1 : span.stop + 1]))
+    return torch.stack(losses).sum()
+
+
+@torch.enable_grad()
+def measure(llm: SpeechLLM, batch: ForcedBatch) -> list[list[dict[str, dict[str, float]]]]:
+    """Saliency and attention of every row of a batch, layer by layer.
+
+    Returns:
+        For every row a list over layers of `{"layers", "per_token", "attention"}`, each with the keys of `ROLES`:
+        shares of the saliency, saliency of a token relative to the average token the response can see (1: as much as
+        the average), shares of the attention, mean over heads and response tokens. A role without tokens has 0.
+
+    Raises:
+        ValueError: an LLM without attention layers that could be recorded.
+    """
+    found: dict[tuple[int, int], dict] = {}
+
+    def record(layer: int, row: int, attention, gradient, visible) -> None:
+        found[row, layer] = _shares(attention, gradient, visible, batch.roles[row, : batch.lengths[row]])
+
+    with recording(llm, batch, record) as seen:
+        response_loss(llm, batch).backward()
+    if not seen.layers:
+        raise ValueError(f"no attention of {llm.name} could be recorded; expected layers of softmax attention.")
+    return [[found[row, layer] for layer in sorted(seen.layers)] for row in range(len(batch.lengths))]
+
+
+def _shares(attention: torch.Tensor, gradient: torch.Tensor, visible: torch.Tensor, roles: torch.Tensor) -> dict:
+    saliency = (attention * gradient).sum(0).abs()
+    membership = torch.nn.functional.one_hot(roles, len(ROLES)).to(saliency.dtype)
+    salient, pairs = (saliency @ membership).sum(0), (visible.to(saliency.dtype) @ membership).sum(0)
+    share = salient / salient.sum().clamp(min=torch.finfo(saliency.dtype).tiny)
+    per_token = share / (pairs / pairs.sum()).clamp(min=1e-12) * (pairs > 0)
+    attended = (attention.mean(0) @ membership).mean(0)
+    return {
+        name: dict(zip(ROLES, values.tolist(), strict=True))
+        for name, values in (("layers", share), ("per_token", per_token), ("attention", attended))
+    }

@@ -1,0 +1,102 @@
+"""Answers as they come, on disk: a run that is killed goes on where it stopped."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf
+from tqdm import tqdm
+
+from dataset_builders.exchange import Reply
+
+FEATURES = Features(
+    {
+        "task": Value("string"),  # of the registry
+        "system": Value("string"),
+        "id": Value("string"),
+        "part": Value("string"),  # of a task with several questions, such as the pool's: which
+        "instruction": Value("string"),  # as it was given
+        "transcript": Value("string"),
+        "references": ListOf(Value("string")),
+        "response": Value("string"),
+        "constrained": Value("string"),  # the answer among the only ones allowed
+        "correct": Value("bool"),
+        "finished": Value("bool"),  # the model ended it, within its limit of tokens
+        "seconds": Value("float64"),  # the batch's time, shared evenly
+    }
+)
+
+
+def answer(
+    rows: Sequence[dict],
+    respond: Callable[[Sequence[dict]], tuple[list[Reply], list[str | None]]],
+    file: Path,
+    size: int,
+    name: str = "answers",
+) -> list[dict]:
+    """Answers to `rows`, in order; those that the file holds are not asked for again.
+
+    Args:
+        rows: with unique `id`s.
+        respond: free and constrained answers to some of the rows.
+        file: JSON Lines, appended to after every `size` rows. A line that a killed run tore is dropped.
+        size: rows asked at a time.
+
+    Returns:
+        For every row `{"id", "response", "constrained", "finished", "seconds"}`.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    known = {record["id"]: record for record in _read(file)}
+    left = [row for row in rows if row["id"] not in known]
+    # Longest together: a batch is as long as its longest row, and the slowest batch comes first.
+    left.sort(key=lambda row: -row["duration"])
+    with tqdm(total=len(rows), initial=len(rows) - len(left), desc=name, unit="row") as progress:
+        for start in range(0, len(left), size):
+            some = left[start : start + size]
+            began = time.perf_counter()
+            replies, constrained = respond(some)
+            seconds = (time.perf_counter() - began) / len(some)
+            records = [
+                {
+                    "id": row["id"],
+                    "response": reply.text,
+                    "constrained": choice,
+                    "finished": reply.finish == "stop",
+                    "seconds": round(seconds, 6),
+                }
+                for row, reply, choice in zip(some, replies, constrained, strict=True)
+            ]
+            _append(file, records)
+            known |= {record["id"]: record for record in records}
+            progress.update(len(some))
+    return [known[row["id"]] for row in rows]
+
+
+def _read(file: Path) -> list[dict]:
+    """What the file holds; what follows the last whole line is cut off, so that the next one starts on its own."""
+    if not file.exists():
+        return []
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with open(file, "r+b") as torn:
+            torn.truncate(len(whole))
+    return [json.loads(line) for line in whole.split(b"\n")[:-1]]  # `splitlines` splits at what JSON may hold, too
+
+
+def _append(file: Path, records: list[dict]) -> None:
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
+def to_parquet(records: list[dict], file: Path) -> None:
+    """Write predictions with the columns of `FEATURES`, whole or not at all."""
+    partial = file.with_suffix(".partial")
+    dataset = Dataset.from_list(records, features=FEATURES).select_columns(list(FEATURES))  # in this order
+    dataset.to_parquet(str(partial))
+    os.replace(partial, file)

@@ -1,0 +1,72 @@
+"""Does a model do what it is asked about speech, or does it transcribe whatever it is asked?"""
+
+import importlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import jiwer
+import numpy as np
+from whisper_normalizer.basic import BasicTextNormalizer
+
+from dataset_builders.building import draw_rows
+from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
+
+COPY_WER = 0.2  # an answer this close to the transcript is a copy of it
+NANO_CHECKER = "dataset_builders.nano_tasks"
+Checker = Callable[[str, str, str], bool]
+
+
+def load_checker(module: str) -> Checker:
+    """The `is_correct(task, transcript, response)` of a module named by its import path.
+
+    Raises:
+        ValueError: the module has none.
+    """
+    found = getattr(importlib.import_module(module), "is_correct", None)
+    if found is None:
+        raise ValueError(f"{module} has no is_correct(task, transcript, response); name a module that has.")
+    return found
+
+
+def held_out_rows(corpus: Iterable[dict], tasks: Sequence[str], seed: int = 0) -> list[dict]:
+    """Evaluation rows: every clip with one of `tasks` and with transcription, in held-out wordings, and its audio."""
+    weights = {**dict.fromkeys(tasks, 1.0), TRANSCRIPTION: math.inf}
+    draw = Draw(load_pool(), weights, min(2, len(weights)), seed, "held_out")
+    return draw_rows([utterance | {"row": row} for row, utterance in enumerate(corpus)], draw)
+
+
+def is_copy(transcript: str, response: str) -> bool:
+    """Whether a response is the transcript: word error rate below 0.2 after normalisation."""
+    normalize = BasicTextNormalizer()
+    said, answered = normalize(transcript).strip(), normalize(response).strip()
+    return bool(said) and jiwer.wer(said, answered) < COPY_WER
+
+
+def score(rows: Sequence[dict], responses: Sequence[str], checker: Checker) -> dict:
+    """Following rate, transcript copy rate and word error rate.
+
+    Returns:
+        `following`: mean over the self-powered tasks of the share right; `tasks`: that share for every task asked;
+        `transcript_copy`: share of answers to tasks other than repetition and transcription that are the transcript;
+        `wer`: of the transcription rows. A figure without rows is left out.
+    """
+    right: dict[str, list[bool]] = {}
+    copies, spoken, written = [], [], []
+    normalize = BasicTextNormalizer()
+    for row, response in zip(rows, responses, strict=True):
+        right.setdefault(row["task"], []).append(checker(row["task"], row["transcript"], response))
+        if row["task"] == TRANSCRIPTION:
+            spoken.append(normalize(row["transcript"]).strip())
+            written.append(normalize(response).strip())
+        elif row["task"] != "repetition":
+            copies.append(is_copy(row["transcript"], response))
+    tasks = {task: float(np.mean(hits)) for task, hits in sorted(right.items())}
+    followed = [share for task, share in tasks.items() if task in SELF_POWERED_TASKS]
+    scores = {"tasks": tasks}
+    if followed:
+        scores["following"] = float(np.mean(followed))
+    if copies:
+        scores["transcript_copy"] = float(np.mean(copies))
+    if spoken:
+        scores["wer"] = jiwer.wer(spoken, written)
+    return scores

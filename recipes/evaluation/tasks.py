@@ -1,0 +1,423 @@
+"""What is asked of a speech LLM about which corpus: the tasks of `tasks.yaml`, and their rows.
+
+A task names a corpus, an instruction and where the right answer stands. `read_rows` makes of it what models are asked
+and answers are scored by: one row per question, in one schema whatever the corpus is.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import logging
+import math
+import re
+import string
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from dataset_builders.building import draw_rows
+from dataset_builders.instructions import TRANSCRIPTION, Draw, draw_instruction, load_pool
+from dataset_builders.instructions import Task as PoolTask
+from dataset_builders.transcripts import NORMALIZERS
+from recipes.evaluation.constraints import draw_constraint
+from recipes.evaluation.readers import READERS, Data, open_data
+from recipes.evaluation.references import COLUMN, POOL_KINDS, NoReferenceError, answers, fillings, from_oracle
+
+logger = logging.getLogger(__name__)
+
+TASKS_PATH = Path(__file__).with_name("tasks.yaml")
+GROUPS = ("asr", "st", "slu", "qa", "following", "text")
+# How answers are scored; `oracle`: right if equal to any reference, case and marks aside.
+KINDS = (
+    "transcription",
+    "translation",
+    "classification",
+    "keywords",
+    "yes_no",
+    "choice",
+    "extraction",
+    "constraints",
+    "pool",
+    "oracle",
+)
+ROLES = ("audio", "transcript", "id")
+ROW = (
+    "id",
+    "utterance",
+    "audio",
+    "transcript",
+    "duration",
+    "source",
+    "task",
+    "kind",
+    "instruction",
+    "references",
+    "right",
+    "labels",
+    "answer",
+    "language",
+    "target_language",
+    "constraint",
+)
+REQUIRED_KEYS = {"group", "kind", "description", "data"}
+LISTS = ("reference", "labels", "tasks")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked about a corpus, and how answers are scored."""
+
+    name: str
+    group: str
+    kind: str
+    description: str
+    data: Data
+    language: str | None = "en"  # spoken
+    target_language: str | None = None  # of translations
+    prompt: str | None = None  # with {slots}, {labels} and {choices}; None: drawn, for kinds pool and constraints
+    slots: Mapping[str, str] = field(default_factory=dict)  # of the prompt: names and columns
+    reference: tuple[str, ...] = ()  # columns, dotted paths, or templates such as "{action} {object}"
+    labels: tuple[str, ...] = ()  # the possible answers
+    choices: str | None = None  # the column of a question's own options
+    answer: str = "{}"  # what an answer that is constrained to the labels looks like
+    oracle: str | None = None  # module with `answers(task, transcript)`, where no column has the answers
+    task: str | None = None  # whose answers the oracle gives, and whose held-out wordings stand in for a prompt
+    tasks: tuple[str, ...] = ()  # of the pool; every utterance gets one of them, and transcription if that is named
+    skip_unlabelled: bool = False  # pass over rows without a reference, or with one that is no label
+
+
+KEYS = {name.name for name in dataclasses.fields(Task)} - {"name"}
+DATA_KEYS = {name.name for name in dataclasses.fields(Data)}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key may stand twice: the first would be lost in silence."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.composer.ComposerError(None, None, f"duplicate key {twice!r}", node.start_mark)
+        return node
+
+
+def load_tasks(path: str | Path = TASKS_PATH, more: str | Path | None = None) -> dict[str, Task]:
+    """Read and check the tasks of a file, by name in its order.
+
+    Args:
+        path: a YAML file; `tasks.yaml` has the format.
+        more: another of that form, whose tasks are added, or replace those of the same name.
+
+    Raises:
+        ValueError: a key that is unknown, missing, there twice or of the wrong type, an unknown kind, group, reader or
+            normalizer, a prompt whose slots nothing fills, no reference where the kind needs one. Names file and task.
+    """
+    tasks = _read_file(path)
+    if more is not None:
+        tasks |= _read_file(more)
+    return tasks
+
+
+def _read_file(path: str | Path) -> dict[str, Task]:
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a file of tasks: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict) or set(content) != {"tasks"} or not isinstance(content["tasks"], dict):
+        raise ValueError(f"{path}: expected one top-level key `tasks`, a mapping from task name to task")
+    tasks = {}
+    for name, fields in content["tasks"].items():
+        try:
+            tasks[str(name)] = _read_task(str(name), fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: task {name!r}: {error}") from error
+    return tasks
+
+
+def _read_task(name: str, fields: object) -> Task:
+    """Check one task's block and make it a Task; raises ValueError."""
+    if not re.fullmatch(r"\w[\w-]*", name) or name in GROUPS:  # it names a folder, and is chosen by name
+        raise ValueError(f"expected a name of letters, digits, - and _, and none of {GROUPS}")
+    if not isinstance(fields, dict):
+        raise ValueError(f"expected a mapping with the keys {sorted(REQUIRED_KEYS)}, got {fields!r}")
+    _check_keys(fields, KEYS, REQUIRED_KEYS, "key")
+    if not isinstance(fields["data"], dict):
+        raise ValueError(f"`data` must be a mapping with keys of {sorted(DATA_KEYS)}, got {fields['data']!r}")
+    _check_keys(fields["data"], DATA_KEYS, set(), "key of `data`")
+    values = fields | {key: _as_tuple(key, fields[key]) for key in LISTS if key in fields}
+    task = Task(name, **values | {"data": Data(**fields["data"])})
+    _check(task)
+    return task
+
+
+def _check_keys(fields: Mapping, known: set[str], required: set[str], what: str) -> None:
+    if missing := sorted(required - set(fields)):
+        raise ValueError(f"missing {what} {missing[0]!r}; needed are {sorted(required)}")
+    if unknown := sorted(map(str, set(fields) - known)):
+        raise ValueError(f"unknown {what} {unknown[0]!r}; known: {sorted(known)}")
+
+
+def _as_tuple(key: str, value: object) -> tuple:
+    values = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(text, str) and text for text in values):
+        raise ValueError(f"`{key}` must be a text or a list of texts, got {value!r}; quote what YAML takes for others")
+    if len(set(values)) < len(values):
+        raise ValueError(f"`{key}` names one twice: {value!r}")
+    return tuple(values)
+
+
+def _check(task: Task) -> None:
+    """Raises ValueError for a task that cannot be."""
+    for part, prefix in ((task, ""), (task.data, "data.")):
+        hints = typing.get_type_hints(type(part))
+        for key in (attribute.name for attribute in dataclasses.fields(part)):
+            _check_type(f"{prefix}{key}", getattr(part, key), hints[key])
+    for key, known in (("kind", KINDS), ("group", GROUPS)):
+        if getattr(task, key) not in known:
+            raise ValueError(f"unknown {key} {getattr(task, key)!r}; expected one of {known}")
+    if task.data.normalizer not in (None, *NORMALIZERS):
+        raise ValueError(f"unknown normalizer {task.data.normalizer!r}; there are {list(NORMALIZERS)}")
+    if task.data.reader not in (None, *READERS):
+        raise ValueError(f"unknown reader {task.data.reader!r}; there are {READERS}")
+    _check_columns(task.data)
+    _check_answers(task)
+    _check_prompt(task)
+
+
+def _check_type(key: str, value: object, hint: object) -> None:
+    kind = typing.get_origin(hint)
+    if kind is Mapping:
+        items = value.items() if isinstance(value, Mapping) else [(None, None)]
+        if not all(isinstance(name, str) and isinstance(column, str | None) for name, column in items):
+            raise ValueError(f"`{key}` must be a mapping from names to columns, got {value!r}")
+    elif kind is not tuple and not isinstance(value, hint):  # tuples are checked where they are made
+        expected = "true or false" if hint is bool else "a text"
+        raise ValueError(f"`{key}` must be {expected}, got {value!r}; quote what YAML takes for others")
+
+
+def _check_columns(data: Data) -> None:
+    _check_keys(data.columns, set(ROLES), set(), "column in `data.columns`:")
+    without = [role for role in ROLES if data.columns.get(role, "") is None]
+    if without not in ([], ["transcript"]):
+        raise ValueError(f"`data.columns.{without[0]}` must be a text; only the transcript may be null")
+    if without and "audio" not in data.columns:
+        raise ValueError("`data.columns.transcript` is null, so `data.columns.audio` must be named")
+    if data.reader == "fleurs" and not (data.config and data.target_config):
+        raise ValueError("the reader 'fleurs' needs `data.config` and `data.target_config`, such as en_us and de_de")
+
+
+def _check_answers(task: Task) -> None:
+    by_oracle = task.oracle is not None and task.task is not None
+    if task.kind == "pool" and not task.tasks:
+        raise ValueError("kind 'pool' needs `tasks`, names of the instruction pool")
+    if task.oracle is not None and task.task is None and task.kind != "pool":
+        raise ValueError("`oracle` needs `task`, which says what it is asked")
+    if task.kind == "oracle" and not by_oracle:
+        raise ValueError("kind 'oracle' needs `oracle` and `task`")
+    if task.kind not in ("transcription", "constraints", "pool") and not (task.reference or by_oracle):
+        raise ValueError(f"kind {task.kind!r} needs a `reference`, or `oracle` and `task`")
+    if by_oracle and not task.reference and POOL_KINDS.get(task.task, "oracle") != task.kind:
+        raise ValueError(
+            f"kind {task.kind!r} is not how {task.task!r} is scored; that is {POOL_KINDS.get(task.task, 'oracle')!r}"
+        )
+    if task.kind == "choice" and not (task.labels or task.choices):
+        raise ValueError("kind 'choice' needs `labels`, or `choices`, a column of options")
+    if task.kind == "classification" and not (task.labels or by_oracle):
+        raise ValueError("kind 'classification' needs `labels`: a list, or `column` for those that are found")
+    if [name for _, name, _, _ in string.Formatter().parse(task.answer) if name is not None] != [""]:
+        raise ValueError(f"`answer` is {task.answer!r}; expected a text with {{}} where the label stands")
+
+
+def _check_prompt(task: Task) -> None:
+    drawn = task.kind in ("pool", "constraints")
+    if drawn and task.prompt is not None:
+        raise ValueError(f"kind {task.kind!r} takes no `prompt`: its instructions are drawn")
+    if not drawn and task.prompt is None and task.task is None:
+        raise ValueError("missing key 'prompt'; or name a `task` of the instruction pool, whose wordings are drawn")
+    named = _slots(task.prompt or "")
+    known = {*task.slots, *(["labels"] if task.labels else []), *(["choices"] if task.choices else [])}
+    if unknown := sorted(named - known):
+        raise ValueError(f"nothing fills the slot {{{unknown[0]}}} of its prompt; there are {sorted(known)}")
+    if idle := sorted(set(task.slots) - named):
+        raise ValueError(f"its prompt lacks the slot {{{idle[0]}}}")
+
+
+def _slots(prompt: str) -> set[str]:
+    try:
+        parts = [part for part in string.Formatter().parse(prompt) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"the braces of its prompt {prompt!r} do not match ({error})") from error
+    return {name + (f":{spec}" if spec else "") + (f"!{way}" if way else "") for _, name, spec, way in parts}
+
+
+def choose_tasks(names: str | Iterable[str], tasks: Mapping[str, Task]) -> list[Task]:
+    """Tasks by name, or by group, in the order they are named; none twice.
+
+    Args:
+        names: with commas or spaces between them, or several such texts.
+        tasks: as `load_tasks` returns them.
+
+    Raises:
+        ValueError: nothing is named, or what is neither a task nor a group; names those there are.
+    """
+    texts = [names] if isinstance(names, str) else names
+    wanted = [name for text in texts for name in text.replace(",", " ").split()]
+    chosen: dict[str, Task] = {}
+    for name in wanted:
+        found = {name: tasks[name]} if name in tasks else {k: task for k, task in tasks.items() if task.group == name}
+        if not found:
+            raise ValueError(f"no task or group {name!r}; there are {list(tasks)} and the groups {_groups(tasks)}")
+        chosen |= {key: task for key, task in found.items() if key not in chosen}
+    if not chosen:
+        raise ValueError(f"no task is named; there are {list(tasks)} and the groups {_groups(tasks)}")
+    return list(chosen.values())
+
+
+def _groups(tasks: Mapping[str, Task]) -> list[str]:
+    return [group for group in GROUPS if any(task.group == group for task in tasks.values())]
+
+
+def relocate(task: Task, location: str) -> Task:
+    """The task about another corpus: a manifest, a folder, a Hub id or `nano`."""
+    return override(task, {"corpus": location})
+
+
+def override(task: Task, settings: Mapping[str, str]) -> Task:
+    """The task with other settings.
+
+    Args:
+        task: one of those.
+        settings: such as `{"corpus": "clips.jsonl", "split": "dev", "columns.audio": "wav", "language": "fr"}`: keys
+            of `data`, of its `columns`, of `slots`, or of the task's own texts. An empty text is none.
+
+    Raises:
+        ValueError: an unknown key, or a value that cannot be.
+    """
+    own = {key for key, hint in typing.get_type_hints(Task).items() if hint == str | None} | {"reference"}
+    inner = [*(f"columns.{role}" for role in ROLES), *(f"slots.{slot}" for slot in task.slots)]
+    changed = dataclasses.asdict(task)
+    for key, text in settings.items():
+        if key not in {*DATA_KEYS - {"columns"}, *own, *inner}:
+            known = sorted(DATA_KEYS - {"columns"} | own) + inner
+            raise ValueError(f"task {task.name!r} has no setting {key!r}; there are {known}")
+        part, _, name = key.rpartition(".")
+        place = changed["data"] if key in DATA_KEYS or part == "columns" else changed
+        if part:
+            place[part] = {**place[part], name: text or None}
+        else:
+            place[key] = text or None
+    if changed["reference"] is None:
+        changed["reference"] = ()
+    try:
+        return _read_task(changed.pop("name"), changed)
+    except ValueError as error:
+        raise ValueError(f"task {task.name!r} with {dict(settings)}: {error}") from error
+
+
+def read_rows(
+    task: Task, limit: int | None = None, seed: int = 0, pool: Mapping[str, PoolTask] | None = None
+) -> list[dict]:
+    """What is asked, in the corpus's order.
+
+    Args:
+        task: as `load_tasks` returns it.
+        limit: utterances at most; all of the corpus if None.
+        seed: with an utterance's id, it decides what is drawn.
+        pool: the instruction pool; its own file if None.
+
+    Returns:
+        Rows with `id` (corpus, utterance and task; unique), `utterance` (int; questions about one clip share it),
+        `audio` (`{"bytes", "path"}`, the encoded file), `transcript` ("" if unknown), `duration` (float, seconds),
+        `source` (corpus and split), `task` (of kind pool: the pool's), `kind` (of kind pool: how that is scored),
+        `instruction`, `references` (list of right answers, of all keywords, or of the right option's letter; empty if
+        unknown), `right` (every right answer in full, if an oracle knows them; else empty), `labels` (list of possible
+        answers, of a choice its options in order; or empty), `answer` (what an answer constrained to the labels looks
+        like), `language`, `target_language` (None but for translations) and
+        `constraint` (its name; None but for kind constraints).
+
+    Raises:
+        RefusedRowError: an utterance that cannot be used.
+        ValueError: no such corpus or column, a reference that is empty or no label, an id used twice, or no row.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"{limit=} must be 1 or more.")
+    pool = load_pool() if pool is None else pool
+    told = f"--data {task.name}=PATH says where it is, --data {task.name}.columns.audio=COLUMN what its columns are"
+    try:
+        source = open_data(task.data)
+    except ValueError as error:
+        raise ValueError(f"task {task.name!r}: {error} ({told})") from error
+    limit = limit or source.corpus.default_limit
+    rows, clips, count, skipped = [], {}, 0, 0
+    for where, line in source.lines():
+        utterance = source.utterance(where, line)
+        try:
+            asked = list(_ask(task, utterance, line, seed, pool))
+        except NoReferenceError as error:
+            if not task.skip_unlabelled:
+                raise ValueError(f"task {task.name!r}, {where}: {error}") from error
+            skipped += 1
+            continue
+        except ValueError as error:
+            raise ValueError(f"task {task.name!r}, {where}: {error}") from error
+        key = hashlib.sha256(utterance["audio"]["bytes"]).digest()
+        index, count = clips.setdefault(key, len(clips)), count + 1
+        rows += [row | {"utterance": index} for row in asked]
+        if count == limit:
+            break
+    if skipped:
+        logger.info("%s: %d utterances without a usable reference are left out", task.name, skipped)
+    return _finish(task, rows)
+
+
+def _ask(task: Task, utterance: dict, line: dict, seed: int, pool: Mapping[str, PoolTask]) -> Iterator[dict]:
+    """The rows of an utterance, but for what `_finish` adds."""
+    common = {**utterance, "duration": float(utterance["duration"]), "language": task.language, "constraint": None}
+    if task.kind == "pool":
+        for row in draw_rows([common], _draw(task, seed, pool)):
+            asked = from_oracle(task.oracle, row["task"], row["transcript"])
+            yield row | asked | {"target_language": task.target_language if asked["kind"] == "translation" else None}
+        return
+    id = utterance["id"]
+    row = common | {"id": f"{utterance['source']}/{id}/{task.name}", "task": task.name}
+    row |= answers(task, utterance, line) | {"kind": task.kind, "target_language": task.target_language}
+    if task.kind == "constraints":
+        row["instruction"], constraint = draw_constraint(id, seed)
+        row["constraint"] = constraint.name
+    elif task.prompt is None:
+        row["instruction"] = draw_instruction(pool, task.task, id, seed, "held_out")
+    else:
+        row["slots"] = fillings(task, line)
+    yield row
+
+
+def _draw(task: Task, seed: int, pool: Mapping[str, PoolTask]) -> Draw:
+    """One task for an utterance, in held-out wordings, and transcription besides if that is among them."""
+    weights = {name: math.inf if name == TRANSCRIPTION else 1.0 for name in task.tasks}
+    return Draw(pool, weights, min(2, len(weights)) if TRANSCRIPTION in weights else 1, seed, "held_out")
+
+
+def _finish(task: Task, rows: list[dict]) -> list[dict]:
+    """The rows with all labels known, prompts filled and keys in one order; raises ValueError for ids used twice."""
+    if not rows:
+        raise ValueError(
+            f"task {task.name!r}: {task.data.corpus} ({task.data.split}) has no utterance that can be used."
+        )
+    ids = collections.Counter(row["id"] for row in rows)
+    if twice := next((id for id, count in ids.items() if count > 1), None):
+        raise ValueError(
+            f"task {task.name!r}: {twice!r} is the id of two rows; name a column that tells utterances apart: --data "
+            f"{task.name}.columns.id=COLUMN."
+        )
+    found = sorted({text for row in rows for text in row["references"]})
+    for row in rows:
+        if task.labels == (COLUMN,):
+            row["labels"] = found
+        if "slots" in row:
+            row["instruction"] = task.prompt.format(**row["slots"], labels=", ".join(row["labels"]))
+    return [{key: row[key] for key in ROW} for row in rows]

@@ -1,0 +1,241 @@
+"""From answers to figures: the nano language's own right answers, a parrot, and answers that nobody can read."""
+
+import pytest
+
+from dataset_builders.nano_tasks import QUESTION_TASKS, answers
+from recipes.evaluation.following import is_copy
+from recipes.evaluation.kinds import is_correct as has_its_form
+from recipes.evaluation.scoring import LOWER_IS_BETTER, MAIN, choices, is_correct, read_label, score, score_pool
+from recipes.evaluation.tasks import KINDS, load_tasks, override, read_rows
+
+TASKS = load_tasks()
+SPOKEN = "the farmer proudly repaired the old clock in the attic"
+NANO = [name for name in TASKS if name.startswith("nano_") and TASKS[name].task]
+
+
+def row(kind, references=(), labels=(), answer="{}", **more):
+    asked = {"task": kind, "kind": kind, "references": list(references), "labels": list(labels), "answer": answer}
+    return {
+        "transcript": SPOKEN,
+        "language": "en",
+        "target_language": None,
+        "constraint": None,
+        "right": [],
+        **asked,
+        **more,
+    }
+
+
+YES_NO = row("yes_no", ["yes"])
+CHOICE = row("choice", ["B"], ["a clock", "a lamp", "a door"], "({})")
+INTENT = row("classification", ["repair"], ["repair", "cook", "love"], "The intent is {}.")
+
+
+@pytest.fixture
+def read(corpus_dir):
+    """`read(task)`: its rows about eight clips of noise with sentences of the nano language."""
+    folder = {"corpus": str(corpus_dir), "split": "train"}
+    return lambda name, seed=0, **more: read_rows(override(TASKS[name], {**folder, **more}), seed=seed)
+
+
+@pytest.fixture
+def pool(read):
+    """Rows of all seven tasks of the pool."""
+    return [row for seed in range(4) for row in read("nano", seed)]
+
+
+def right_answer(row, task=None):
+    return answers(task or row["task"], row["transcript"])[0]
+
+
+def values(scored):
+    return {name: metric.value for name, metric in scored.items()}
+
+
+# What an answer says
+
+
+@pytest.mark.parametrize(
+    ("asked", "response", "label"),
+    [
+        (YES_NO, "Yes, it does.", "yes"),
+        (YES_NO, "That is not true.", "no"),
+        (YES_NO, "It depends.", None),
+        (CHOICE, "(B)", "B"),
+        (CHOICE, "The speaker talks about a lamp.", "B"),
+        (CHOICE, "A or B", None),
+        (INTENT, "The intent is repair.", "repair"),
+        (INTENT, "REPAIR", "repair"),
+        (INTENT, "It may be repair or love.", None),
+        (INTENT, "to sing", None),
+    ],
+)
+def test_a_free_answer_to_a_closed_question_is_read_for_its_label(asked, response, label):
+    assert read_label(asked, response) == label
+    assert is_correct(asked, response) == (label in asked["references"])
+
+
+def test_a_closed_question_has_answers_that_alone_are_allowed():
+    assert choices(YES_NO) == ["yes", "no"]
+    assert choices(row("yes_no", ["no"], answer="Answer: {}")) == ["Answer: yes", "Answer: no"]
+    assert choices(CHOICE) == ["(A)", "(B)", "(C)"]
+    assert choices(INTENT) == ["The intent is repair.", "The intent is cook.", "The intent is love."]
+
+
+def test_every_allowed_answer_can_be_read_back():
+    for asked in (YES_NO, CHOICE, INTENT):
+        said = [read_label(asked, choice) for choice in choices(asked)]
+        assert None not in said and len(set(said)) == len(said)
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"yes_no", "choice", "classification", "pool"}))
+def test_an_open_question_allows_any_answer(kind):
+    assert choices(row(kind, ["clock"])) is None
+
+
+# Which answer is right
+
+
+@pytest.mark.parametrize(
+    ("asked", "right", "wrong"),
+    [
+        (row("transcription", [SPOKEN]), "The farmer proudly repaired the OLD clock, in the attic!", "the old clock"),
+        (row("transcription", ["it's colour"]), "It is color.", "it is"),  # as Whisper's normaliser has it
+        (row("translation", ["El granjero cantó."]), "el granjero cantó", "el granjero canto"),
+        (row("keywords", ["farmer", "clock", "attic"]), "Attic, farmer and clock.", "farmer, clock"),
+        (row("keywords", ["farmer", "clock"]), "Keywords: clock, farmer.", SPOKEN),
+        (row("extraction", ["the old clock", "clock"]), "Clock.", "the attic"),
+        (row("oracle", ["The clock.", "The old clock."]), "the old clock", "clock"),
+        (row("constraints", constraint="upper_case"), "A CLOCK IS REPAIRED.", SPOKEN),
+        (row("constraints", constraint="at_most_words"), "a clock", ""),
+    ],
+)
+def test_one_answer_is_right_or_wrong_as_its_kind_has_it(asked, right, wrong):
+    assert is_correct(asked, right) is True
+    assert is_correct(asked, wrong) is False
+
+
+def test_where_an_oracle_knows_all_right_answers_nothing_else_is_right():
+    """Figures read `Repair!` for the label it names; to follow is to answer as it was taught."""
+    asked = INTENT | {"right": ["The intent is repair."]}
+    assert is_correct(asked, "the intent is repair")
+    assert not is_correct(asked, "Repair!")
+    scored = values(score([asked] * 2, ["the intent is repair", "Repair!"], [None] * 2))
+    assert (scored["accuracy"], scored["right"]) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"constraints", "pool"}))
+def test_where_nobody_knows_what_is_right_no_answer_is_right_or_wrong(kind):
+    """A pool without an oracle asks for an intent, too, and has no labels for it."""
+    assert is_correct(row(kind), "The intent is repair.") is None
+
+
+# Figures by kind
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_right_answers_get_all_and_the_transcript_gets_nothing(read, name):
+    rows = read(name)
+    task = TASKS[name].task
+    best = values(score(rows, [right_answer(row, task) for row in rows], [None] * len(rows)))
+    parrot = values(score(rows, [row["transcript"] for row in rows], [None] * len(rows)))
+    main = next(figure for figure in MAIN if figure in best)
+    if task == "transcription":
+        assert best == parrot == {"wer": 0.0, "right": 1.0}
+    else:
+        assert best[main] == pytest.approx(100 if main == "bleu" else 1)
+        assert parrot[main] < best[main] / 5
+        assert (best["right"], parrot["right"]) == (1.0, 0.0)
+        assert (best["transcript_copy"], parrot["transcript_copy"]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "figures"),
+    [
+        (row("transcription", [SPOKEN]), {"wer", "right"}),
+        (row("transcription", ["你好"], language="zh"), {"cer", "right"}),
+        (
+            row("translation", ["El granjero cantó."], target_language="es"),
+            {"bleu", "chrf", "right", "transcript_copy"},
+        ),
+        (YES_NO, {"accuracy", "macro_f1", "unparsed", "right", "transcript_copy"}),
+        (CHOICE, {"accuracy", "macro_f1", "unparsed", "right", "transcript_copy"}),
+        (INTENT, {"accuracy", "macro_f1", "unparsed", "right", "transcript_copy"}),
+        (row("keywords", ["clock"]), {"f1", "right", "transcript_copy"}),
+        (row("extraction", ["clock"]), {"exact_match", "f1", "right", "transcript_copy"}),
+        (row("constraints", constraint="upper_case"), {"following", "right", "transcript_copy"}),
+        (row("oracle", ["The clock."]), {"right", "transcript_copy"}),
+        (row("oracle", ["The clock."], task="repetition"), {"right"}),  # where much may be as it was said
+    ],
+)
+def test_a_kind_has_its_figures_and_one_that_stands_for_it(asked, figures):
+    scored = score([asked, asked], ["said", "said"], [None, None])
+    assert set(scored) == figures
+    assert figures & set(MAIN)
+    assert all(metric.low <= metric.value <= metric.high for metric in scored.values())
+
+
+def test_answers_that_say_nothing_are_counted_as_wrong_and_as_unread():
+    rows = [INTENT] * 4
+    scored = values(score(rows, ["repair", "cook", "It may be repair or love.", ""], [None] * 4))
+    assert scored["accuracy"] == 0.25
+    assert scored["unparsed"] == 0.5
+    assert "unparsed" in LOWER_IS_BETTER
+
+
+def test_accuracy_among_the_allowed_answers_is_a_figure_of_its_own():
+    rows, free = [INTENT] * 4, [""] * 4
+    said = ["The intent is repair."] * 3 + ["The intent is love."]
+    scored = values(score(rows, free, said))
+    assert (scored["accuracy"], scored["accuracy_constrained"]) == (0.0, 0.75)
+    assert "accuracy_constrained" not in score(rows, free, [None] * 4)
+    letters = values(score([CHOICE] * 2, ["", ""], ["(B)", "(C)"]))
+    assert letters["accuracy_constrained"] == 0.5
+
+
+def test_copies_are_of_what_is_said_not_of_what_is_right():
+    rows = [row("oracle", ["The clock."]), row("oracle", ["The clock."], transcript="the clock")]
+    assert values(score(rows, [SPOKEN, SPOKEN], [None, None]))["transcript_copy"] == 0.5
+
+
+# Figures of the pool
+
+
+def test_perfect_answers_to_the_pool(pool):
+    responses = [right_answer(row) for row in pool]
+    assert len({row["task"] for row in pool}) == 7
+    assert values(score_pool(pool, responses)) == {"following": 1.0, "transcript_copy": 0.0}
+
+
+def test_a_parrot_follows_nothing_and_copies_everything(pool):
+    """What training on transcriptions alone makes, and neither figure counts the transcriptions that it gets right."""
+    responses = [f"{row['transcript'].capitalize()}." for row in pool]
+    assert all(is_copy(row["transcript"], response) for row, response in zip(pool, responses, strict=True))
+    assert values(score_pool(pool, responses)) == {"following": 0.0, "transcript_copy": 1.0}
+
+
+def test_following_is_the_mean_of_tasks_not_of_rows():
+    rows = [INTENT | {"task": "intent"}] * 3 + [row("keywords", ["clock"], task="keyword")]
+    assert values(score_pool(rows, ["repair"] * 3 + ["lamp"]))["following"] == 0.5
+
+
+def test_a_restatement_close_to_the_transcript_is_no_copy():
+    rows = [row("oracle", ["The clock."], task="repetition"), INTENT | {"task": "intent"}]
+    assert values(score_pool(rows, [SPOKEN, "repair"]))["transcript_copy"] == 0.0
+
+
+def test_what_is_no_self_powered_task_is_right_or_wrong_and_no_following(read):
+    rows = read("nano_questions")
+    assert {row["task"] for row in rows} <= set(QUESTION_TASKS)
+    assert values(score_pool(rows, [right_answer(row) for row in rows])) == {"right": 1.0, "transcript_copy": 0.0}
+
+
+def test_a_pool_without_an_oracle_still_shows_copies(read):
+    rows = read("nano", oracle="")
+    responses = [row["transcript"] for row in rows]
+    assert values(score_pool(rows, responses)) == {"transcript_copy": 1.0}
+    assert not any(has_its_form(row["task"], row["transcript"], row["transcript"]) for row in rows[::2])
+
+
+def test_a_pool_of_transcriptions_alone_has_no_figure_of_following():
+    assert score_pool([row("transcription", [SPOKEN])], [SPOKEN]) == {}
