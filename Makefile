@@ -24,11 +24,11 @@ quickstart: .venv
 	$(BIN)/python -m recipes.quickstart
 
 test: .venv lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The same tests under the oldest transformers that setup.cfg allows.
 test-oldest: .venv-oldest
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest -n auto --dist loadfile
 
 lint: .venv
 	$(BIN)/ruff check .

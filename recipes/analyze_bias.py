@@ -173,6 +173,8 @@ def main() -> None:
         name, equals, file = entry.rpartition("=")
         if not equals or not Path(file).is_file():
             parser.error(f"--beside {entry!r}: expected LABEL=FILE, a bias.json that is there.")
+        if name in beside:
+            parser.error(f"--beside names {name!r} twice.")
         beside[name] = json.loads(Path(file).read_text(encoding="utf-8"))
     rows = load_rows(args.data, args.split, args.limit, args.tasks, args.seed)
     llm = load(args.model)
@@ -184,7 +186,10 @@ def main() -> None:
     bias = analyze(llm, traced, args.hear, batch_size=args.batch_size)
     about = {"model": llm.name, "data": args.data, "split": args.split, "hear": args.hear, "target": args.target}
     bias |= behave(rows, answers, args.checker) | about
-    write(Path(args.output), bias, args.label or llm.name, beside)
+    label = args.label or llm.name
+    if label in beside:
+        label = f"{label} (this run)"
+    write(Path(args.output), bias, label, beside)
     logger.info("%s: following %s, transcript copies %s", args.output, bias["following"], bias["transcript_copy"])
 
 

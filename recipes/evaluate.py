@@ -28,9 +28,10 @@ from dataset_builders.instructions import TRANSCRIPTION
 from recipes.audio_features import AudioFeatureStore
 from recipes.evaluation import results
 from recipes.evaluation.answers import answer, to_parquet
+from recipes.evaluation.questions import read_rows
 from recipes.evaluation.scoring import choices, is_correct
 from recipes.evaluation.systems import SYSTEMS, System, shuffle_clips, swap_instructions, transcription_rows
-from recipes.evaluation.tasks import Task, choose_tasks, load_tasks, override, read_rows
+from recipes.evaluation.tasks import Task, choose_tasks, load_tasks, override
 from recipes.speech_llm import SpeechLLM, load
 from recipes.transcriber import load_recogniser
 

@@ -42,7 +42,8 @@ from recipes.analyze_bias import analyze, behave, write
 from recipes.audio_features import AudioFeatureStore
 from recipes.compose import compose
 from recipes.evaluate import Evaluation
-from recipes.evaluation.tasks import load_tasks, override, read_rows
+from recipes.evaluation.questions import read_rows
+from recipes.evaluation.tasks import load_tasks, override
 from recipes.report import STYLES, percent, read_lines, scores_of, table, write_report
 from recipes.speech_llm import load
 

@@ -4,7 +4,9 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataset_builders.asr_corpora import load_corpus
+from datasets import load_dataset
+
+from dataset_builders.asr_corpora import PRESETS, load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, draw_fraction
 from dataset_builders.publishing import load_self_powered
 from recipes.audio_features import AudioFeatureStore
@@ -20,14 +22,16 @@ def load_rows(
     """At most `limit` rows with one of `tasks`, evenly over them.
 
     Args:
-        data: the folder of a finished self-powered set, whose responses are kept; or an ASR corpus, as
+        data: a finished self-powered set (folder or Hub id), whose responses are kept; or an ASR corpus, as
             `open_corpus` opens it, whose utterances get a task in a held-out wording and no response yet.
         split: of either.
 
     Raises:
-        ValueError: none of the tasks, or as the readers do.
+        ValueError: a limit below 1, none of the tasks, or as the readers do.
     """
-    if (Path(data) / "README.md").is_file() and (Path(data) / "data").is_dir():
+    if limit < 1:
+        raise ValueError(f"{limit=} must be 1 or more.")
+    if is_self_powered(data, split):
         rows = [row for row in load_self_powered(data, "all", split) if row["task"] in tasks]
         rows.sort(key=lambda row: draw_fraction(seed, "bias rows", row["id"]))
         turns = itertools.zip_longest(*([row for row in rows if row["task"] == task] for task in tasks))
@@ -38,6 +42,17 @@ def load_rows(
     if not rows:
         raise ValueError(f"{data} ({split}) has no row of {list(tasks)}.")
     return rows[:limit]
+
+
+def is_self_powered(data: str, split: str) -> bool:
+    """Whether `data` is a self-powered set: it has a configuration `all` with instructions and responses."""
+    if data in PRESETS or data == "nano" or Path(data).is_file():
+        return False
+    try:
+        stream = load_dataset(data, "all", split=split, streaming=True)
+    except (ValueError, OSError):  # no such configuration or split, no such data set: whoever reads it will say
+        return False
+    return {"instruction", "response"} <= set(stream.column_names or ())
 
 
 def with_targets(

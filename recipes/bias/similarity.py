@@ -44,6 +44,8 @@ def cka_interval(left: torch.Tensor, right: torch.Tensor, folds: int = 20) -> tu
     """95 % interval of `cka` by the jackknife over groups of examples: resampling would repeat examples, which are
     alike to themselves and inflate it."""
     n = len(left)
+    if n < 8:
+        raise ValueError(f"an interval of CKA needs 8 or more examples; got {n}.")
     folds = min(folds, n // 2)
     groups = torch.arange(n) % folds
     parts = torch.tensor([cka(left[groups != fold], right[groups != fold]) for fold in range(folds)])

@@ -10,7 +10,7 @@ import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import jiwer
 import numpy as np
@@ -92,6 +92,7 @@ def mean(
 # Transcripts
 
 
+@lru_cache(maxsize=2**16)  # a millisecond each, and every system is compared with the same references
 def normalize_text(text: str, language: str = "en") -> str:
     """What `error_rate` compares: `text` as Whisper's normalisers leave it (Radford et al. 2022, appendix C): the
     English one for English, the basic one otherwise; without spaces for a language of `UNSPACED`.

@@ -8,18 +8,14 @@ import re
 import reprlib
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from dataset_builders.nano_grammar import lexicon
+from recipes.evaluation.tasks import COLUMN, POOL_KINDS, Task
 
-if TYPE_CHECKING:
-    from recipes.evaluation.tasks import Task
-
-COLUMN = "column"  # `labels: column`: the distinct references of the rows that are read
 LETTERS = string.ascii_uppercase
 
 
-def answers(task: "Task", utterance: dict, line: dict) -> dict:
+def answers(task: Task, utterance: dict, line: dict) -> dict:
     """`references`, `right`, `labels` and `answer` of a row."""
     if task.kind == "constraints":
         return {"references": [], "right": [], "labels": [], "answer": task.answer}
@@ -40,7 +36,7 @@ def answers(task: "Task", utterance: dict, line: dict) -> dict:
     return {"references": found, "right": [], "labels": labels, "answer": task.answer}
 
 
-def fillings(task: "Task", line: dict) -> dict[str, str]:
+def fillings(task: Task, line: dict) -> dict[str, str]:
     """What stands in the slots of a prompt."""
     slots = {slot: " ".join(references([column], line)) for slot, column in task.slots.items()}
     if task.choices is not None:
@@ -155,13 +151,6 @@ def as_letters(found: Sequence[str], choices: Mapping[str, str]) -> list[str]:
     return [known[text] for text in found]
 
 
-POOL_KINDS = {
-    "transcription": "transcription",
-    "translation": "translation",
-    "intent": "classification",
-    "sentiment": "classification",
-    "keyword": "keywords",
-}
 _ANSWER = {"intent": "The intent is {}.", "sentiment": "The sentiment is {}.", "keyword": "Keywords: {}."}
 
 

@@ -21,8 +21,9 @@ from processing_lsm import load_audio
 from recipes import evaluate as recipe
 from recipes.evaluate import Evaluation, parse_overrides
 from recipes.evaluation.answers import FEATURES
+from recipes.evaluation.questions import read_rows
 from recipes.evaluation.systems import SYSTEMS
-from recipes.evaluation.tasks import load_tasks, override, read_rows
+from recipes.evaluation.tasks import load_tasks, override
 from recipes.speech_llm import Lsm, SpeechLLM
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,8 @@ from corpus_files import clip, json_lines, parquet, write
 from datasets import Audio, ClassLabel, Features, Value
 
 from dataset_builders.corpus import RefusedRowError
-from recipes.evaluation.tasks import load_tasks, override, read_rows, relocate
+from recipes.evaluation.questions import read_rows
+from recipes.evaluation.tasks import load_tasks, override, relocate
 
 TASKS = load_tasks()
 

@@ -12,6 +12,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from dataset_builders.nano_tasks import answers
 from recipes.evaluation import results
+from recipes.evaluation.questions import read_rows
 from recipes.evaluation.results import (
     collect,
     compare,
@@ -28,7 +29,7 @@ from recipes.evaluation.results import (
     write,
 )
 from recipes.evaluation.systems import SYSTEMS
-from recipes.evaluation.tasks import load_tasks, override, read_rows
+from recipes.evaluation.tasks import load_tasks, override
 
 TASKS = load_tasks()
 

@@ -5,8 +5,9 @@ import pytest
 from dataset_builders.nano_tasks import QUESTION_TASKS, answers
 from recipes.evaluation.following import is_copy
 from recipes.evaluation.kinds import is_correct as has_its_form
+from recipes.evaluation.questions import read_rows
 from recipes.evaluation.scoring import LOWER_IS_BETTER, MAIN, choices, is_correct, read_label, score, score_pool
-from recipes.evaluation.tasks import KINDS, load_tasks, override, read_rows
+from recipes.evaluation.tasks import KINDS, load_tasks, override
 
 TASKS = load_tasks()
 SPOKEN = "the farmer proudly repaired the old clock in the attic"

@@ -3,9 +3,10 @@
 import pytest
 
 from dataset_builders.instructions import TRANSCRIPTION, load_pool
+from recipes.evaluation.questions import read_rows
 from recipes.evaluation.results import STYLES
 from recipes.evaluation.systems import SYSTEMS, shuffle_clips, swap_instructions, transcription_rows
-from recipes.evaluation.tasks import load_tasks, override, read_rows
+from recipes.evaluation.tasks import load_tasks, override
 from recipes.speech_llm import HEARD
 
 TASKS = load_tasks()

@@ -11,7 +11,8 @@ from dataset_builders.building import draw_rows
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
 from dataset_builders.nano_tasks import QUESTION_TASKS, answers, is_correct
 from recipes.evaluation.constraints import draw_constraint
-from recipes.evaluation.tasks import GROUPS, KINDS, ROW, choose_tasks, load_tasks, override, read_rows, relocate
+from recipes.evaluation.questions import ROW, read_rows
+from recipes.evaluation.tasks import GROUPS, KINDS, choose_tasks, load_tasks, override, relocate
 
 TASKS = load_tasks()
 PLAIN = {
