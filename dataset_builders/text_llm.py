@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from tokenizers import AddedToken
 from transformers import (
@@ -40,8 +41,12 @@ def make_room(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Give the placeholder an embedding, a new one only if the LLM has no spare ones. Returns its id."""
     audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
     if audio_token_id >= llm.get_input_embeddings().num_embeddings:
-        # The new row is never read (speech replaces it) nor written (suppressed), so any value will do.
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        # The new row is never read (speech replaces it) nor written (suppressed), but it has a share in every
+        # likelihood: none that differs from one loading to the next.
+        with torch.no_grad():
+            for embeddings in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+                embeddings.weight[audio_token_id:].zero_()
     never_write(llm.generation_config, audio_token_id, tokenizer.pad_token_id)
     return audio_token_id
 

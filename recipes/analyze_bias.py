@@ -127,7 +127,9 @@ def write(output: Path, bias: dict, label: str, beside: dict[str, dict] | None =
         figures.plot_similarity(bias["similarity"], output / "similarity")
         caption = "How alike speech and transcript are inside the LLM (CKA; cosine of the token most alike)."
         blocks.append(Picture(output / "similarity", caption, "Lines over layers and maps of tokens"))
-    blocks.append(Facts({key: bias[key] for key in ("model", "data", "hear", "target", "checker") if key in bias}))
+    blocks.append(
+        Facts({key: bias[key] for key in ("model", "data", "source", "hear", "target", "checker") if key in bias})
+    )
     write_page(output / "report.html", f"Where the answers of {label} come from", f"{bias['rows']} rows", blocks)
 
 
@@ -154,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--data", required=True, help="self-powered set, or ASR corpus: folder, manifest or Hub id")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", help="`test` if there is one, else the first")
     parser.add_argument("--output", required=True)
     parser.add_argument("--hear", choices=("audio", "transcript"), default="audio")
     parser.add_argument("--target", choices=TARGETS, default="response", help="which response is traced")
@@ -184,8 +186,8 @@ def main() -> None:
     if len(traced) < len(rows):
         logger.warning("%d of %d rows have an empty response and are not traced", len(rows) - len(traced), len(rows))
     bias = analyze(llm, traced, args.hear, batch_size=args.batch_size)
-    about = {"model": llm.name, "data": args.data, "split": args.split, "hear": args.hear, "target": args.target}
-    bias |= behave(rows, answers, args.checker) | about
+    about = {"model": llm.name, "data": args.data, "source": rows[0]["source"], "hear": args.hear}
+    bias |= behave(rows, answers, args.checker) | about | {"target": args.target}
     label = args.label or llm.name
     if label in beside:
         label = f"{label} (this run)"

@@ -26,7 +26,7 @@ from pathlib import Path
 from dataset_builders.exchange import Reply
 from dataset_builders.instructions import TRANSCRIPTION
 from recipes.audio_features import AudioFeatureStore
-from recipes.evaluation import results
+from recipes.evaluation import pages, results, tables
 from recipes.evaluation.answers import answer, to_parquet
 from recipes.evaluation.questions import read_rows
 from recipes.evaluation.scoring import choices, is_correct
@@ -84,10 +84,17 @@ class Evaluation:
             for system in SYSTEMS.values()
             if (system.name in self.systems or not self.systems) and system.checkpoint in there
         ]
-        if "base" not in self.checkpoints and not self.systems:  # it would be the text LLM itself
-            self.chosen = [system for system in self.chosen if system.name != "model_reading"]
+        if "base" not in self.checkpoints:
+            self.chosen = self._without_base()
         self.paths = there
         self._open: tuple[str, SpeechLLM] | None = None
+
+    def _without_base(self) -> list[System]:
+        """The systems where the checkpoint has to stand for the text LLM that it was: said in its label."""
+        logger.info("no --base: the checkpoint itself reads the transcripts, which may not be what its text LLM could")
+        label = "the checkpoint itself, reads the transcript (no --base was named)"
+        named = [dataclasses.replace(s, label=label) if s.name == "text_llm" else s for s in self.chosen]
+        return [system for system in named if self.systems or system.name != "model_reading"]
 
     def llm(self, checkpoint: str) -> SpeechLLM:
         """One of the checkpoints; one is held at a time."""
@@ -121,7 +128,7 @@ class Evaluation:
             raise ValueError("nothing could be asked: no system here can do without a transcript.")
         found = results.collect(self.tasks, self.chosen, asked, answers) | {"checkpoints": self.settings["checkpoints"]}
         to_parquet(list(self._records(asked, answers)), self.output / "predictions.parquet")
-        results.write(self.output, found, asked, answers)
+        pages.write(self.output, found, asked, answers)
         return found
 
     def limit_of(self, task: Task) -> int | None:
@@ -182,19 +189,15 @@ class Evaluation:
     def _records(self, asked: dict, answers: dict):
         for (task, system), records in answers.items():
             for row, record in zip(asked[task, system], records, strict=True):
-                kept = {key: row[key] for key in ("id", "transcript", "references")}
-                said = {key: record[key] for key in ("response", "constrained", "finished", "seconds")}
-                yield (
-                    kept
-                    | said
-                    | {
-                        "task": task,
-                        "system": system,
-                        "part": row["task"],
-                        "instruction": record["asked"],
-                        "correct": is_correct(row, record["response"]),
-                    }
-                )
+                yield {
+                    "task": task,
+                    "system": system,
+                    "part": row["task"],
+                    "instruction": record["asked"],
+                    "correct": is_correct(row, record["response"]),
+                    **{key: row[key] for key in ("id", "transcript", "references")},
+                    **{key: record[key] for key in ("response", "constrained", "finished", "seconds")},
+                }
 
     @cached_property
     def settings(self) -> dict:
@@ -293,7 +296,7 @@ def main() -> None:
         dtype=args.dtype,
     )
     found = run.run()
-    print(results.markdown(found))
+    print(tables.markdown(found))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ PAPER = {
     "axes.spines.right": False,
 }
 WIDTH = 3.5  # inches
+MOST_BARS = 30  # more of them take twice the width
 
 # A model keeps its look in every figure: by how its label begins, or the next one that is free.
 LINES = {
@@ -193,7 +194,8 @@ def plot_bars(
     if not groups:
         known = dict.fromkeys(group for found in scores.values() for group in found)
         raise ValueError(f"no score for {', '.join(order)}; expected some of {', '.join(known)}.")
-    figure = Figure(figsize=(WIDTH, 2.4), layout="constrained")
+    bars = len(systems) * len(groups)
+    figure = Figure(figsize=(WIDTH if bars <= MOST_BARS else 2 * WIDTH, 2.4), layout="constrained")
     axes = figure.subplots()
     width = 0.84 / len(systems)
     for offset, system in enumerate(systems):

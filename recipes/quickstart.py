@@ -212,7 +212,7 @@ class Quickstart:
             bias = analyze(llm, traced, hear, store if hear == "audio" else None)
             asked = [row for row in rows if (name, row["id"]) in answers]
             said = [answers[name, row["id"]]["response"] for row in asked]
-            about = {"model": path, "data": "corpus", "split": "test", "hear": hear, "target": "response"}
+            about = {"model": path, "data": "corpus", "source": rows[0]["source"], "hear": hear, "target": "response"}
             biases[STYLES[name][0]] = bias | behave(asked, said, CHECKER) | about
             write(folder / name, biases[STYLES[name][0]], STYLES[name][0], dict(list(biases.items())[:-1]))
 

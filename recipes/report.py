@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from dataset_builders.asr_corpora import load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS
 from recipes import figures
-from recipes.evaluation.results import NOTE, comparisons, playable, summary, to_markdown
+from recipes.evaluation.pages import playable
+from recipes.evaluation.tables import NOTE, comparisons, summary, to_markdown
 from recipes.page import Examples, Facts, Picture, Table, Text, write_page
 
 # Dark to light with hatching: told apart in grey, too.

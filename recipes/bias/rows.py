@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import load_dataset
+from datasets import get_dataset_split_names, load_dataset
 
 from dataset_builders.asr_corpora import PRESETS, load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, draw_fraction
@@ -17,42 +17,51 @@ TARGETS = ("response", "own")
 
 
 def load_rows(
-    data: str, split: str, limit: int, tasks: Sequence[str] = SELF_POWERED_TASKS, seed: int = 0
+    data: str, split: str | None, limit: int, tasks: Sequence[str] = SELF_POWERED_TASKS, seed: int = 0
 ) -> list[dict]:
     """At most `limit` rows with one of `tasks`, evenly over them.
 
     Args:
         data: a finished self-powered set (folder or Hub id), whose responses are kept; or an ASR corpus, as
             `open_corpus` opens it, whose utterances get a task in a held-out wording and no response yet.
-        split: of either.
+        split: of either; `test` if None and there is one, else the first.
 
     Raises:
         ValueError: a limit below 1, none of the tasks, or as the readers do.
     """
     if limit < 1:
         raise ValueError(f"{limit=} must be 1 or more.")
-    if is_self_powered(data, split):
-        rows = [row for row in load_self_powered(data, "all", split) if row["task"] in tasks]
-        rows.sort(key=lambda row: draw_fraction(seed, "bias rows", row["id"]))
-        turns = itertools.zip_longest(*([row for row in rows if row["task"] == task] for task in tasks))
-        rows = [row for turn in turns for row in turn if row is not None]
+    splits = self_powered_splits(data)
+    split = split or ("test" if not splits or "test" in splits else splits[0])
+    if splits:
+        dataset = load_self_powered(data, "all", split)
+        rows = dataset.select(_spread(dataset["task"], dataset["id"], tasks, seed)[:limit]).to_list()
     else:
         rows = held_out_rows(load_corpus(data, split, limit=limit), tasks, seed)
-        rows = [row for row in rows if row["task"] != TRANSCRIPTION]
+        rows = [row for row in rows if row["task"] != TRANSCRIPTION][:limit]
     if not rows:
         raise ValueError(f"{data} ({split}) has no row of {list(tasks)}.")
-    return rows[:limit]
+    return rows
 
 
-def is_self_powered(data: str, split: str) -> bool:
-    """Whether `data` is a self-powered set: it has a configuration `all` with instructions and responses."""
+def self_powered_splits(data: str) -> list[str]:
+    """The splits of a self-powered set, of which a configuration `all` has instructions and responses; of anything
+    else none."""
     if data in PRESETS or data == "nano" or Path(data).is_file():
-        return False
+        return []
     try:
-        stream = load_dataset(data, "all", split=split, streaming=True)
-    except (ValueError, OSError):  # no such configuration or split, no such data set: whoever reads it will say
-        return False
-    return {"instruction", "response"} <= set(stream.column_names or ())
+        splits = get_dataset_split_names(data, "all")
+        stream = load_dataset(data, "all", split=splits[0], streaming=True)
+    except (ValueError, OSError):  # no such configuration, or no such data set: whoever reads it will say
+        return []
+    return splits if {"instruction", "response"} <= set(stream.column_names or ()) else []
+
+
+def _spread(task_of: Sequence[str], ids: Sequence[str], tasks: Sequence[str], seed: int) -> list[int]:
+    """Places of the rows with one of `tasks`, in an order in which the tasks take turns."""
+    places = sorted(range(len(ids)), key=lambda place: draw_fraction(seed, "bias rows", ids[place]))
+    turns = itertools.zip_longest(*([place for place in places if task_of[place] == task] for task in tasks))
+    return [place for turn in turns for place in turn if place is not None]
 
 
 def with_targets(

@@ -71,7 +71,7 @@ def test_a_run_writes_numbers_pictures_and_a_page(analyzed, checkpoints, set_dir
     output, bias = analyzed(name, hear)
     check(bias, RUNS[name, hear])
     assert bias["following"] is not None and bias["checker"] == NANO_CHECKER
-    about = {"model": checkpoints[name].name, "data": str(set_dir), "split": "train", "hear": hear}
+    about = {"model": checkpoints[name].name, "data": str(set_dir), "source": "noise/train", "hear": hear}
     assert about.items() <= bias.items() and bias["target"] == "response"
     pictures = ["layers", "composition"] + ["similarity"] * (hear == "audio")
     written = {f"{picture}.{kind}" for picture in pictures for kind in ("png", "svg")}

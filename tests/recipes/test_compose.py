@@ -46,6 +46,15 @@ def test_a_responder_without_a_revision_is_refused(source, tmp_path):
         identify(str(tmp_path) if source == "empty folder" else source)
 
 
+def test_a_new_embedding_is_the_same_whenever_it_is_made(compose_tiny, whisper_dir, llm_dir):
+    """It has a share in every likelihood; a random one would change figures from one loading to the next."""
+    first, second = (compose_tiny(str(whisper_dir), str(llm_dir))[0] for _ in range(2))
+    assert first.config.audio_token_id == first.lm_head.out_features - 1
+    for model in (first, second):
+        assert not model.lm_head.weight[-1].any()
+        assert not model.get_input_embeddings().weight[-1].any()
+
+
 def test_spare_embeddings_are_used_before_new_ones(compose_tiny, whisper_dir, llm_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(llm_dir)
     llm = AutoModelForCausalLM.from_pretrained(llm_dir)

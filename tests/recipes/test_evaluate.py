@@ -75,9 +75,8 @@ def whole(lsm_dir, llm_dir, corpus_dir, tmp_path_factory):
 def test_a_run_leaves_answers_figures_a_card_and_a_page(whole):
     assert {file.name for file in whole.iterdir()} == {
         "answers",
-        "following.png",
-        "following.svg",
         "model_index.yaml",
+        *(f"{task}.{kind}" for task in ("nano", "nano_questions") for kind in ("png", "svg")),
         "predictions.parquet",
         "report.html",
         "results.json",
@@ -287,7 +286,7 @@ def scripted(heard, monkeypatch):
     monkeypatch.setattr(Scripted, "closed", [])
     monkeypatch.setattr(recipe, "load", Scripted)
     monkeypatch.setattr(recipe, "load_recogniser", Scripted)
-    monkeypatch.setattr(recipe.results, "draw", lambda *_: [])  # it takes longest
+    monkeypatch.setattr(recipe.pages, "draw", lambda *_: [])  # it takes longest
     return Scripted
 
 

@@ -11,24 +11,12 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from dataset_builders.nano_tasks import answers
-from recipes.evaluation import results
+from recipes.evaluation import pages
+from recipes.evaluation.pages import draw, examples, playable, write
 from recipes.evaluation.questions import read_rows
-from recipes.evaluation.results import (
-    collect,
-    compare,
-    comparisons,
-    details,
-    examples,
-    figures_of,
-    markdown,
-    model_index,
-    relative,
-    show,
-    summary,
-    to_markdown,
-    write,
-)
+from recipes.evaluation.results import collect, compare, figures_of, relative
 from recipes.evaluation.systems import SYSTEMS
+from recipes.evaluation.tables import comparisons, details, markdown, model_index, show, summary, to_markdown
 from recipes.evaluation.tasks import load_tasks, override
 
 TASKS = load_tasks()
@@ -352,9 +340,9 @@ def test_what_is_written(rows, tmp_path):
     found, asked, answered = found_of({"nano": rows["nano"]}, text_llm=right, model=parrot)
     write(tmp_path, found, asked, answered)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "following.png",
-        "following.svg",
         "model_index.yaml",
+        "nano.png",
+        "nano.svg",
         "report.html",
         "results.json",
         "results.md",
@@ -365,14 +353,14 @@ def test_what_is_written(rows, tmp_path):
 
 def test_bars_of_two_pools_do_not_stand_in_for_each_other(rows, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(results.figures, "plot_bars", lambda scores, stem, order, *_: drawn.update({stem.name: order}))
+    monkeypatch.setattr(pages.figures, "plot_bars", lambda scores, stem, order, *_: drawn.update({stem.name: order}))
     some = {"nano": rows["nano"], "mine": rows["nano"]}
     asked = {(name, "model"): rows["nano"] for name in some}
     answered = {key: said(rows["nano"], right) for key in asked}
     tasks = [TASKS["nano"], dataclasses.replace(TASKS["nano"], name="mine")]
-    results.draw(collect(tasks, [SYSTEMS["model"]], asked, answered), tmp_path)
-    assert len(drawn["following"]) == 2 * (1 + len({row["task"] for row in rows["nano"]}))
-    assert {"nano\nfollowing", "mine\nfollowing", "nano: transcription\nwer"} <= set(drawn["following"])
+    draw(collect(tasks, [SYSTEMS["model"]], asked, answered), tmp_path)
+    assert len(drawn["nano"]) == len(drawn["mine"]) == 1 + len({row["task"] for row in rows["nano"]})
+    assert {"all, following", "transcription, wer"} <= set(drawn["nano"])
 
 
 def test_examples_are_one_of_every_question_with_all_answers_and_a_playable_clip(rows):
@@ -395,5 +383,5 @@ def test_examples_are_one_of_every_question_with_all_answers_and_a_playable_clip
 
 
 def test_a_clip_of_any_rate_and_form_is_made_playable():
-    wav = results.playable({"bytes": clip(1, rate=8000), "path": None})
+    wav = playable({"bytes": clip(1, rate=8000), "path": None})
     assert wav[:4] == b"RIFF" and int.from_bytes(wav[24:28], "little") == 16_000

@@ -1,0 +1,128 @@
+"""Figures side by side: tables for readers, Markdown, and what a model card says of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from recipes.evaluation.scoring import LOWER_IS_BETTER, MAIN
+
+PERCENT = ("wer", "cer", "accuracy", "accuracy_constrained", "macro_f1", "f1", "exact_match", "following", "unparsed")
+PERCENT += ("transcript_copy", "truncated", "right")
+# As the Hub's task types have them.
+HUB_TASKS = {"asr": "automatic-speech-recognition", "st": "translation", "slu": "text-classification"}
+HUB_TASKS |= {"qa": "question-answering"}
+
+
+def main_figure(figures: Mapping[str, dict]) -> str | None:
+    """The name of the figure that stands for a task."""
+    return next((name for name in MAIN if name in figures), None)
+
+
+def show(name: str, figure: Mapping | None) -> str:
+    """A figure and its interval in a cell."""
+    if figure is None:
+        return "–"
+    scale, unit = (100, " %") if name in PERCENT else (1, "")
+    value, low, high = (scale * figure[key] for key in ("value", "low", "high"))
+    return f"{value:.1f}{unit} ({low:.1f}–{high:.1f})"
+
+
+def summary(found: dict) -> tuple[list[str], list[list[str]]]:
+    """One row for every task and part, one column for every system: the figure that stands for it."""
+    systems = list(found["systems"])
+    header, lines = ["task", "figure", *systems], []
+    for name, task in found["tasks"].items():
+        for part, by_system in by_part(task).items():
+            figure = next(filter(None, (main_figure(figures) for figures in by_system.values())), None)
+            if figure is None:
+                continue
+            cells = [show(figure, by_system.get(system, {}).get(figure)) for system in systems]
+            label = f"{name}: {part}" if part else name
+            arrow = "↓" if figure in LOWER_IS_BETTER else "↑"
+            lines.append([label, f"{figure} {arrow}", *cells])
+    return header, lines
+
+
+def by_part(task: dict) -> dict[str, dict[str, dict]]:
+    """Figures by part ("" is the whole) and system."""
+    parts: dict[str, dict[str, dict]] = {"": {name: system["figures"] for name, system in task["systems"].items()}}
+    for name, system in task["systems"].items():
+        for part, scored in system.get("parts", {}).items():
+            parts.setdefault(part, {})[name] = scored["figures"]
+    return parts
+
+
+def details(task: dict) -> tuple[list[str], list[list[str]]]:
+    """Every figure of a task: one row for every system and part."""
+    names = list(dict.fromkeys(n for by in by_part(task).values() for scored in by.values() for n in scored))
+    lines = []
+    for part, by_system in by_part(task).items():
+        for system, scored in by_system.items():
+            whole = task["systems"][system]
+            last = [show("truncated", whole["truncated"]), show("rtfx", whole.get("rtfx"))] if not part else ["", ""]
+            lines.append([system, part or "all", *(show(name, scored.get(name)) for name in names), *last])
+    return ["system", "question", *names, "truncated", "× real time"], lines
+
+
+def comparisons(found: dict) -> tuple[list[str], list[list[str]]]:
+    """Forgetting and text kept, task by task, in per cent of the text LLM's share right."""
+    lines = []
+    for name, task in found["tasks"].items():
+        if task["comparisons"]:
+            cells = (task["comparisons"].get(key) for key in ("forgetting", "text_kept"))
+            lines.append([name, *("–" if cell is None else _change(cell) for cell in cells)])
+    return ["task", "speech against the text LLM", "reading against the text LLM"], lines
+
+
+def _change(cell: Mapping) -> str:
+    value, low, high = (100 * cell[key] for key in ("value", "low", "high"))
+    return f"{value:+.1f} % ({low:+.1f} to {high:+.1f})"
+
+
+def to_markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
+
+
+NOTE = (
+    "In brackets 95 % intervals, rows resampled. ↑ higher is better, ↓ lower is. Shuffled, silence and swapped "
+    "are controls: a model that listens and does what it is told must fail there."
+)
+
+
+def markdown(found: dict) -> str:
+    """`results.md`."""
+    parts = [f"# {found['checkpoints']['model']}", NOTE, to_markdown(*summary(found))]
+    if comparisons(found)[1]:
+        parts += ["Relative change of the share of right answers:", to_markdown(*comparisons(found))]
+    for name, task in found["tasks"].items():
+        about = f"{task['description']} {task['rows']} questions about {task['utterances']} clips of {task['corpus']}."
+        prompts = "\n\n".join("> " + prompt.replace("\n", "\n> ") for prompt in task["prompts"])
+        parts += [f"## {name}", about, prompts, to_markdown(*details(task))]
+    return "\n\n".join(parts) + "\n"
+
+
+def model_index(found: dict) -> str:
+    """The model's figures as YAML for the head of its card."""
+    listed = [
+        EvalResult(
+            task_type=HUB_TASKS.get(task["group"], "text-generation"),
+            dataset_type=Path(task["corpus"]).name if Path(task["corpus"]).exists() else task["corpus"],
+            dataset_name=name,
+            dataset_config=task["config"],
+            dataset_split=task["split"],
+            metric_type=figure,
+            # The Hub has one name for all that is asked of one corpus: what tells the tasks apart stands here.
+            metric_name=f"{name}, {part}: {figure}" if part else f"{name}: {figure}",
+            metric_value=value["value"],
+            metric_args={"low": value["low"], "high": value["high"]},
+        )
+        for name, task in found["tasks"].items()
+        for part, by_system in by_part(task).items()
+        for figure, value in by_system.get("model", {}).items()
+    ]
+    if not listed:
+        return ""
+    name = Path(found["checkpoints"]["model"]).name
+    return ModelCardData(model_name=name, eval_results=listed).to_yaml() + "\n"
