@@ -44,7 +44,7 @@ from recipes.compose import compose
 from recipes.evaluate import Evaluation
 from recipes.evaluation.questions import read_rows
 from recipes.evaluation.tasks import load_tasks, override
-from recipes.report import STYLES, percent, read_lines, scores_of, table, write_report
+from recipes.report import LABELS, NAMES, percent, read_lines, scores_of, table, write_report
 from recipes.speech_llm import load
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,6 @@ logger = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "configs"
 CHECKER = "dataset_builders.nano_tasks"
 MODELS = ("vanilla", "self_powered")
-MODEL_NAMES = {"model": "self_powered", "model_reading": "self_powered_reading"}  # of systems, in this report
 TRACED = {"text_llm": "base", "vanilla": "training/vanilla", "self_powered": "training/self_powered"}
 NEEDED_BYTES = 4 * 2**30
 
@@ -213,24 +212,23 @@ class Quickstart:
             asked = [row for row in rows if (name, row["id"]) in answers]
             said = [answers[name, row["id"]]["response"] for row in asked]
             about = {"model": path, "data": "corpus", "source": rows[0]["source"], "hear": hear, "target": "response"}
-            biases[STYLES[name][0]] = bias | behave(asked, said, CHECKER) | about
-            write(folder / name, biases[STYLES[name][0]], STYLES[name][0], dict(list(biases.items())[:-1]))
+            biases[LABELS[name]] = bias | behave(asked, said, CHECKER) | about
+            write(folder / name, biases[LABELS[name]], LABELS[name], dict(list(biases.items())[:-1]))
 
     def answers(self) -> dict[tuple[str, str], dict]:
         """What was answered to the nano tasks, by model and row."""
         records = Dataset.from_parquet(str(self.folder / "predictions" / "predictions.parquet"))
-        return {(MODEL_NAMES.get(record["system"], record["system"]), record["id"]): record for record in records}
+        return {(NAMES.get(record["system"], record["system"]), record["id"]): record for record in records}
 
     def report(self) -> dict:
         """`report.json`, `report.md`, `report.html`, plots, `predictions.parquet` and `example.wav`."""
         results = json.loads((self.folder / "predictions" / "results.json").read_text(encoding="utf-8"))
         report = {
-            MODEL_NAMES.get(system, system): scores_of(found)
-            for system, found in results["tasks"]["nano"]["systems"].items()
+            NAMES.get(system, system): scores_of(found) for system, found in results["tasks"]["nano"]["systems"].items()
         }
         questions = results["tasks"]["nano_questions"]["systems"]
         report["unseen_tasks"] = {
-            MODEL_NAMES.get(name, name): scores_of(questions[name]) for name in ("text_llm", "vanilla", "model")
+            NAMES.get(name, name): scores_of(questions[name]) for name in ("text_llm", "vanilla", "model")
         }
         records = [
             {key: record[key] for key in ("id", "instruction", "transcript", "response", "correct")}

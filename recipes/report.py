@@ -11,20 +11,21 @@ from matplotlib.figure import Figure
 from dataset_builders.asr_corpora import load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS
 from recipes import figures
-from recipes.evaluation.pages import playable
+from recipes.evaluation.pages import STYLES, playable
 from recipes.evaluation.tables import NOTE, comparisons, summary, to_markdown
 from recipes.page import Examples, Facts, Picture, Table, Text, write_page
 
-# Dark to light with hatching: told apart in grey, too.
-STYLES = {
-    "text_llm": ("text LLM (reads the transcript)", "#1b3a4b", ""),
-    "cascade": ("cascade: the self-powered LSM transcribes, the text LLM reads", "#5b7c8d", "\\\\"),
-    "self_powered": ("self-powered LSM", "#2a9d8f", "//"),
-    "vanilla": ("vanilla LSM (transcription only)", "#e9a23b", ".."),
-    "self_powered_reading": ("self-powered LSM, reads the transcript", "#8ecfc5", "--"),
-    "shuffled": ("self-powered, another sentence's clip", "#cccccc", "xx"),
-    "silence": ("self-powered, silence", "#eeeeee", ""),
-    "swapped": ("self-powered, another task's instruction", "#f5e6cc", "++"),
+# Names that this report has of its own for systems of `recipes.evaluate`.
+NAMES = {"model": "self_powered", "model_reading": "self_powered_reading"}
+LABELS = {
+    "text_llm": "text LLM (reads the transcript)",
+    "cascade": "cascade: the self-powered LSM transcribes, the text LLM reads",
+    "self_powered": "self-powered LSM",
+    "vanilla": "vanilla LSM (transcription only)",
+    "self_powered_reading": "self-powered LSM, reads the transcript",
+    "shuffled": "self-powered, another sentence's clip",
+    "silence": "self-powered, silence",
+    "swapped": "self-powered, another task's instruction",
 }
 COMPARED = ("text_llm", "self_powered", "vanilla")
 
@@ -55,7 +56,7 @@ def table(report: dict) -> str:
 
 def _overview(report: dict) -> tuple[list[str], list[list[str]]]:
     lines = []
-    for name, (label, _, _) in STYLES.items():
+    for name, label in LABELS.items():
         if scores := report.get(name):
             interval = "–".join(percent(bound) for bound in scores.get("following_interval", ())) or "–"
             figures_ = [percent(scores["following"]), interval]
@@ -70,7 +71,7 @@ def _questions(unseen: dict) -> tuple[list[str], list[list[str]]]:
     for name in COMPARED:
         if scores := unseen.get(name):
             shares = [percent(scores["tasks"].get(task)) for task in tasks]
-            lines.append([STYLES[name][0], *shares, percent(scores.get("transcript_copy"))])
+            lines.append([LABELS[name], *shares, percent(scores.get("transcript_copy"))])
     return ["", *tasks, "transcript copies"], lines
 
 
@@ -78,7 +79,7 @@ def _attention(biases: Mapping[str, dict]) -> tuple[list[str], list[list[str]]]:
     """Shares of the saliency and of the attention, means over the layers."""
     lines = []
     for name, bias in biases.items():
-        cells = [STYLES[name][0]]
+        cells = [LABELS[name]]
         for figure in ("layers", "attention"):
             for role in ("instruction", "speech"):
                 cells.append(percent(float(np.mean([layer[role] for layer in bias[figure]]))))
@@ -99,12 +100,13 @@ def read_lines(path: Path) -> list[dict]:
 def plot_following(results: Mapping, folder: Path) -> None:
     """Bars: share right per task, and transcript copies, for text LLM, vanilla and self-powered."""
     systems, scores = results["tasks"]["nano"]["systems"], {}
-    for system, name in (("text_llm", "text_llm"), ("model", "self_powered"), ("vanilla", "vanilla")):
+    for system, name in ((system, NAMES.get(system, system)) for system in ("text_llm", "model", "vanilla")):
         parts = systems[system]["parts"]
         scores[name] = {task: parts[task]["figures"]["right"] for task in SELF_POWERED_TASKS if task in parts}
         if "transcript_copy" in systems[system]["figures"]:
             scores[name]["transcript copies"] = systems[system]["figures"]["transcript_copy"]
-    styles = {name: STYLES[name] for name in COMPARED}
+    styles = {NAMES.get(system, system): style for system, style in STYLES.items()}
+    styles = {name: (LABELS[name], *styles[name][1:]) for name in COMPARED}
     title = "Who does what is asked, who copies the transcript?"
     order = [*SELF_POWERED_TASKS, "transcript copies"]
     figures.plot_bars(scores, folder / "following", order, styles, "share of answers", title)
@@ -115,8 +117,9 @@ def plot_training(training: Path, stem: Path) -> None:
     """Loss and following rate over the steps of both trainings."""
     figure = Figure(figsize=(figures.WIDTH, 2.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, line in (("self_powered", "-"), ("vanilla", "--")):
-        label, color, _ = STYLES[name]
+    for system, line in (("model", "-"), ("vanilla", "--")):
+        name, color = NAMES.get(system, system), STYLES[system][1]
+        label = LABELS[name]
         losses = [(row["step"], row["loss"]) for row in read_lines(training / name / "log.jsonl") if "loss" in row]
         left.plot(*zip(*losses, strict=True), line, color=color, label=label)
         looks = [(row["step"], row["following"]) for row in read_lines(training / name / "following.jsonl")]
@@ -144,7 +147,7 @@ def examples(folder: Path, records: Sequence[dict]) -> list[dict]:
                 "instruction": record["instruction"],
                 "transcript": record["transcript"],
                 "audio": playable(clips[record["id"].removesuffix(f"/{task}")]),
-                "answers": [(STYLES[name][0], said[name]["response"], said[name]["correct"]) for name in said],
+                "answers": [(LABELS[name], said[name]["response"], said[name]["correct"]) for name in said],
             }
         )
     return items
@@ -182,7 +185,7 @@ def write_report(
     """
     plot_following(results, folder)
     plot_training(folder / "training", folder / "training")
-    figures.plot_layers({STYLES[name][0]: bias for name, bias in biases.items()}, folder / "layers")
+    figures.plot_layers({LABELS[name]: bias for name, bias in biases.items()}, folder / "layers")
     if biases["self_powered"]["similarity"]:
         figures.plot_similarity(biases["self_powered"]["similarity"], folder / "similarity")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from recipes import figures
+from recipes.evaluation.pages import STYLES
 from recipes.figures import LINES, PARTS, plot_bars, plot_composition, plot_layers, plot_similarity
-from recipes.report import STYLES
 
 
 def bias(layers=4, instruction=0.2):
