@@ -3,8 +3,8 @@
 import pytest
 
 from dataset_builders.instructions import TRANSCRIPTION, load_pool
+from recipes.evaluation.pages import STYLES
 from recipes.evaluation.questions import read_rows
-from recipes.evaluation.results import STYLES
 from recipes.evaluation.systems import SYSTEMS, shuffle_clips, swap_instructions, transcription_rows
 from recipes.evaluation.tasks import load_tasks, override
 from recipes.speech_llm import HEARD
