@@ -120,7 +120,7 @@ def write(output: Path, bias: dict, label: str, beside: dict[str, dict] | None =
     blocks = [
         Text(DEFINITIONS, "What is measured"),
         Picture(output / "layers", "Share of the instruction and of the speech, layer by layer.", "Lines over layers"),
-        Table("Behaviour on the same rows", ["", "following", "transcript copies", "rows"], _behaviour(together)),
+        Table("Behaviour", ["", "following", "transcript copies", "rows traced"], _behaviour(together)),
         Picture(output / "composition", "All of the saliency, layer by layer.", "Stacked bars over layers"),
     ]
     if bias.get("similarity"):
