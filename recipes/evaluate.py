@@ -2,7 +2,7 @@
 
     python -m recipes.evaluate --model runs/quickstart/checkpoint --base runs/quickstart/base --tasks nano \
         --vanilla runs/quickstart/training/vanilla --output runs/evaluation
-    python -m recipes.evaluate --model Qwen/Qwen2-Audio-7B-Instruct --tasks asr st --output runs/qwen2_audio
+    python -m recipes.evaluate --model Qwen/Qwen2-Audio-7B-Instruct --tasks librispeech_clean --output runs/qwen2_audio
     python -m recipes.evaluate --list
 
 `--model` is an LSM or another speech LLM of transformers. `--tasks` are names or groups of `evaluation/tasks.yaml`;
