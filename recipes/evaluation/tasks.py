@@ -20,7 +20,7 @@ from recipes.evaluation.readers import READERS, Data
 logger = logging.getLogger(__name__)
 
 TASKS_PATH = Path(__file__).with_name("tasks.yaml")
-GROUPS = ("asr", "st", "slu", "qa", "following", "text")
+GROUPS = ("asr", "st", "slu", "qa", "following")
 # How answers are scored; `oracle`: right if equal to any reference, case and marks aside.
 KINDS = (
     "transcription",

@@ -40,7 +40,7 @@ def load_one(folder, **changes):
 
 def test_every_kind_and_group_but_text_has_a_task():
     assert {task.kind for task in TASKS.values()} == set(KINDS)
-    assert {task.group for task in TASKS.values()} == set(GROUPS) - {"text"}
+    assert {task.group for task in TASKS.values()} == set(GROUPS)
 
 
 @pytest.mark.parametrize("name", TASKS)
