@@ -154,10 +154,10 @@ def examples(folder: Path, records: Sequence[dict]) -> list[dict]:
 
 
 CLAIMS = {
-    "tasks": "1. Tasks: recognition, translation, understanding, answering",
-    "following": "2. It follows instructions",
-    "text": "3. What it could with text it still can",
-    "attention": "4. Attention to the instruction",
+    "tasks": "1. What can it do? Recognition, translation, understanding, answering",
+    "following": "2. Does it follow instructions?",
+    "text": "3. Can it still do with text what it could?",
+    "attention": "4. Does attention to the instruction recover?",
 }
 ABOUT = (
     "The same LLM, encoder, clips and number of steps ({steps}) for both LSMs; only the training rows differ. Scored "
