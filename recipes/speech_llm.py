@@ -9,7 +9,6 @@
 import base64
 import inspect
 import io
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,8 +25,6 @@ from dataset_builders.text_llm import make_room, text_processor
 from processing_lsm import load_audio
 from recipes.audio_features import AudioFeatureStore, audio_key
 from recipes.collator import render_prompt, render_response
-
-logger = logging.getLogger(__name__)
 
 HEARD = ("audio", "silence", "transcript")
 MARKS = ("\ue000", "\ue001")  # of private use: no text has them

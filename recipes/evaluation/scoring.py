@@ -72,7 +72,7 @@ def score(rows: Sequence[dict], responses: Sequence[str], constrained: Sequence[
     transcriptions and restatements `transcript_copy`.
 
     Args:
-        rows: as `tasks.read_rows` gives them.
+        rows: as `questions.read_rows` gives them.
         responses: the free answers.
         constrained: the answers among the only ones allowed, None where there were none.
     """

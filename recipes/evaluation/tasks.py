@@ -4,7 +4,6 @@ A task names a corpus, an instruction and where the right answer stands; `questi
 """
 
 import dataclasses
-import logging
 import re
 import string
 import typing
@@ -16,8 +15,6 @@ import yaml
 
 from dataset_builders.transcripts import NORMALIZERS
 from recipes.evaluation.readers import READERS, Data
-
-logger = logging.getLogger(__name__)
 
 TASKS_PATH = Path(__file__).with_name("tasks.yaml")
 GROUPS = ("asr", "st", "slu", "qa", "following")
@@ -261,11 +258,6 @@ def choose_tasks(names: str | Iterable[str], tasks: Mapping[str, Task]) -> list[
 
 def _groups(tasks: Mapping[str, Task]) -> list[str]:
     return [group for group in GROUPS if any(task.group == group for task in tasks.values())]
-
-
-def relocate(task: Task, location: str) -> Task:
-    """The task about another corpus: a manifest, a folder, a Hub id or `nano`."""
-    return override(task, {"corpus": location})
 
 
 def override(task: Task, settings: Mapping[str, str]) -> Task:

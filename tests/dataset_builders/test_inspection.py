@@ -4,13 +4,13 @@ import base64
 import itertools
 import json
 import logging
-from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Audio, Features, Value
+from html_page import Page
 
 from dataset_builders.inspection import (
     COLUMNS,
@@ -222,36 +222,6 @@ def test_the_name_of_a_task_is_not_markup(tmp_path):
 
 
 # The page
-
-
-class Page(HTMLParser):
-    """What the tests look for in a page; fails on a tag that is closed out of turn."""
-
-    VOID = ("meta", "link", "br", "hr", "img", "input")
-
-    def __init__(self, text):
-        super().__init__()
-        self.text, self.open, self.tags, self.words = text, [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data.strip())
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")

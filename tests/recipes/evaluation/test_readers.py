@@ -10,7 +10,7 @@ from datasets import Audio, ClassLabel, Features, Value
 
 from dataset_builders.corpus import RefusedRowError
 from recipes.evaluation.questions import read_rows
-from recipes.evaluation.tasks import load_tasks, override, relocate
+from recipes.evaluation.tasks import load_tasks, override
 
 TASKS = load_tasks()
 
@@ -19,7 +19,7 @@ def asked(name, place, **settings):
     """The rows of a task about a corpus at `place`."""
     limit = settings.pop("limit", None)
     settings = {key.replace("__", "."): value for key, value in settings.items()}
-    return read_rows(override(relocate(TASKS[name], str(place)), settings), limit)
+    return read_rows(override(TASKS[name], {"corpus": str(place), **settings}), limit)
 
 
 def facts(rows, *keys):
@@ -407,7 +407,7 @@ tasks:
 def test_options_may_stand_in_a_column(tmp_path, choices, answer):
     row = {"audio": "a.wav", "transcript": "hm", "question": "What shines?", "choices": choices, "answer": answer}
     write(tmp_path, {"tasks.yaml": CHOICE, "q.jsonl": json_lines(row), "a.wav": clip(1)})
-    rows = read_rows(relocate(load_tasks(tmp_path / "tasks.yaml")["choose"], str(tmp_path / "q.jsonl")))
+    rows = read_rows(override(load_tasks(tmp_path / "tasks.yaml")["choose"], {"corpus": str(tmp_path / "q.jsonl")}))
     assert rows[0]["instruction"] == "What shines?\nA. ice\nB. the sun"
     assert (rows[0]["references"], rows[0]["labels"]) == (["B"], ["ice", "the sun"])
 
@@ -424,7 +424,7 @@ def test_options_that_are_none_are_refused(tmp_path, row, message):
     row = {"audio": "a.wav", "transcript": "hm", "question": "What?", **row}
     write(tmp_path, {"tasks.yaml": CHOICE, "q.jsonl": json_lines(row), "a.wav": clip(1)})
     with pytest.raises(ValueError, match=f"task 'choose', q.jsonl line 1: {message}"):
-        read_rows(relocate(load_tasks(tmp_path / "tasks.yaml")["choose"], str(tmp_path / "q.jsonl")))
+        read_rows(override(load_tasks(tmp_path / "tasks.yaml")["choose"], {"corpus": str(tmp_path / "q.jsonl")}))
 
 
 # What cannot be used

@@ -12,7 +12,7 @@ from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Dra
 from dataset_builders.nano_tasks import QUESTION_TASKS, answers, is_correct
 from recipes.evaluation.constraints import draw_constraint
 from recipes.evaluation.questions import ROW, read_rows
-from recipes.evaluation.tasks import GROUPS, KINDS, choose_tasks, load_tasks, override, relocate
+from recipes.evaluation.tasks import GROUPS, KINDS, choose_tasks, load_tasks, override
 
 TASKS = load_tasks()
 PLAIN = {
@@ -155,7 +155,7 @@ def test_what_is_no_task_is_refused_with_those_there_are(names, message):
 
 
 def test_a_task_can_be_asked_of_another_corpus():
-    task = relocate(TASKS["librispeech_clean"], "clips/asr.jsonl")
+    task = override(TASKS["librispeech_clean"], {"corpus": "clips/asr.jsonl"})
     assert task.data.corpus == "clips/asr.jsonl"
     assert override(task, {"corpus": TASKS["librispeech_clean"].data.corpus}) == TASKS["librispeech_clean"]
 
@@ -279,7 +279,7 @@ def test_the_oracle_must_know_the_language(tmp_path):
     lines = json_lines({"audio": "a.wav", "text": "hello there"})
     place = write(tmp_path, {"asr.jsonl": lines, "a.wav": clip(1)}) / "asr.jsonl"
     with pytest.raises(ValueError, match="task 'nano_intent', asr.jsonl line 1: 'hello there' is not a sentence of"):
-        read_rows(relocate(TASKS["nano_intent"], str(place)))
+        read_rows(override(TASKS["nano_intent"], {"corpus": str(place)}))
     with pytest.raises(ValueError, match=r"yaml has no answers\(task, transcript\); name a module that has"):
         read_rows(override(TASKS["nano_intent"], {"corpus": str(place), "oracle": "yaml"}))
 
