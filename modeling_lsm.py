@@ -277,9 +277,16 @@ class LsmModel(LsmPreTrainedModel):
                 f"The prompt has {expected} audio placeholder tokens, but the audio gives {found} embeddings."
             )
         if speech is None:
-            return inputs_embeds
+            return inputs_embeds + self._nothing_heard() if self.training and not generating else inputs_embeds
         speech = speech.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(placeholders[..., None], speech)
+
+    def _nothing_heard(self) -> torch.Tensor:
+        """Zero, for whose sake tower and projector run on a batch of text. Processes that train together (DDP, FSDP,
+        ZeRO) must all use the same modules, whatever their batches hold, or they wait for each other for ever."""
+        mels = self.config.audio_config.num_mel_bins
+        silence = torch.zeros(1, mels, 2, device=self.get_input_embeddings().weight.device)
+        return 0 * self.get_audio_features(silence, torch.ones(1, 2, device=silence.device)).pooler_output.sum()
 
     @can_return_tuple
     def forward(
@@ -388,7 +395,9 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             input_ids: `(batch, length)` int64; audio placeholders stand where the speech embeddings go.
             attention_mask: `(batch, length)`, 1 for real tokens.
             labels: `(batch, length)` int64, -100 where no loss is wanted; not shifted.
-            logits_to_keep: compute logits for the last so many positions only (0: all), or for these positions.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for these positions
+                `(kept,)`; or, with a bool mask `(batch, length)`, for the positions it names of every row, and then
+                the logits are `(positions, vocabulary)`.
             input_features: `(chunks, mels, frames)` float: log-mel features of all clips in prompt order, at 100
                 frames per second, each clip cut into chunks of at most 30 s. Absent in text-only prompts.
             input_features_mask: `(chunks, frames)`, 1 for real frames, right-padded.
@@ -412,8 +421,14 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             audio_embeds=audio_embeds,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]))
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        elif logits_to_keep.dtype == torch.bool:
+            hidden_states = hidden_states[logits_to_keep]
+        else:
+            hidden_states = hidden_states[:, logits_to_keep]
+        logits = self._scale_logits(self.lm_head(hidden_states))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)

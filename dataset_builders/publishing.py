@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import Audio, Dataset, load_dataset
+from datasets import Audio, Dataset, IterableDataset, load_dataset
 from huggingface_hub import HfApi
 
 from dataset_builders.data_card import REPOSITORY
@@ -81,7 +81,9 @@ def push_to_hub(
     return commit.commit_url
 
 
-def load_self_powered(name: str | Path, config: str = "all", split: str = "train") -> Dataset:
+def load_self_powered(
+    name: str | Path, config: str = "all", split: str = "train", streaming: bool = False
+) -> Dataset | IterableDataset:
     """Open a self-powered set, folder or Hub id: one task's rows, or all of them; audio not decoded.
 
     Raises:
@@ -89,4 +91,7 @@ def load_self_powered(name: str | Path, config: str = "all", split: str = "train
     """
     if Path(name).is_dir() and not (Path(name) / "README.md").is_file():
         raise ValueError(f"{name} has no README.md; expected a folder that `build` has finished.")
-    return load_dataset(str(name), config, split=split).cast_column("audio", Audio(16_000, decode=False))
+    dataset = load_dataset(str(name), config, split=split, streaming=streaming)
+    if "audio" not in (dataset.features or ()):
+        raise ValueError(f"{name} has no column 'audio'; expected a self-powered set, it has {list(dataset.features)}.")
+    return dataset.cast_column("audio", Audio(16_000, decode=False))

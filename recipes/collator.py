@@ -45,17 +45,35 @@ class SpeechResponseCollator:
     """Rows with `instruction`, `response` and a clip → `input_ids`, `attention_mask`, `labels` `(batch, length)` int64,
     right-padded, and the audio inputs of the model.
 
-    The clip is `audio` (decoded here) or, with a store, `audio_key` (its features are read there).
+    The clip is `audio` (decoded here) or, with a store, `audio_key` (its features are read there). A row whose clip is
+    None has its `transcript` in the slot. A batch without any clip has no audio inputs.
+
+    Args:
+        processor: of the LSM.
+        store: of the clips' features.
+        teacher: add the same rows as the text LLM reads them, each with its transcript in the slot, as
+            `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`.
     """
 
     processor: LsmProcessor
     store: AudioFeatureStore | None = None
+    teacher: bool = False
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        audio, num_samples = self._audio(rows)
-        prompts = [render_prompt(self.processor, row) for row in rows]
-        responses = [render_response(self.processor, row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
-        prompts = self.processor.expand_audio_tokens(prompts, num_samples)
+        heard = [row["audio" if self.store is None else "audio_key"] is not None for row in rows]
+        audio, num_samples = self._audio([row for row, hears in zip(rows, heard, strict=True) if hears])
+        spoken = [render_prompt(self.processor, row) for row in rows]
+        responses = [render_response(self.processor, row, prompt) for row, prompt in zip(rows, spoken, strict=True)]
+        read = [render_prompt(self.processor, row, "transcript") if self.teacher or not hears else None
+                for row, hears in zip(rows, heard, strict=True)]  # fmt: skip
+        prompts = [speech if hears else text for speech, text, hears in zip(spoken, read, heard, strict=True)]
+        batch = self._pad(self.processor.expand_audio_tokens(prompts, num_samples), responses)
+        if self.teacher:
+            batch |= {f"teacher_{name}": value for name, value in self._pad(read, responses).items()}
+        return {**batch, **audio}
+
+    def _pad(self, prompts: list[str], responses: list[str]) -> dict[str, torch.Tensor]:
+        """Prompts, each followed by its response, as a batch. A response has the same tokens after any prompt."""
         tokenizer = self.processor.tokenizer
         prompt_ids = tokenizer(prompts, add_special_tokens=False).input_ids
         response_ids = tokenizer(responses, add_special_tokens=False).input_ids
@@ -63,15 +81,24 @@ class SpeechResponseCollator:
         batch = tokenizer.pad(
             {"input_ids": [prompt + response for prompt, response in pairs]}, padding_side="right", return_tensors="pt"
         )
-        labels = [[-100] * len(prompt) + response for prompt, response in pairs]
         length = batch["input_ids"].shape[1]
+        labels = [[-100] * len(prompt) + response for prompt, response in pairs]
         batch["labels"] = torch.tensor([row + [-100] * (length - len(row)) for row in labels])
-        return {**batch, **audio}
+        return dict(batch)
 
     def _audio(self, rows: list[dict]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        if not rows:
+            return {}, []
         if self.store is not None:
             keys = [row["audio_key"] for row in rows]
             return self.store.batch(keys), [self.store.num_samples(key) for key in keys]
-        clips = [load_audio(row["audio"]) for row in rows]
+        clips = [self._load(row) for row in rows]
         features = self.processor.audio_features(clips)
         return {name: torch.from_numpy(value) for name, value in features.items()}, [len(clip) for clip in clips]
+
+    @staticmethod
+    def _load(row: dict):
+        try:
+            return load_audio(row["audio"])
+        except ValueError as error:
+            raise ValueError(f"row {row.get('id')!r} has a clip that cannot be learned from: {error}") from error

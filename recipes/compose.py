@@ -21,6 +21,7 @@ from configuration_lsm import LsmConfig
 from dataset_builders.text_llm import identify, load_tokenizer, make_room
 from modeling_lsm import LsmForConditionalGeneration, LsmProjector
 from processing_lsm import LsmProcessor
+from recipes.model_card import write_base_card
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def compose(
         text: Hub id or folder of a causal LLM, or of a vision-language model, whose LLM is taken. What its tokenizer
             lacks gets a default: a pad token is the EOS token; a chat template is `DEFAULT_CHAT_TEMPLATE`; and where
             the template takes no system message, `FOLD_SYSTEM` puts that into the user's first (`processing_lsm.py`).
-        output: folder to save model, processor and code to, if given.
+        output: folder to save model, processor, code and card to, if given.
         window_frames, window_mode, queries_per_window, audio_padding: as in [`LsmConfig`].
         qformer_layers, qformer_hidden, qformer_heads: size of the Q-Former.
         qformer_ffn: width of its feed-forward layers, four times its hidden size if None.
@@ -95,6 +96,7 @@ def compose(
     if output is not None:
         model.save_pretrained(output)
         processor.save_pretrained(output)
+        write_base_card(output, audio, text, config)
     return model, processor
 
 

@@ -4,8 +4,8 @@
 
 A corpus is spoken, an LSM composed, the LLM inside it answers instructions over the transcripts, and two LSMs are
 trained for the same number of steps: `vanilla` on transcription rows alone, `self_powered` on the LLM's answers. Both
-are asked held-out instructions about held-out speech. Every stage appears under `--output` when it is whole, so an
-interrupted run goes on where it stopped.
+are asked held-out instructions about held-out speech. Every stage appears under `--output` when it is whole, and the
+trainings keep checkpoints, so an interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -44,8 +44,9 @@ from recipes.compose import compose
 from recipes.evaluate import Evaluation
 from recipes.evaluation.questions import read_rows
 from recipes.evaluation.tasks import load_tasks, override
-from recipes.report import LABELS, NAMES, percent, read_lines, scores_of, table, write_report
+from recipes.report import LABELS, NAMES, percent, scores_of, table, write_report
 from recipes.speech_llm import load
+from recipes.training.callbacks import FOLLOWING, LOG, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +65,14 @@ class Stages:
         self.file = folder / "stages.json"
         self.seconds: dict[str, float] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
-    def run(self, name: str, make: Callable[[Path], object]) -> Path:
-        """`folder/name`, made by `make(partial)` unless it is there."""
+    def run(self, name: str, make: Callable[[Path], object], goes_on: bool = False) -> Path:
+        """`folder/name`, made by `make(partial)` unless it is there. What an interrupted run left of it is removed,
+        unless `make` goes on with it."""
         target, partial = self.folder / name, self.folder / f"{name}.partial"
         if target.exists() and name in self.seconds:
             logger.info("%-14s done before", name)
             return target
-        for leftover in (target, partial):
+        for leftover in (target,) if goes_on else (target, partial):
             shutil.rmtree(leftover, ignore_errors=True)
         logger.info("%-14s ...", name)
         start = time.monotonic()
@@ -103,11 +105,12 @@ class Quickstart:
         self.stages.run("base", self.compose)
         self.stages.run("self_powered", self.answer)
         self.stages.run("features", self.encode)
-        self.stages.run("training", self.train)
+        self.stages.run("training", self.train, goes_on=True)
         self.stages.run("predictions", self.evaluate)
         self.stages.run("bias", self.trace)
         trained = self.folder / "training" / "self_powered"
-        self.stages.run("checkpoint", lambda folder: shutil.copytree(trained, folder))
+        leave = shutil.ignore_patterns("checkpoint-*")
+        self.stages.run("checkpoint", lambda folder: shutil.copytree(trained, folder, ignore=leave))
         return self.report()
 
     def speak(self, folder: Path) -> None:
@@ -134,7 +137,7 @@ class Quickstart:
         """Both trainings side by side, each on its share of the cores, under a live table."""
         threads = max(1, (os.cpu_count() or 1) // len(MODELS))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         processes = {}
         for name in MODELS:
             with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
@@ -238,7 +241,7 @@ class Quickstart:
         ]
         Dataset.from_list(records).to_parquet(str(self.folder / "predictions.parquet"))
         training = self.folder / "training"
-        report["steps"] = {name: read_lines(training / name / "log.jsonl")[-1]["step"] for name in MODELS}
+        report["steps"] = {name: read_lines(training / name / LOG)[-1]["step"] for name in MODELS}
         report["rows"] = sum(r["model"] == "self_powered" and r["task"] in SELF_POWERED_TASKS for r in records)
         report["stages"] = dict(self.stages.seconds)
         report["seconds"] = round(sum(self.stages.seconds.values()), 1)
@@ -274,10 +277,10 @@ def _watch(processes: dict[str, subprocess.Popen], folder: Path) -> None:
     while True:
         running = [name for name, process in processes.items() if process.poll() is None]
         for name, bar in bars.items():
-            if log := read_lines(folder / name / "log.jsonl"):
+            if log := read_lines(folder / name / LOG):
                 bar.total = log[-1]["max_steps"]
                 bar.update(log[-1]["step"] - bar.n)
-            for look in read_lines(folder / name / "following.jsonl")[seen[name] :]:
+            for look in read_lines(folder / name / FOLLOWING)[seen[name] :]:
                 figures = (f"{key} {percent(look[key]):>7}" for key in ("following", "transcript_copy", "wer"))
                 bar.write(f"step {look['step']:>5}  {name:<13} {'  '.join(figures)}")
                 seen[name] += 1

@@ -14,6 +14,7 @@ from recipes import figures
 from recipes.evaluation.pages import STYLES, playable
 from recipes.evaluation.tables import NOTE, comparisons, summary, to_markdown
 from recipes.page import Examples, Facts, Picture, Table, Text, write_page
+from recipes.training.callbacks import FOLLOWING, LOG, read_lines
 
 # Names that this report has of its own for systems of `recipes.evaluate`.
 NAMES = {"model": "self_powered", "model_reading": "self_powered_reading"}
@@ -91,12 +92,6 @@ def _attention(biases: Mapping[str, dict]) -> tuple[list[str], list[list[str]]]:
     return ["", *header], lines
 
 
-def read_lines(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def plot_following(results: Mapping, folder: Path) -> None:
     """Bars: share right per task, and transcript copies, for text LLM, vanilla and self-powered."""
     systems, scores = results["tasks"]["nano"]["systems"], {}
@@ -120,9 +115,9 @@ def plot_training(training: Path, stem: Path) -> None:
     for system, line in (("model", "-"), ("vanilla", "--")):
         name, color = NAMES.get(system, system), STYLES[system][1]
         label = LABELS[name]
-        losses = [(row["step"], row["loss"]) for row in read_lines(training / name / "log.jsonl") if "loss" in row]
+        losses = [(row["step"], row["loss"]) for row in read_lines(training / name / LOG) if "loss" in row]
         left.plot(*zip(*losses, strict=True), line, color=color, label=label)
-        looks = [(row["step"], row["following"]) for row in read_lines(training / name / "following.jsonl")]
+        looks = [(row["step"], row["following"]) for row in read_lines(training / name / FOLLOWING)]
         if looks:
             right.plot(*zip(*looks, strict=True), line, marker="o", color=color, label=label)
     left.set(xlabel="step", ylabel="loss per response token", yscale="log")

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaFo
 
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import AUDIO_TOKEN
-from recipes.sft import LORA_TARGETS
+from recipes.training.models import LORA_TARGETS
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from dataset_builders.text_llm import identify
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
-from recipes.compose import main
+from recipes.compose import compose, main
 
 
 def test_no_second_copy_of_the_llm(compose_tiny, whisper_dir, llm_dir):
@@ -26,6 +27,15 @@ def test_the_folder_names_no_machine(lsm_dir, llm_dir, whisper_dir):
     config = json.loads((lsm_dir / "config.json").read_text())
     assert config["responder"]["model"] == "tiny-llama"
     assert config["responder"]["revision"].startswith("sha256:")
+
+
+def test_the_folder_has_a_card_that_names_its_parts_and_settings(whisper_dir, llm_dir, tmp_path):
+    compose(str(whisper_dir), str(llm_dir), str(tmp_path), window_frames=25, qformer_hidden=32, qformer_heads=4)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is None  # the Hub has neither
+    for shown in ("**Not trained yet.**", "`tiny-whisper`", "`tiny-llama`", "25 encoder frames (0.50 s)"):
+        assert shown in card.text
+    assert str(llm_dir.parent) not in str(card) and str(whisper_dir.parent) not in str(card)
 
 
 def test_the_responder_is_known_by_its_weights(llm_dir, lsm_dir, processor, tmp_path):

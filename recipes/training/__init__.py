@@ -1,0 +1,1 @@
+"""What `recipes/sft.py` is made of: arguments, rows, order, trainer, checkpoints, preflight."""

@@ -1,0 +1,120 @@
+"""What can be said to `recipes/sft.py`, besides TRL's own model arguments: as YAML keys or as `--key value`."""
+
+import math
+from dataclasses import dataclass, field, fields
+from enum import Enum
+
+import torch
+from trl import ScriptArguments, SFTConfig
+
+MODES = ("full", "lora", "qlora", "frozen")
+OBJECTIVES = ("response", "distill")
+NEVER_UNSET = ("dataset_name", "output_dir")
+
+
+@dataclass
+class LsmScriptArguments(ScriptArguments):
+    """Which LSM learns, and from which rows."""
+
+    audio: str | None = field(
+        default=None,
+        metadata={"help": "Whisper of a new LSM, Hub id or folder; with `text`, instead of `model_name_or_path`."},
+    )
+    text: str | None = field(default=None, metadata={"help": "LLM of a new LSM, Hub id or folder."})
+    composition: dict | None = field(
+        default=None, metadata={"help": "What else `recipes.compose.compose` is told (YAML: `window_frames: 17`, ...)."}
+    )
+    llm: str = field(default="full", metadata={"help": "What becomes of the LLM: full, lora, qlora or frozen."})
+    dataset_config: str = field(default="all", metadata={"help": "Configuration of the set: a task, or `all`."})
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of these tasks alone. `intent=2` weighs a task: rows are left out until the shares fit."
+        },
+    )
+    transcription_ratio: float | None = field(
+        default=None, metadata={"help": "Transcription rows per other row, at most; as they come if unset."}
+    )
+    text_ratio: float = field(
+        default=0.0,
+        metadata={"help": "Rows with the transcript in the slot per row with speech: the LLM goes on reading."},
+    )
+    allow_foreign_responses: bool = field(
+        default=False, metadata={"help": "Train on rows that another LLM or prompt template wrote."}
+    )
+    shuffle_buffer: int = field(default=2000, metadata={"help": "Rows that a streamed set is shuffled within."})
+    audio_feature_store: str | None = field(
+        default=None, metadata={"help": "Folder for the frozen tower's output, computed once and shared by runs."}
+    )
+    following_corpus: str | None = field(
+        default=None, metadata={"help": "ASR corpus whose clips are asked held-out wordings while training."}
+    )
+    following_split: str = field(default="validation", metadata={"help": "Split of `following_corpus`."})
+    following_limit: int = field(default=64, metadata={"help": "Clips of `following_corpus`."})
+    following_steps: int = field(default=200, metadata={"help": "Steps between two looks at `following_corpus`."})
+    checker: str = field(
+        default="recipes.evaluation.kinds", metadata={"help": "Module whose is_correct scores the answers."}
+    )
+    preflight: bool = field(
+        default=False, metadata={"help": "Check everything, try two steps on random weights, and stop."}
+    )
+
+    def __post_init__(self):
+        if self.llm not in MODES:
+            raise ValueError(f"--llm {self.llm!r} is unknown; expected one of {', '.join(MODES)}.")
+        for name, least in {"transcription_ratio": 0, "text_ratio": 0, "shuffle_buffer": 1}.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"--{name} {value} must be {least} or more, and finite.")
+        if (self.audio is None) != (self.text is None):
+            raise ValueError(f"--audio {self.audio} and --text {self.text} make an LSM together; give both or none.")
+        if self.dataset_name is None:
+            raise ValueError("--dataset_name is missing; expected a self-powered set, folder or Hub id.")
+
+
+@dataclass
+class LsmTrainingArguments(SFTConfig):
+    """TRL's, with the defaults that speech needs."""
+
+    objective: str = field(
+        default="response",
+        metadata={"help": "response: cross-entropy on the rows' responses. distill: KL to the LLM that reads them."},
+    )
+    temperature: float = field(default=2.0, metadata={"help": "Of both distributions, for `distill`."})
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector; `learning_rate` if unset."}
+    )
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={"help": "What one device can do, for MFU; measured with a matrix product if unset."},
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "group_by_length (rows of like cost), random or sequential."}
+    )
+    # A NaN is shown and stops the training, where transformers would log the average of the losses before it.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are no numbers."})
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"--objective {self.objective!r} is unknown; expected one of {', '.join(OBJECTIVES)}.")
+        if not self.temperature > 0:
+            raise ValueError(f"--temperature {self.temperature} must be more than 0.")
+        self.max_length = None  # a cut prompt has fewer placeholders than its clip has tokens
+        self.remove_unused_columns = False  # the collator reads them
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
+        if self.bf16 is None and not self.fp16:  # TRL's is yes, also where there is no GPU that can
+            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+
+
+def given(*arguments) -> dict:
+    """What was said: the settings that are not as they would be by themselves, in the words of a config."""
+    found = {}
+    for part in arguments:
+        needed = {field.name: getattr(part, field.name) for field in fields(part) if field.name in NEVER_UNSET}
+        bare = type(part)(**needed)
+        names = (field.name for field in fields(part) if field.init)
+        found |= {name: getattr(part, name) for name in names if getattr(part, name) != getattr(bare, name)}
+        found |= needed
+    found = {name: value.value if isinstance(value, Enum) else value for name, value in found.items()}
+    return {name: value for name, value in found.items() if isinstance(value, str | int | float | list | dict)}

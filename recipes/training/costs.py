@@ -1,0 +1,85 @@
+"""What a row costs to train on, in floating point operations: rows are grouped by it, and MFU and preflight count it.
+
+Counted is useful work alone, 2 FLOPs per weight and token forwards: no padding, no recomputation of checkpointed
+activations. Backwards costs as much again for the activations, and again for weights that learn (Kaplan et al., 2020,
+arXiv 2001.08361, section 2.1; attention itself as in Chowdhery et al., 2022, arXiv 2204.02311, appendix B).
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from modeling_lsm import LsmForConditionalGeneration
+
+CHUNK_FRAMES = 1500  # encoder frames of Whisper's 30 s
+
+
+def count(module: nn.Module) -> int:
+    """Weights of the matrices of a module; those in 4 bits lie two to a byte, and count as two."""
+    packed = (2 if type(weight).__name__ == "Params4bit" else 1 for weight in module.parameters())
+    return sum(size * weight.numel() for size, weight in zip(packed, module.parameters(), strict=True))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs of training one model, forwards and backwards.
+
+    Args:
+        frame: per encoder frame (50 per second), of the audio tower and of what the projector does per frame.
+        frame_pair: per pair of encoder frames of a chunk: attention in the tower.
+        speech_token: per speech token, of the projector.
+        token: per token of the LLM.
+        token_pair: per pair of tokens, each with itself and those before it: causal attention in the LLM.
+        label: per labelled token, of the head.
+    """
+
+    frame: float
+    frame_pair: float
+    speech_token: float
+    token: float
+    token_pair: float
+    label: float
+
+    @classmethod
+    def of(cls, model: LsmForConditionalGeneration, llm: str, stored: bool = False) -> "Costs":
+        """
+        Args:
+            model: may be on the meta device: shapes alone are read.
+            llm: `full`, or a mode in which the LLM's own weights do not learn.
+            stored: the tower's output is read from disk.
+        """
+        tower, projector, text = model.model.audio_tower, model.model.projector, model.config.text_config
+        audio, backwards = model.config.audio_config, 3 if llm == "full" else 2
+        readers = (m for n, m in projector.named_modules() if "crossattention" in n and n.endswith(("key", "value")))
+        reads = sum(map(count, readers))  # all else in the Q-Former works on queries, one per speech token
+        body = count(model.model.language_model) - count(model.get_input_embeddings())
+        head = model.lm_head.in_features * model.lm_head.out_features
+        encoder = count(tower.layers) + count(tower.conv2) + 2 * count(tower.conv1)  # which has two frames per frame
+        return cls(
+            frame=(0 if stored else 2 * encoder) + 6 * reads,
+            frame_pair=0 if stored else 4 * audio.d_model * audio.encoder_layers,
+            speech_token=6 * (count(projector) - reads),
+            token=2 * backwards * body,
+            # half of the pairs: causal. Backwards is twice forwards whatever learns, as no operand is a weight.
+            token_pair=3 * 2 * _attention_width(text) * text.num_hidden_layers,
+            label=2 * backwards * head,
+        )
+
+    def row(self, frames, speech_tokens, tokens, labels):
+        """FLOPs of rows.
+
+        Args:
+            frames: encoder frames of the clips, an array or tensor as all that follows.
+            speech_tokens: of them, in the prompts.
+            tokens: of prompt and response together, speech tokens included.
+            labels: tokens of the responses.
+        """
+        chunk = frames.clip(max=CHUNK_FRAMES)  # of a longer clip, chunks do not see one another
+        encoder = frames * self.frame + frames * chunk * self.frame_pair
+        decoder = tokens * self.token + tokens * tokens * self.token_pair + labels * self.label
+        return encoder + speech_tokens * self.speech_token + decoder
+
+
+def _attention_width(text_config) -> int:
+    heads = text_config.num_attention_heads
+    return heads * (getattr(text_config, "head_dim", None) or text_config.hidden_size // heads)

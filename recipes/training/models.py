@@ -1,0 +1,121 @@
+"""The LSM that learns: composed if it must be, loaded, and what learns thawed; and the LLM that it learns from."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
+from trl import ModelConfig
+
+from modeling_lsm import LsmForConditionalGeneration
+from processing_lsm import LsmProcessor
+from recipes.compose import compose
+from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+NEVER_IN_4_BITS = ["model.audio_tower", "model.projector", "lm_head"]
+BASE = "base"
+
+
+def compose_base(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> str:
+    """The folder of the LSM made of `audio` and `text`, composed once: `base` in the training's own folder.
+
+    A folder, since adapters name what they are for, and several processes load it.
+
+    Raises:
+        ValueError: a model is named besides, or the two cannot be put together.
+    """
+    if model_args.model_name_or_path is not None:
+        raise ValueError(
+            f"--model_name_or_path {model_args.model_name_or_path} and --text {script_args.text} are two models; name "
+            "an LSM, or the audio and text to make one of."
+        )
+    folder = Path(training_args.output_dir) / BASE
+    with PartialState().main_process_first():
+        if not folder.is_dir():
+            partial = folder.with_name(BASE + ".partial")
+            logger.info("composing %s and %s in %s", script_args.audio, script_args.text, folder)
+            compose(script_args.audio, script_args.text, str(partial), **(script_args.composition or {}))
+            os.replace(partial, folder)
+    return str(folder)
+
+
+def load_model(
+    script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig
+) -> tuple[LsmForConditionalGeneration, LsmProcessor]:
+    """The LSM with what is to learn thawed, and its processor. `model_args` gets the adapter's settings.
+
+    What learns is in float32, since the updates of small learning rates vanish in bfloat16; the rest is in
+    `model_args.dtype`.
+
+    Raises:
+        ValueError: no model is named, or tokenizer and LLM are not of one vocabulary.
+    """
+    name, revision, llm = model_args.model_name_or_path, model_args.model_revision, script_args.llm
+    if name is None:
+        raise ValueError("no model: give --model_name_or_path (an LSM), or --audio and --text to make one of.")
+    settings = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    if llm == "qlora":
+        # 4-bit weights are made on the device where they stay.
+        device = {"": PartialState().local_process_index} if torch.cuda.is_available() else None
+        settings |= {"quantization_config": quantization(model_args), "device_map": device}
+    processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=True, **settings)
+    check_vocabulary(processor, model.get_input_embeddings().num_embeddings, model.config.audio_token_id)
+    if llm != "full":
+        model.model.language_model.requires_grad_(False)
+        model.lm_head.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    model_args.use_peft = llm in ("lora", "qlora")
+    if model_args.use_peft:
+        model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGETS
+        model_args.lora_modules_to_save = model_args.lora_modules_to_save or ["projector"]
+    return model, processor
+
+
+def quantization(model_args: ModelConfig) -> BitsAndBytesConfig:
+    """QLoRA's (arXiv 2305.14314): the LLM's layers alone in 4 bits, computing in bfloat16."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model_args.bnb_4bit_quant_type,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=model_args.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=model_args.bnb_4bit_quant_storage,
+        llm_int8_skip_modules=NEVER_IN_4_BITS,
+    )
+
+
+def check_vocabulary(processor: LsmProcessor, embeddings: int, audio_token_id: int | None) -> None:
+    """Refuse a tokenizer that was not made for this LLM."""
+    largest = max(processor.tokenizer.get_vocab().values())
+    if largest >= embeddings:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest}, but the LLM has {embeddings} embeddings: they are of different "
+            "models; compose the LSM anew with recipes/compose.py."
+        )
+    if processor.audio_token_id != audio_token_id:
+        raise ValueError(
+            f"the tokenizer's {processor.audio_token} is {processor.audio_token_id}, the model's {audio_token_id}: they "
+            "are of different models; compose the LSM anew with recipes/compose.py."
+        )
+
+
+def load_teacher(
+    script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig
+) -> LsmForConditionalGeneration | None:
+    """A second copy of the LLM to learn from, without ears; None where the model itself still is that LLM: without its
+    adapter, or with a frozen LLM."""
+    if training_args.objective != "distill" or script_args.llm != "full":
+        return None
+    dtype = torch.bfloat16 if training_args.bf16 else torch.float32
+    teacher = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=True, dtype=dtype
+    )
+    del teacher.model.audio_tower, teacher.model.projector
+    return teacher.requires_grad_(False).eval()

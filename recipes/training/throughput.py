@@ -1,0 +1,102 @@
+"""How fast a training goes, and how much of it is of use: what the trainer logs besides the loss."""
+
+import resource
+import sys
+import time
+
+import torch
+
+from recipes.training.costs import Costs
+
+GIB = 2**30
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one device in a product of two large matrices: the best of a few."""
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        _synchronize(device)
+        start = time.perf_counter()
+        left @ right
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: on a GPU the most that tensors took, otherwise the most that the process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+class Throughput:
+    """Adds up what goes through the model between two logs.
+
+    The clock runs from asking for a batch to the end of the step, so waiting for data counts; saving, logging and
+    generating do not.
+
+    Args:
+        costs: FLOPs of useful work: MFU is that over what the devices could have done in the time.
+        audio_token_id: which tokens are speech.
+        peak_tflops: what one device can do; measured with a matrix product in the training's own precision if None,
+            which on a GPU is less than its maker says, and MFU is more.
+    """
+
+    COUNTED = ("tokens", "positions", "frames", "frame_positions", "flops")
+
+    def __init__(self, costs: Costs, audio_token_id: int, peak_tflops: float | None = None):
+        self.costs, self.audio_token_id = costs, audio_token_id
+        self.peak = None if peak_tflops is None else peak_tflops * 1e12
+        self.seconds, self.started, self.counted = 0.0, None, None
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self.started is not None:
+            self.seconds += time.perf_counter() - self.started
+            self.started = None
+
+    def see(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Count a batch; nothing waits for the device."""
+        tokens, mask = inputs["attention_mask"].sum(-1), inputs.get("input_features_mask")
+        frames = tokens.new_zeros(1) if mask is None else (mask.sum(-1) + 1) // 2
+        speech = (inputs["input_ids"] == self.audio_token_id).sum(-1)
+        labels = (inputs["labels"] != -100).sum(-1)
+        # clips and rows may be of different numbers: what a row costs is a sum over both
+        flops = (
+            self.costs.row(frames.float(), 0, 0, 0).sum()
+            + self.costs.row(0.0 * tokens, speech, tokens.float(), labels).sum()
+        )
+        positions = torch.full_like(flops, inputs["attention_mask"].numel())
+        frame_positions = torch.full_like(flops, 0 if mask is None else mask.numel() / 2)
+        counts = torch.stack([tokens.sum().float(), positions, frames.sum().float(), frame_positions, flops])
+        self.counted = counts if self.counted is None else self.counted + counts
+
+    def read(self, accelerator) -> dict[str, float]:
+        """What to log: per second of all devices together, and anew from here on. Every process must call it."""
+        if self.counted is None or not self.seconds:
+            return {}
+        totals = dict(zip(self.COUNTED, accelerator.reduce(self.counted, "sum").tolist(), strict=True))
+        seconds, devices = self.seconds, accelerator.num_processes
+        self.seconds, self.counted = 0.0, None
+        if self.peak is None:
+            half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+            self.peak = matmul_rate(accelerator.device, half.get(accelerator.mixed_precision, torch.float32))
+        return {
+            "tokens_per_second": round(totals["tokens"] / seconds, 1),
+            "audio_seconds_per_second": round(totals["frames"] / 50 / seconds, 2),
+            "padding_tokens": round(1 - totals["tokens"] / totals["positions"], 4),
+            "padding_frames": round(1 - totals["frames"] / max(1, totals["frame_positions"]), 4),
+            "mfu": round(totals["flops"] / seconds / devices / self.peak, 4),
+            "peak_memory_gib": round(peak_memory(accelerator.device), 2),
+        }

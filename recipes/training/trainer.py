@@ -1,0 +1,175 @@
+"""TRL's SFTTrainer for speech: order by cost, two objectives, a projector with a rate of its own, what it costs."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from trl import SFTTrainer
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+
+from processing_lsm import LsmProcessor
+from recipes.model_card import write_trained_card
+from recipes.training.callbacks import FOLLOWING, LOG, read_lines
+from recipes.training.checkpoints import WholeCheckpoints
+from recipes.training.costs import Costs
+from recipes.training.distillation import distillation_loss, predicts
+from recipes.training.order import EpochSampler
+from recipes.training.throughput import Throughput
+
+
+class LsmTrainer(WholeCheckpoints, SFTTrainer):
+    """SFTTrainer for batches of [`SpeechResponseCollator`](recipes.collator.SpeechResponseCollator).
+
+    Args:
+        processor: of the LSM; saved with every checkpoint.
+        costs: of a row of the model, for throughput.
+        row_costs: of every row of a whole set, which are then grouped by them; None for a stream.
+        teacher: for `distill`, the LLM that reads; None if the model's own weights still are that LLM.
+        card: what `write_trained_card` is told, besides title, log and scores.
+        The rest is as in SFTTrainer; `args` are [`LsmTrainingArguments`](recipes.training.arguments).
+    """
+
+    def __init__(
+        self,
+        *args,
+        processor: LsmProcessor,
+        costs: Costs,
+        card: dict,
+        row_costs: Sequence[float] | None = None,
+        teacher: nn.Module | None = None,
+        **kwargs,
+    ):
+        self.processor, self.card, self.row_costs, self.sampler = processor, card, row_costs, None
+        # TRL takes whoever comes with a processor for a model of images.
+        super().__init__(*args, processing_class=processor.tokenizer, **kwargs)
+        self.teacher = self._prepare_teacher(teacher)
+        self.throughput = Throughput(costs, self.model.config.audio_token_id, self.args.peak_tflops)
+        self.add_callback(_Clockwork(self))
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "sequential" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batch = self.args.train_batch_size * self.accelerator.num_processes
+        self.sampler = EpochSampler(len(dataset), seed, self.row_costs if grouped else None, batch)
+        return self.sampler
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None and self.args.projector_learning_rate is not None:
+            optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer(self._parameter_groups(), **settings)
+        return super().create_optimizer(*args, **kwargs)
+
+    def _parameter_groups(self) -> list[dict]:
+        """What learns, by rate and weight decay."""
+        decayed = set(self.get_decay_parameter_names(self.model))
+        groups: dict[tuple[bool, bool], list] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(("projector" in name, name in decayed), []).append(parameter)
+        rates = {True: self.args.projector_learning_rate, False: self.args.learning_rate}
+        return [
+            {"params": parameters, "lr": rates[projector], "weight_decay": self.args.weight_decay * decay}
+            for (projector, decay), parameters in groups.items()
+        ]
+
+    def get_batch_samples(self, *args, **kwargs):
+        self.throughput.start()  # waiting for data counts
+        return super().get_batch_samples(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.model.training:
+            self.throughput.see(inputs)
+        teacher = {name.removeprefix("teacher_"): inputs.pop(name) for name in list(inputs) if "teacher_" in name}
+        if teacher:
+            loss = self._distill(model, inputs, teacher, num_items_in_batch)
+        else:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not torch.isfinite(loss[0] if return_outputs else loss):
+            raise FloatingPointError(
+                f"the loss is {float(loss[0] if return_outputs else loss)} after {self.state.global_step} steps: lower "
+                f"--learning_rate ({self.args.learning_rate:g}), lengthen --warmup_steps, and use --bf16 rather than "
+                "--fp16."
+            )
+        return loss
+
+    def _distill(self, model, inputs, teacher, num_items_in_batch) -> torch.Tensor:
+        """KL of what the model hears to what the LLM says that reads; scaled as TRL scales its loss."""
+        labels = inputs["labels"]
+        with self._reader(model) as reader, torch.no_grad():
+            wanted = reader(
+                input_ids=teacher["input_ids"],
+                attention_mask=teacher["attention_mask"],
+                logits_to_keep=predicts(teacher["labels"]),
+                use_cache=False,
+            ).logits
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = model(**inputs, logits_to_keep=predicts(labels), use_cache=False).logits
+        count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = distillation_loss(logits, wanted, self.args.temperature) / torch.as_tensor(count).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        mode = "train" if self.model.training else "eval"
+        right = (logits.argmax(-1) == labels[:, 1:][labels[:, 1:] != -100]).float()
+        self._metrics[mode]["mean_token_accuracy"].append(self.accelerator.gather_for_metrics(right).mean().item())
+        return loss
+
+    @contextlib.contextmanager
+    def _reader(self, model):
+        """The LLM that reads: `teacher`, or the model itself as it was before it learned."""
+        if self.teacher is not None:
+            yield self.teacher
+            return
+        unwrapped, training = self.accelerator.unwrap_model(model), model.training
+        bare = unwrapped.disable_adapter() if hasattr(unwrapped, "disable_adapter") else contextlib.nullcontext()
+        model.eval()
+        try:
+            with bare:
+                yield model
+        finally:
+            model.train(training)
+
+    def _prepare_teacher(self, teacher):
+        if teacher is None:
+            return None
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(teacher, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(teacher, self.accelerator)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.processor.save_pretrained(output_dir or self.args.output_dir)
+
+    def create_model_card(self, model_name=None, **kwargs):
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            log, following = (read_lines(folder / name) for name in (LOG, FOLLOWING))
+            write_trained_card(folder, title=model_name or folder.name, log=log, following=following, **self.card)
+
+    def log(self, logs, start_time=None):
+        if self.model.training:
+            logs.update(self.throughput.read(self.accelerator))
+        super().log(logs, start_time)
+
+
+class _Clockwork(TrainerCallback):
+    """Keeps the order's epoch and the throughput's clock."""
+
+    def __init__(self, trainer: LsmTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # accelerate tells samplers too, but not one under two wrappers, as after a resumption on several devices
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch + 1e-6))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.throughput.stop()

@@ -1,0 +1,62 @@
+"""`train(...)` runs the recipe in this process on a tiny LSM and a set of sixteen rows."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from trl import ModelConfig
+
+from recipes.sft import main
+from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
+from recipes.training.callbacks import LOG, read_lines
+
+
+def parts_of(options: dict) -> list:
+    """The recipe's three kinds of arguments, each with the options that it knows."""
+    parts = []
+    for kind in (LsmScriptArguments, LsmTrainingArguments, ModelConfig):
+        known = {field.name for field in fields(kind)}
+        parts.append(kind(**{name: options.pop(name) for name in list(options) if name in known}))
+    assert not options
+    return parts
+
+
+@pytest.fixture
+def defaults(lsm_dir, set_dir, tmp_path) -> dict:
+    return {
+        "model_name_or_path": str(lsm_dir),
+        "dataset_name": str(set_dir),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "lora_dropout": 0.0,
+    }
+
+
+@pytest.fixture
+def train(defaults):
+    """`train(llm="lora", ...)` trains, by default for two steps, and returns the output folder."""
+
+    def run(**options) -> Path:
+        parts = parts_of({**defaults, **options})
+        main(*parts)
+        return Path(parts[1].output_dir)
+
+    return run
+
+
+@pytest.fixture
+def losses():
+    """The loss of every step that a training's folder has logged."""
+
+    def read(folder: Path) -> list[float]:
+        return [line["loss"] for line in read_lines(folder / LOG) if "loss" in line]
+
+    return read

@@ -1,0 +1,97 @@
+"""Fine-tuning: which weights move, by which objective, and that what is saved can be loaded again."""
+
+import pytest
+import torch
+import transformers
+from packaging import version
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from recipes.audio_features import AudioFeatureStore
+from recipes.speech_llm import Lsm
+from recipes.training.callbacks import read_lines
+
+
+def moved(before, after):
+    """The parts of the model that have a parameter that is not what it was, and the parts that have none."""
+    parts = {"audio_tower", "projector", "language_model", "lm_head"}
+    old, new = dict(before.named_parameters()), dict(after.named_parameters())
+    changed = {part for part in parts for name in old if part in name and not torch.equal(old[name], new[name])}
+    return changed, parts - changed
+
+
+@pytest.mark.parametrize(
+    ("llm", "trained"),
+    [("full", {"projector", "language_model", "lm_head"}), ("frozen", {"projector"})],
+)
+def test_what_moves_and_that_it_loads_again(llm, trained, train, lsm, rows):
+    output = train(llm=llm)
+    model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).eval()
+    assert moved(lsm, model)[0] == trained
+    processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)
+    assert model.config.responder == lsm.config.responder
+    assert processor.template_hash == lsm.config.responder["template"]
+    assert len(Lsm(model, processor).respond(rows[:1], max_new_tokens=2, progress=False)) == 1
+    assert [line["step"] for line in read_lines(output / "log.jsonl") if "loss" in line] == [1, 2]
+
+
+def test_lora_saves_an_adapter_with_the_projector(train, lsm, rows):
+    output = train(llm="lora")
+    assert not (output / "model.safetensors").exists()
+    if version.parse(transformers.__version__) < version.parse("5.23"):
+        # Its adapters come without `modules_to_save`: the projector would stay as it was, so this must not go on.
+        with pytest.raises(ValueError, match=r"missing_keys.*projector"):
+            AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
+        return
+    model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)
+    adapters = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
+    assert adapters and any(parameter.any() for parameter in adapters)
+    projector = lsm.model.projector.queries
+    trained = [value for name, value in model.named_parameters() if name.endswith("default.queries")]
+    assert trained and not torch.equal(trained[0], projector)
+    for name, _ in model.named_parameters():
+        assert "lora" not in name or ("language_model" in name and "audio_tower" not in name)
+    assert len(Lsm(model, processor).respond(rows[:1], max_new_tokens=2, progress=False)) == 1
+
+
+def test_stored_features_give_the_training_of_the_audio(train, losses, tmp_path):
+    plain = losses(train(output_dir=str(tmp_path / "plain")))
+    stored = losses(train(output_dir=str(tmp_path / "stored"), audio_feature_store=str(tmp_path / "features")))
+    assert stored == pytest.approx(plain, abs=2e-3)
+
+
+def test_a_store_of_other_clips_is_refused_before_training(train, lsm, processor, rows, tmp_path):
+    AudioFeatureStore.build(tmp_path / "features", lsm, processor, [rows[0]["audio"]])
+    with pytest.raises(ValueError, match=r"made for other clips: it lacks 14 of 16"):
+        train(audio_feature_store=str(tmp_path / "features"))
+
+
+def test_the_projector_may_learn_faster(train, lsm):
+    """Adam's first steps are as long as its rate: they show which rate a parameter learns at."""
+    model = AutoModelForCausalLM.from_pretrained(train(projector_learning_rate=1e-4), trust_remote_code=True)
+
+    def way(part):
+        return (part(model) - part(lsm)).abs().max().item()
+
+    assert way(lambda lsm: lsm.model.projector.queries) == pytest.approx(1e-4, rel=0.7)
+    assert way(lambda lsm: lsm.lm_head.weight) == pytest.approx(1e-2, rel=0.7)
+
+
+@pytest.mark.parametrize("llm", ["full", "frozen", "lora"])
+def test_checkpointing_changes_memory_not_the_training(train, llm, tmp_path):
+    """It is TRL's default. With a frozen LLM the gradient must still reach the projector through it."""
+    logs = []
+    for checkpointing in (False, True):
+        output = train(llm=llm, gradient_checkpointing=checkpointing, output_dir=str(tmp_path / str(checkpointing)))
+        logs.append([(line["loss"], line["grad_norm"]) for line in read_lines(output / "log.jsonl") if "loss" in line])
+    for plain, checkpointed in zip(*logs, strict=True):
+        assert checkpointed == pytest.approx(plain, rel=1e-3)
+        assert checkpointed[1] > 0
+
+
+def test_following_is_measured_while_training(train, corpus_dir):
+    corpus = {"following_corpus": str(corpus_dir), "following_split": "train", "following_limit": 2}
+    output = train(following_steps=1, **corpus)
+    looks = read_lines(output / "following.jsonl")
+    assert [look["step"] for look in looks] == [1, 2]
+    assert all({"following", "transcript_copy", "wer"} <= set(look) for look in looks)
