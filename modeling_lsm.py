@@ -284,9 +284,8 @@ class LsmModel(LsmPreTrainedModel):
     def _nothing_heard(self) -> torch.Tensor:
         """Zero, for whose sake tower and projector run on a batch of text. Processes that train together (DDP, FSDP,
         ZeRO) must all use the same modules, whatever their batches hold, or they wait for each other for ever."""
-        mels = self.config.audio_config.num_mel_bins
-        silence = torch.zeros(1, mels, 2, device=self.get_input_embeddings().weight.device)
-        return 0 * self.get_audio_features(silence, torch.ones(1, 2, device=silence.device)).pooler_output.sum()
+        silence = torch.zeros(1, self.config.audio_config.num_mel_bins, 2, device=self.projector.queries.device)
+        return 0 * self.get_audio_features(silence, silence.new_ones(1, 2, dtype=torch.long)).pooler_output.sum()
 
     @can_return_tuple
     def forward(

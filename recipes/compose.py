@@ -11,8 +11,10 @@ import logging
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
+    WhisperConfig,
     WhisperFeatureExtractor,
     WhisperModel,
 )
@@ -42,6 +44,7 @@ def compose(
     instruction_first: bool = True,
     dtype: str | torch.dtype = "auto",
     seed: int = 0,
+    weights: bool = True,
 ) -> tuple[LsmForConditionalGeneration, LsmProcessor]:
     """Build an LSM and its processor; the LLM's weights are moved into it, not copied.
 
@@ -57,11 +60,16 @@ def compose(
         instruction_first: whether the prompt has the instruction before the speech.
         dtype: of the whole model; `"auto"` is the LLM checkpoint's.
         seed: of the projector's initial weights.
+        weights: without them nothing large is read or downloaded, and the model is on the meta device.
 
     Raises:
         ValueError: if the two models cannot be put together; the message says why.
     """
-    whisper, feature_extractor, llm, tokenizer = _load(audio, text, dtype)
+    if output is not None and not weights:
+        raise ValueError(
+            f"an LSM without weights cannot be saved to {output}; leave out the output, or read the weights."
+        )
+    whisper, feature_extractor, llm, tokenizer = _load(audio, text, dtype, weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         audio_token_id = make_room(llm, tokenizer)
@@ -100,13 +108,19 @@ def compose(
     return model, processor
 
 
-def _load(audio: str, text: str, dtype: str | torch.dtype) -> tuple:
+def _load(audio: str, text: str, dtype: str | torch.dtype, weights: bool) -> tuple:
     """Encoder, feature extractor, LLM and tokenizer, checked to fit together."""
     tokenizer = load_tokenizer(text)
-    llm, loaded = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, output_loading_info=True)
-    _check_loaded(text, loaded["missing_keys"])
-    whisper, loaded = WhisperModel.from_pretrained(audio, dtype=llm.dtype, output_loading_info=True)
-    _check_loaded(audio, {key for key in loaded["missing_keys"] if key.startswith("encoder.")})
+    if weights:
+        llm, loaded = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, output_loading_info=True)
+        _check_loaded(text, loaded["missing_keys"])
+        whisper, loaded = WhisperModel.from_pretrained(audio, dtype=llm.dtype, output_loading_info=True)
+        _check_loaded(audio, {key for key in loaded["missing_keys"] if key.startswith("encoder.")})
+    else:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(text)
+            llm = AutoModelForCausalLM.from_config(config, **({} if dtype == "auto" else {"dtype": dtype}))
+            whisper = WhisperModel(WhisperConfig.from_pretrained(audio))
     feature_extractor = WhisperFeatureExtractor.from_pretrained(audio)
     _check_parts(whisper, feature_extractor, llm)
     return whisper, feature_extractor, llm, tokenizer

@@ -34,6 +34,7 @@ from recipes.training.callbacks import FollowingCallback, LogCallback
 from recipes.training.checkpoints import find_checkpoint, naming_last_checkpoint, settings_of
 from recipes.training.costs import Costs
 from recipes.training.models import compose_base, load_model, load_teacher
+from recipes.training.preflight import preflight
 from recipes.training.rows import Ruler, count_tasks, load_rows, stream_rows
 from recipes.training.trainer import LsmTrainer
 
@@ -117,4 +118,4 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     arguments = TrlParser((LsmScriptArguments, LsmTrainingArguments, ModelConfig)).parse_args_and_config()
-    main(*arguments)
+    sys.exit(preflight(*arguments)) if arguments[0].preflight else main(*arguments)

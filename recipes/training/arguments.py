@@ -1,7 +1,7 @@
 """What can be said to `recipes/sft.py`, besides TRL's own model arguments: as YAML keys or as `--key value`."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 
 import torch
@@ -9,7 +9,6 @@ from trl import ScriptArguments, SFTConfig
 
 MODES = ("full", "lora", "qlora", "frozen")
 OBJECTIVES = ("response", "distill")
-NEVER_UNSET = ("dataset_name", "output_dir")
 
 
 @dataclass
@@ -58,6 +57,10 @@ class LsmScriptArguments(ScriptArguments):
     preflight: bool = field(
         default=False, metadata={"help": "Check everything, try two steps on random weights, and stop."}
     )
+    target: dict | None = field(
+        default=None,
+        metadata={"help": "Where it will be trained, for a preflight elsewhere (YAML: `devices`, `memory_gib`, ...)."},
+    )
 
     def __post_init__(self):
         if self.llm not in MODES:
@@ -68,6 +71,8 @@ class LsmScriptArguments(ScriptArguments):
                 raise ValueError(f"--{name} {value} must be {least} or more, and finite.")
         if (self.audio is None) != (self.text is None):
             raise ValueError(f"--audio {self.audio} and --text {self.text} make an LSM together; give both or none.")
+        if self.dataset_streaming and self.audio_feature_store is not None:
+            raise ValueError("--audio_feature_store needs all clips at once; leave it out, or --dataset_streaming.")
         if self.dataset_name is None:
             raise ValueError("--dataset_name is missing; expected a self-powered set, folder or Hub id.")
 
@@ -107,14 +112,20 @@ class LsmTrainingArguments(SFTConfig):
         super().__post_init__()
 
 
+# Fields that are never as their dataclass has them, whatever was said.
+DERIVED = {"max_length", "remove_unused_columns", "dataset_kwargs", "logging_dir", "accelerator_config", "use_peft"}
+DERIVED |= {"lora_target_modules", "lora_modules_to_save", "debug", "dataloader_pin_memory", "report_to"}
+
+
 def given(*arguments) -> dict:
     """What was said: the settings that are not as they would be by themselves, in the words of a config."""
     found = {}
     for part in arguments:
-        needed = {field.name: getattr(part, field.name) for field in fields(part) if field.name in NEVER_UNSET}
-        bare = type(part)(**needed)
-        names = (field.name for field in fields(part) if field.init)
-        found |= {name: getattr(part, name) for name in names if getattr(part, name) != getattr(bare, name)}
-        found |= needed
-    found = {name: value.value if isinstance(value, Enum) else value for name, value in found.items()}
+        for field_ in fields(part):
+            default = field_.default_factory() if field_.default_factory is not MISSING else field_.default
+            value = getattr(part, field_.name)
+            value = value.value if isinstance(value, Enum) else value
+            default = default.value if isinstance(default, Enum) else default
+            if field_.init and field_.name not in DERIVED and value != default:
+                found[field_.name] = value
     return {name: value for name, value in found.items() if isinstance(value, str | int | float | list | dict)}

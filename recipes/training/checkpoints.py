@@ -84,7 +84,12 @@ def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_pro
         last = None
     elif asked and last is None:
         raise ValueError(f"--resume_from_checkpoint {asked}: {output_dir} holds no whole checkpoint; leave it out.")
-    elif last and run.is_file() and (changes := _changes(json.loads(run.read_text(encoding="utf-8")), settings)):
+    elif (
+        not asked
+        and last
+        and run.is_file()
+        and (changes := _changes(json.loads(run.read_text(encoding="utf-8")), settings))
+    ):
         raise ValueError(
             f"{output_dir} holds a training of other settings ({'; '.join(changes)}): name another --output_dir, give "
             f"the old ones to go on from {last.name}, or --resume_from_checkpoint true to go on from it with the new."

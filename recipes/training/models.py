@@ -66,6 +66,12 @@ def load_model(
     processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=True, **settings)
     check_vocabulary(processor, model.get_input_embeddings().num_embeddings, model.config.audio_token_id)
+    prepare(model, llm, model_args)
+    return model, processor
+
+
+def prepare(model: LsmForConditionalGeneration, llm: str, model_args: ModelConfig) -> None:
+    """Thaw what learns in mode `llm`, in float32, and set `model_args` to make an adapter or none."""
     if llm != "full":
         model.model.language_model.requires_grad_(False)
         model.lm_head.requires_grad_(False)
@@ -76,7 +82,6 @@ def load_model(
     if model_args.use_peft:
         model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGETS
         model_args.lora_modules_to_save = model_args.lora_modules_to_save or ["projector"]
-    return model, processor
 
 
 def quantization(model_args: ModelConfig) -> BitsAndBytesConfig:
@@ -101,8 +106,8 @@ def check_vocabulary(processor: LsmProcessor, embeddings: int, audio_token_id: i
         )
     if processor.audio_token_id != audio_token_id:
         raise ValueError(
-            f"the tokenizer's {processor.audio_token} is {processor.audio_token_id}, the model's {audio_token_id}: they "
-            "are of different models; compose the LSM anew with recipes/compose.py."
+            f"the tokenizer's {processor.audio_token} is {processor.audio_token_id}, the model's {audio_token_id}: "
+            "they are of different models; compose the LSM anew with recipes/compose.py."
         )
 
 

@@ -49,8 +49,8 @@ def check_columns(features: Features | None, name: str) -> None:
     """Refuse a set that is not one."""
     if missing := NEEDED - set(features or ()):
         raise ValueError(
-            f"{name} has no column {', '.join(sorted(missing))}; it has {', '.join(features or ()) or 'none'}. Expected "
-            "what `python -m dataset_builders.self_powered build` (or `import`) writes."
+            f"{name} has no column {', '.join(sorted(missing))}; it has {', '.join(features or ()) or 'none'}. "
+            "Expected what `python -m dataset_builders.self_powered build` (or `import`) writes."
         )
 
 

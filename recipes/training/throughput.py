@@ -14,7 +14,8 @@ GIB = 2**30
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of one device in a product of two large matrices: the best of a few."""
     size = 8192 if device.type == "cuda" else 1024
-    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    own = torch.Generator(device)  # a training's random numbers must not depend on when it is measured
+    left, right = torch.randn(2, size, size, generator=own, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
         _synchronize(device)
@@ -78,7 +79,7 @@ class Throughput:
             + self.costs.row(0.0 * tokens, speech, tokens.float(), labels).sum()
         )
         positions = torch.full_like(flops, inputs["attention_mask"].numel())
-        frame_positions = torch.full_like(flops, 0 if mask is None else mask.numel() / 2)
+        frame_positions = torch.full_like(flops, 0 if mask is None else mask.shape[0] * ((mask.shape[1] + 1) // 2))
         counts = torch.stack([tokens.sum().float(), positions, frames.sum().float(), frame_positions, flops])
         self.counted = counts if self.counted is None else self.counted + counts
 

@@ -78,6 +78,12 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
             for (projector, decay), parameters in groups.items()
         ]
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True  # a finished training would make one more step
+        return None
+
     def get_batch_samples(self, *args, **kwargs):
         self.throughput.start()  # waiting for data counts
         return super().get_batch_samples(*args, **kwargs)
@@ -115,8 +121,11 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         mode = "train" if self.model.training else "eval"
-        right = (logits.argmax(-1) == labels[:, 1:][labels[:, 1:] != -100]).float()
-        self._metrics[mode]["mean_token_accuracy"].append(self.accelerator.gather_for_metrics(right).mean().item())
+        right = logits.argmax(-1) == labels[:, 1:][labels[:, 1:] != -100]
+        right, seen = self.accelerator.reduce(
+            torch.stack([right.sum(), torch.tensor(len(right), device=right.device)])
+        ).tolist()
+        self._metrics[mode]["mean_token_accuracy"].append(right / max(1, seen))
         return loss
 
     @contextlib.contextmanager
@@ -149,7 +158,8 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
             self.processor.save_pretrained(output_dir or self.args.output_dir)
 
     def create_model_card(self, model_name=None, **kwargs):
-        if self.is_world_process_zero():
+        # TRL asks at every checkpoint, too, where nobody reads it unless it is pushed.
+        if self.is_world_process_zero() and (self.args.push_to_hub or not self.is_in_train):
             folder = Path(self.args.output_dir)
             log, following = (read_lines(folder / name) for name in (LOG, FOLLOWING))
             write_trained_card(folder, title=model_name or folder.name, log=log, following=following, **self.card)

@@ -1,8 +1,11 @@
 """`train(...)` runs the recipe in this process on a tiny LSM and a set of sixteen rows."""
 
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from trl import ModelConfig
 
@@ -60,3 +63,15 @@ def losses():
         return [line["loss"] for line in read_lines(folder / LOG) if "loss" in line]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def long_set_dir(set_dir, tmp_path_factory) -> Path:
+    """The set's transcriptions forty times: streams of a few rows would open their files all the time."""
+    (file,) = sorted((set_dir / "data" / "transcription").glob("*.parquet"))[:1]
+    rows = pq.read_table(file)
+    folder = tmp_path_factory.mktemp("sets") / "long"
+    (folder / "data" / "transcription").mkdir(parents=True)
+    shutil.copy(set_dir / "README.md", folder)
+    pq.write_table(pa.concat_tables([rows] * 40), folder / "data" / "transcription" / file.name)
+    return folder

@@ -1,0 +1,273 @@
+"""Before anyone waits for 30 GB of downloads: does this training work, does it fit, and how long will it take?"""
+
+import copy
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from accelerate import PartialState
+from datasets import Dataset, load_dataset_builder
+from huggingface_hub import HfApi, constants
+from transformers import AutoConfig, AutoProcessor, PrinterCallback
+from trl import ModelConfig, get_peft_config
+
+from dataset_builders.publishing import load_self_powered
+from dataset_builders.text_llm import context_of
+from modeling_lsm import LsmForConditionalGeneration
+from recipes.collator import SpeechResponseCollator, render_prompt, render_response
+from recipes.compose import compose
+from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
+from recipes.training.costs import Costs, count
+from recipes.training.memory import Target, estimate
+from recipes.training.models import check_vocabulary, prepare
+from recipes.training.rows import Ruler, check_columns, check_row, refuse_foreign
+from recipes.training.throughput import GIB
+from recipes.training.trainer import LsmTrainer
+
+logger = logging.getLogger(__name__)
+
+PEEKED = 64  # rows that are looked at
+ASSUMED_MFU = 0.35  # where nothing can be measured; what is usual for 7 B parameters on one machine
+STEPS = 2
+SMALL = 2e12  # FLOPs that a CPU may be asked for
+
+
+class Preflight:
+    """Checks one training; each check says what it found, or why the training would fail.
+
+    Args:
+        script_args, training_args, model_args: of the recipe.
+    """
+
+    def __init__(self, script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig):
+        self.script_args, self.training_args, self.model_args = script_args, training_args, model_args
+        given = script_args.target
+        self.target = Target(**given) if given else Target.here(training_args)
+        self.failed: list[str] = []
+
+    def run(self) -> bool:
+        """Whether all is well. What depends on a check that failed is left out."""
+        checks = {
+            "model": (self.model, None),
+            "download": (self.download, None),
+            "template": (self.template, "model"),
+            "data": (self.data, "model"),
+            "labels": (self.labels, "data"),
+            "memory": (self.memory, "data"),
+            "two steps": (self.two_steps, "labels"),
+            "time": (self.time, "two steps"),
+        }
+        for name, (check, needed) in checks.items():
+            if needed in self.failed:
+                self.failed.append(name)
+                self._print(f"  --    {name:<10} needs {needed}")
+            else:
+                self._say(name, check)
+        verdict = f"NOT READY: {', '.join(self.failed)}" if self.failed else "READY"
+        self._print(f"\n{verdict}")
+        return not self.failed
+
+    def _say(self, name: str, check: Callable[[], str]) -> None:
+        try:
+            found = check()
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
+            self.failed.append(name)
+            found = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+            self._print(f"  FAIL  {name:<10} {found}")
+            return
+        self._print(f"  ok    {name:<10} {found}")
+
+    @staticmethod
+    def _print(line: str) -> None:
+        if PartialState().is_main_process:
+            print(line, flush=True)
+
+    def model(self) -> str:
+        """The model on the meta device, its processor, and what learns."""
+        script_args, name = self.script_args, self.model_args.model_name_or_path
+        if script_args.text is not None:
+            if name is not None:
+                raise ValueError(f"--model_name_or_path {name} and --text {script_args.text} are two models; name one.")
+            options = script_args.composition or {}
+            self.shapes, self.processor = compose(script_args.audio, script_args.text, weights=False, **options)
+        elif name is None:
+            raise ValueError("no model: give --model_name_or_path (an LSM), or --audio and --text to make one of.")
+        else:
+            self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+            config = AutoConfig.from_pretrained(name, revision=self.model_args.model_revision, trust_remote_code=True)
+            with torch.device("meta"):
+                self.shapes = LsmForConditionalGeneration(config)
+        embeddings = self.shapes.get_input_embeddings().num_embeddings
+        check_vocabulary(self.processor, embeddings, self.shapes.config.audio_token_id)
+        self.costs = Costs.of(self.shapes, script_args.llm, stored=script_args.audio_feature_store is not None)
+        parts = {
+            "audio tower (frozen)": count(self.shapes.model.audio_tower),
+            "projector (learns)": count(self.shapes.model.projector),
+            f"LLM ({script_args.llm})": count(self.shapes.model.language_model) + count(self.shapes.lm_head),
+        }
+        return ", ".join(f"{part} {weights / 1e6:,.1f} M" for part, weights in parts.items())
+
+    def download(self) -> str:
+        """Whether the weights may be had, and whether there is room for them."""
+        named = (self.script_args.audio, self.script_args.text, self.model_args.model_name_or_path)
+        names = [name for name in named if name is not None and not Path(name).exists()]
+        if not names:
+            return "nothing: all is on this machine"
+        total, api = 0, HfApi()
+        for name in names:
+            api.auth_check(name)
+            files = api.model_info(name, files_metadata=True).siblings
+            weights = [file for file in files if file.rfilename.endswith(".safetensors")]
+            weights = weights or [file for file in files if file.rfilename.endswith(".bin")]
+            total += sum(file.size or 0 for file in weights)
+        cache = Path(constants.HF_HUB_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache).free
+        if free < total:
+            raise ValueError(f"{', '.join(names)} take {total / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB left.")
+        return f"{total / 1e9:.1f} GB at most ({', '.join(names)}), {free / 1e9:.0f} GB free"
+
+    def template(self) -> str:
+        """Whether the chat template continues its own prompts."""
+        row = {"id": "template", "instruction": "What is said?", "transcript": "Hello.", "response": "Yes."}
+        prompt = render_prompt(self.processor, row)
+        return repr(prompt + render_response(self.processor, row, prompt))
+
+    def data(self) -> str:
+        """The first rows, without loading the rest: columns, responses, and who wrote them."""
+        args = self.script_args
+        stream = load_self_powered(args.dataset_name, args.dataset_config, args.dataset_train_split, streaming=True)
+        check_columns(stream.features, args.dataset_name)
+        rows = []
+        for row in stream.shuffle(self.training_args.seed, buffer_size=4 * PEEKED).take(PEEKED):
+            rows.append(check_row(row))
+            if not args.allow_foreign_responses:
+                refuse_foreign(row["responder"], self.shapes.config.responder)
+        if not rows:
+            raise ValueError(f"{args.dataset_name} has no rows in split {args.dataset_train_split!r}.")
+        self.rows = rows
+        self.sizes = Ruler(self.processor, context_of(self.shapes.config)).measure(
+            {name: [row[name] for row in rows] for name in rows[0]}
+        )
+        info = load_dataset_builder(args.dataset_name, args.dataset_config).info
+        split = (info.splits or {}).get(args.dataset_train_split)
+        self.total = split.num_examples if split is not None else None
+        seconds = np.mean([row["duration"] for row in rows])
+        tasks = sorted({row["task"] for row in rows})
+        return (
+            f"{self.total or 'unknown number of'} rows; of {len(rows)}: {seconds:.1f} s and "
+            f"{self.sizes['tokens'].mean():.0f} tokens on average, tasks {', '.join(tasks)}"
+        )
+
+    def labels(self) -> str:
+        """One batch, as it will be learned."""
+        collate = SpeechResponseCollator(self.processor, teacher=self.training_args.objective == "distill")
+        batch = collate(self.rows[: min(4, len(self.rows))])
+        labels = batch["labels"][0]
+        text = self.processor.tokenizer.decode(labels[labels != -100])
+        speech = int((batch["input_ids"][0] == self.processor.audio_token_id).sum())
+        return f"{self.rows[0]['id']}: {speech} speech tokens, learns {text!r}"
+
+    def memory(self) -> str:
+        """Whether the largest batch seen fits, by shapes."""
+        largest = {name: int(values.max()) for name, values in self.sizes.items()}
+        args = (self.script_args, self.training_args, self.model_args, self.target)
+        self.parts = estimate(self.shapes, *args, largest)
+        total = sum(self.parts.values())
+        have = self.target.memory_gib or _memory_here()
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in self.parts.items())
+        found = f"{total:.1f} GiB of {have:.0f} on each of {self.target.devices} ({self.target.sharding}): {parts}"
+        if total > have:
+            raise ValueError(
+                f"{found}. Take a smaller --per_device_train_batch_size, --llm lora or qlora, or fsdp2 or zero3."
+            )
+        return found
+
+    def two_steps(self) -> str:
+        """Two steps of the real trainer on the dearest rows seen, with random weights of the same shapes."""
+        cuda = torch.cuda.is_available()
+        config, note = copy.deepcopy(self.shapes.config), ""
+        costs = self.costs.row(**self.sizes)
+        batch = self.training_args.per_device_train_batch_size
+        here = self.target == Target.here(self.training_args) and sum(self.parts.values()) < _memory_here()
+        if not here or not (cuda or STEPS * batch * costs.max() < SMALL):
+            config.text_config.num_hidden_layers = 1  # of the same width, and few rows: does it work at all?
+            config.audio_config.encoder_layers = 1
+            if getattr(config.text_config, "layer_types", None):
+                config.text_config.layer_types = config.text_config.layer_types[:1]
+            note = " (one layer each of tower and LLM, batches of one: the whole is not for this machine)"
+        self.whole = not note
+        device = torch.device("cuda", PartialState().local_process_index) if cuda else torch.device("cpu")
+        with torch.device(device):
+            model = LsmForConditionalGeneration._from_config(config)
+        mode = "lora" if self.script_args.llm == "qlora" else self.script_args.llm
+        prepare(model, mode, self.model_args)
+        args = _short(self.training_args, whole=self.whole)
+        dearest = np.argsort(-costs, kind="stable")[: STEPS * args.per_device_train_batch_size * self.target.devices]
+        with tempfile.TemporaryDirectory() as folder:
+            args.output_dir = folder
+            trainer = LsmTrainer(
+                model=model,
+                args=args,
+                train_dataset=Dataset.from_list([self.rows[index] for index in dearest]),
+                data_collator=SpeechResponseCollator(self.processor, teacher=args.objective == "distill"),
+                peft_config=get_peft_config(self.model_args),
+                processor=self.processor,
+                costs=Costs.of(model, mode),
+                card={},
+            )
+            trainer.remove_callback(PrinterCallback)
+            start = time.monotonic()
+            trainer.train()
+        logs = [line for line in trainer.state.log_history if "loss" in line]
+        self.logged = logs[-1] | {"flops_per_second": logs[-1]["mfu"] * trainer.throughput.peak * self.target.devices}
+        losses = ", ".join(f"{line['loss']:.3f}" for line in logs)
+        return f"losses {losses} in {time.monotonic() - start:.1f} s, {self.logged['peak_memory_gib']} GiB{note}"
+
+    def time(self) -> str:
+        """How long the training takes: counted operations over the rate that the two steps reached."""
+        args = self.training_args
+        if self.total is None and args.max_steps <= 0:
+            return "unknown: the set does not say how many rows it has"
+        world = args.per_device_train_batch_size * self.target.devices * args.gradient_accumulation_steps
+        rows = args.max_steps * world if args.max_steps > 0 else args.num_train_epochs * self.total
+        flops = float(self.costs.row(**self.sizes).mean() * rows)
+        if self.target.peak_tflops:
+            mfu = self.logged["mfu"] if self.whole else ASSUMED_MFU
+            rate = self.target.peak_tflops * 1e12 * mfu * self.target.devices
+            how = f"{'measured' if self.whole else 'assumed'} MFU {mfu:.2f} of {self.target.peak_tflops:g} TFLOP/s"
+        elif self.whole:
+            rate, how = self.logged["flops_per_second"], "as measured"
+        else:
+            return f"{flops:.2e} FLOPs; name the target's peak_tflops for a time"
+        steps = int(np.ceil(rows / world))
+        return f"{flops / rate / 3600:.1f} h for {steps} steps, {flops:.2e} FLOPs, {how}"
+
+
+def _memory_here() -> float:
+    """GiB of a GPU, or of this machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / GIB
+    return psutil.virtual_memory().total / GIB
+
+
+def _short(training_args: LsmTrainingArguments, whole: bool) -> LsmTrainingArguments:
+    """Two steps, and nothing written or told."""
+    args = copy.deepcopy(training_args)
+    args.max_steps, args.logging_steps, args.save_strategy, args.eval_strategy = STEPS, 1, "no", "no"
+    args.report_to, args.push_to_hub, args.gradient_accumulation_steps, args.disable_tqdm = [], False, 1, True
+    args.train_sampling_strategy = "sequential"
+    if not whole:
+        args.per_device_train_batch_size = 1
+    return args
+
+
+def preflight(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> int:
+    """Print what was checked and a verdict. Returns 0 if the training is ready, 1 if not."""
+    return 0 if Preflight(script_args, training_args, model_args).run() else 1
