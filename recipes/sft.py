@@ -68,7 +68,12 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
         model_args.model_name_or_path = compose_base(script_args, training_args, model_args)
     model, processor = load_model(script_args, training_args, model_args)
     teacher = load_teacher(script_args, training_args, model_args)
-    costs = Costs.of(model, script_args.llm, stored=script_args.audio_feature_store is not None)
+    costs = Costs.of(
+        model,
+        script_args.llm,
+        stored=script_args.audio_feature_store is not None,
+        distill=training_args.objective == "distill",
+    )
 
     # Dataset
     store = row_costs = None

@@ -1,6 +1,7 @@
 """What can be said to `recipes/sft.py`, besides TRL's own model arguments: as YAML keys or as `--key value`."""
 
 import math
+import os
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 
@@ -86,6 +87,12 @@ class LsmTrainingArguments(SFTConfig):
         metadata={"help": "response: cross-entropy on the rows' responses. distill: KL to the LLM that reads them."},
     )
     temperature: float = field(default=2.0, metadata={"help": "Of both distributions, for `distill`."})
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of one step on all devices; sets `gradient_accumulation_steps` for any number of them."
+        },
+    )
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector; `learning_rate` if unset."}
     )
@@ -109,7 +116,26 @@ class LsmTrainingArguments(SFTConfig):
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         if self.bf16 is None and not self.fp16:  # TRL's is yes, also where there is no GPU that can
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = accumulation(
+                self.global_batch_size, self.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+            )
         super().__post_init__()
+
+
+def accumulation(global_batch_size: int, per_device: int, devices: int) -> int:
+    """Batches of `per_device` rows that each device must see for a step of `global_batch_size` rows.
+
+    Raises:
+        ValueError: there is no such number.
+    """
+    steps, rest = divmod(global_batch_size, per_device * devices)
+    if rest or not steps:
+        raise ValueError(
+            f"--global_batch_size {global_batch_size} cannot be cut into batches of {per_device} on {devices} devices; "
+            "choose --per_device_train_batch_size so that it can."
+        )
+    return steps
 
 
 # Fields that are never as their dataclass has them, whatever was said.

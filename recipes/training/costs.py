@@ -41,15 +41,16 @@ class Costs:
     label: float
 
     @classmethod
-    def of(cls, model: LsmForConditionalGeneration, llm: str, stored: bool = False) -> "Costs":
+    def of(cls, model: LsmForConditionalGeneration, llm: str, stored: bool = False, distill: bool = False) -> "Costs":
         """
         Args:
             model: may be on the meta device: shapes alone are read.
             llm: `full`, or a mode in which the LLM's own weights do not learn.
             stored: the tower's output is read from disk.
+            distill: the LLM runs twice: it reads, too, about as many tokens as it hears.
         """
         tower, projector, text = model.model.audio_tower, model.model.projector, model.config.text_config
-        audio, backwards = model.config.audio_config, 3 if llm == "full" else 2
+        audio, passes = model.config.audio_config, (3 if llm == "full" else 2) + distill
         readers = (m for n, m in projector.named_modules() if "crossattention" in n and n.endswith(("key", "value")))
         reads = sum(map(count, readers))  # all else in the Q-Former works on queries, one per speech token
         body = count(model.model.language_model) - count(model.get_input_embeddings())
@@ -59,10 +60,10 @@ class Costs:
             frame=(0 if stored else 2 * encoder) + 6 * reads,
             frame_pair=0 if stored else 4 * audio.d_model * audio.encoder_layers,
             speech_token=6 * (count(projector) - reads),
-            token=2 * backwards * body,
+            token=2 * passes * body,
             # half of the pairs: causal. Backwards is twice forwards whatever learns, as no operand is a weight.
-            token_pair=3 * 2 * _attention_width(text) * text.num_hidden_layers,
-            label=2 * backwards * head,
+            token_pair=(3 + distill) * 2 * _attention_width(text) * text.num_hidden_layers,
+            label=2 * passes * head,
         )
 
     def row(self, frames, speech_tokens, tokens, labels):

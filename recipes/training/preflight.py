@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, constants
 from transformers import AutoConfig, AutoProcessor, PrinterCallback
 from trl import ModelConfig, get_peft_config
 
+from dataset_builders.instructions import parse_weights
 from dataset_builders.publishing import load_self_powered
 from dataset_builders.text_llm import context_of
 from modeling_lsm import LsmForConditionalGeneration
@@ -105,7 +106,12 @@ class Preflight:
                 self.shapes = LsmForConditionalGeneration(config)
         embeddings = self.shapes.get_input_embeddings().num_embeddings
         check_vocabulary(self.processor, embeddings, self.shapes.config.audio_token_id)
-        self.costs = Costs.of(self.shapes, script_args.llm, stored=script_args.audio_feature_store is not None)
+        self.costs = Costs.of(
+            self.shapes,
+            script_args.llm,
+            stored=script_args.audio_feature_store is not None,
+            distill=self.training_args.objective == "distill",
+        )
         parts = {
             "audio tower (frozen)": count(self.shapes.model.audio_tower),
             "projector (learns)": count(self.shapes.model.projector),
@@ -151,17 +157,20 @@ class Preflight:
                 refuse_foreign(row["responder"], self.shapes.config.responder)
         if not rows:
             raise ValueError(f"{args.dataset_name} has no rows in split {args.dataset_train_split!r}.")
-        self.rows = rows
+        named = None if args.tasks is None else set(parse_weights(args.tasks))
+        self.rows = [row for row in rows if named is None or row["task"] in named]
+        if not self.rows:
+            raise ValueError(f"none of {len(rows)} rows of {args.dataset_name} is of the tasks {sorted(named)}.")
         self.sizes = Ruler(self.processor, context_of(self.shapes.config)).measure(
-            {name: [row[name] for row in rows] for name in rows[0]}
+            {name: [row[name] for row in self.rows] for name in rows[0]}
         )
         info = load_dataset_builder(args.dataset_name, args.dataset_config).info
         split = (info.splits or {}).get(args.dataset_train_split)
-        self.total = split.num_examples if split is not None else None
-        seconds = np.mean([row["duration"] for row in rows])
-        tasks = sorted({row["task"] for row in rows})
+        self.total = None if split is None else round(split.num_examples * len(self.rows) / len(rows))
+        seconds = np.mean([row["duration"] for row in self.rows])
+        tasks = sorted({row["task"] for row in self.rows})
         return (
-            f"{self.total or 'unknown number of'} rows; of {len(rows)}: {seconds:.1f} s and "
+            f"{self.total or 'unknown number of'} rows; of {len(self.rows)}: {seconds:.1f} s and "
             f"{self.sizes['tokens'].mean():.0f} tokens on average, tasks {', '.join(tasks)}"
         )
 
@@ -236,6 +245,7 @@ class Preflight:
         if self.total is None and args.max_steps <= 0:
             return "unknown: the set does not say how many rows it has"
         world = args.per_device_train_batch_size * self.target.devices * args.gradient_accumulation_steps
+        world = args.global_batch_size or world
         rows = args.max_steps * world if args.max_steps > 0 else args.num_train_epochs * self.total
         flops = float(self.costs.row(**self.sizes).mean() * rows)
         if self.target.peak_tflops:
@@ -247,7 +257,9 @@ class Preflight:
         else:
             return f"{flops:.2e} FLOPs; name the target's peak_tflops for a time"
         steps = int(np.ceil(rows / world))
-        return f"{flops / rate / 3600:.1f} h for {steps} steps, {flops:.2e} FLOPs, {how}"
+        minutes = flops / rate / 60
+        took = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+        return f"{took} for {steps} steps, {flops:.2e} FLOPs, {how}"
 
 
 def _memory_here() -> float:

@@ -77,6 +77,15 @@ def test_another_number_of_gpus_is_an_option(name, launched):
 
 
 @pytest.mark.parametrize("name", TYPES)
+def test_float32_is_an_option_of_the_launcher(name, launched):
+    """Of the launcher: in its environment the Trainer finds bfloat16, for all that `--bf16 false` says."""
+    launched(name)
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    launched(name, "--mixed_precision", "no")
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
+@pytest.mark.parametrize("name", TYPES)
 def test_each_says_in_a_few_lines_how_it_is_used_and_how_it_was_checked(name):
     lines = FILES[name].read_text(encoding="utf-8").splitlines()
     comment = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
@@ -90,7 +99,6 @@ def test_each_says_in_a_few_lines_how_it_is_used_and_how_it_was_checked(name):
 
 def test_ddp_shards_nothing(launched):
     launched("ddp")
-    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
     assert "ACCELERATE_USE_FSDP" not in os.environ and "ACCELERATE_USE_DEEPSPEED" not in os.environ
 
 

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +23,12 @@ def parts_of(options: dict) -> list:
         parts.append(kind(**{name: options.pop(name) for name in list(options) if name in known}))
     assert not options
     return parts
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """`datasets` sleeps for 5 s whenever a stream is left before its end."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 @pytest.fixture

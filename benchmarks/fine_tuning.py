@@ -1,0 +1,448 @@
+"""How fast the recipe fine-tunes at real size, with random weights: for when a GPU is at hand.
+
+    python -m benchmarks.fine_tuning --llm full lora frozen --batch 1 4 8 16 --seconds 5 15 30 --json fine_tuning.json
+    python -m benchmarks.fine_tuning --preset tiny --batch 1 2 --seconds 2 --steps 3  # on a CPU: does it work at all?
+
+Nothing is downloaded: a model of the preset's shapes is made on the device and learns from noise, with instructions of
+15 tokens and responses of 40, through the recipe's own trainer (`recipes/training`), whose figures these are. What does
+not fit is left out with a line that says why. MFU counts useful work alone (`recipes/training/costs.py`; not the LLM
+that reads for `distill`), over what a large matrix product reaches here, and over `--peak-tflops` if given. Clips are
+read in worker processes, as in the recipe's configurations, which hide it from a few steps however slow it is:
+"batch read" is what one worker takes for a batch, to be held against the workers' number over the steps per second.
+"""
+
+import argparse
+import gc
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import psutil
+import soundfile
+import torch
+from datasets import Dataset
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Qwen2Config,
+    TrainerCallback,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+)
+from trl import ModelConfig, get_peft_config
+
+from configuration_lsm import LsmConfig
+from dataset_builders.text_llm import context_of
+from modeling_lsm import LsmForConditionalGeneration
+from processing_lsm import AUDIO_TOKEN, LsmProcessor
+from recipes.collator import SpeechResponseCollator
+from recipes.training.arguments import OBJECTIVES, LsmScriptArguments, LsmTrainingArguments
+from recipes.training.costs import Costs
+from recipes.training.memory import Target, estimate
+from recipes.training.models import prepare
+from recipes.training.rows import Ruler
+from recipes.training.throughput import GIB, matmul_rate
+from recipes.training.trainer import LsmTrainer
+
+WARM_UP = 3  # steps: allocation, the optimizer's state, the choice of kernels
+RATE = 16_000
+INSTRUCTION, RESPONSE = 15, 39  # words, each a token; a response ends with one more
+SPOKEN = 2.5  # words per second, of the transcript that `distill` reads
+WORDS = 200  # in the vocabulary, the special tokens aside
+WORKERS = 4  # as in the recipe's configurations
+
+PRESETS = {
+    "tiny": {
+        "audio": {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128},
+        "qformer": {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128},
+        "text": LlamaConfig(
+            hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4, vocab_size=256
+        ),
+    },
+    "base_0.5b": {  # openai/whisper-base and Qwen/Qwen2.5-0.5B
+        "audio": {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048},
+        "qformer": {},
+        "text": Qwen2Config(
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            vocab_size=151_936,
+            tie_word_embeddings=True,
+        ),
+    },
+    "large_7b": {  # openai/whisper-large-v2 and lmsys/vicuna-7b-v1.5, which is LlamaConfig's default
+        "audio": {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120},
+        "qformer": {},
+        "text": LlamaConfig(max_position_embeddings=4096, vocab_size=32_001),  # with the placeholder, as composed
+    },
+}
+KNOWN = {
+    "preset": tuple(PRESETS),
+    "llm": ("full", "lora", "frozen"),
+    "objective": OBJECTIVES,
+    "checkpointing": ("true", "false"),
+    "dtype": ("bfloat16", "float32"),
+}
+LEAST = {"batch": 1, "seconds": 0.1, "steps": 1, "workers": 0}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one training is measured with."""
+
+    llm: str
+    objective: str
+    checkpointing: str
+    batch: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"--llm {self.llm} --objective {self.objective} --checkpointing {self.checkpointing} "
+            f"--batch {self.batch} --seconds {self.seconds:g}"
+        )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is measured; the options of the command line.
+
+    Raises:
+        ValueError: an option that cannot be measured, by its name.
+    """
+
+    preset: str = "large_7b"
+    llm: tuple[str, ...] = KNOWN["llm"]
+    objective: tuple[str, ...] = ("response",)
+    checkpointing: tuple[str, ...] = ("true",)
+    batch: tuple[int, ...] = (1, 4, 8, 16)
+    seconds: tuple[float, ...] = (5, 15, 30)
+    steps: int = 8
+    dtype: str = "bfloat16"
+    peak_tflops: float | None = None
+    workers: int = WORKERS if torch.cuda.is_available() else 0  # a CPU that computes has no cores to spare
+
+    def __post_init__(self):
+        for name, known in KNOWN.items():
+            for value in self._values(name):
+                if value not in known:
+                    raise ValueError(f"--{name} {value!r} cannot be measured; expected {' or '.join(known)}.")
+        for name, least in LEAST.items():
+            for value in self._values(name):
+                if not least <= value < math.inf:
+                    raise ValueError(f"--{name} {value} must be {least} or more, and finite.")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(
+                f"--peak-tflops {self.peak_tflops} must be more than 0, and finite; leave it out if unknown."
+            )
+
+    def _values(self, name: str) -> tuple:
+        value = getattr(self, name)
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+    def settings(self) -> Iterator[Setting]:
+        names = ("llm", "objective", "checkpointing", "batch", "seconds")
+        return itertools.starmap(Setting, itertools.product(*(getattr(self, name) for name in names)))
+
+
+def make_processor() -> LsmProcessor:
+    """One of words, without any file: `w0`, `w1`, ...; the rest of the template is of unknown ones."""
+    special = ["<unk>", "<s>", "</s>", AUDIO_TOKEN]
+    words = special + [f"w{index}" for index in range(WORDS)]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    return LsmProcessor(WhisperFeatureExtractor(feature_size=80), fast)
+
+
+def make_config(preset: str, processor: LsmProcessor) -> LsmConfig:
+    shapes = PRESETS[preset]
+    return LsmConfig(
+        audio_config=WhisperConfig(**shapes["audio"], decoder_layers=1),
+        qformer_config=shapes["qformer"],
+        text_config=shapes["text"].to_dict(),
+        audio_token_id=processor.audio_token_id,
+    )
+
+
+def make_rows(count: int, seconds: float) -> list[dict]:
+    """Noise of exactly that length, as a set holds it: a file's content."""
+    random = np.random.default_rng(0)
+
+    def say(words: int) -> str:
+        return " ".join(f"w{index}" for index in random.integers(WORDS, size=words))
+
+    rows = []
+    for index in range(count):
+        file = io.BytesIO()
+        soundfile.write(file, 0.1 * random.standard_normal(round(seconds * RATE)), RATE, format="WAV")
+        rows.append(
+            {
+                "id": f"noise-{index}",
+                "audio": {"bytes": file.getvalue(), "path": None},
+                "instruction": say(INSTRUCTION),
+                "transcript": say(max(1, round(SPOKEN * seconds))),
+                "response": say(RESPONSE),
+                "duration": seconds,
+            }
+        )
+    return rows
+
+
+class Clock(TrainerCallback):
+    """The trainer logs twice, after the warm-up and at the end, and only when the device is done.
+
+    Without waiting, what the device still owes for the last step would be in nobody's time.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in (WARM_UP, state.max_steps):
+            if args.device.type == "cuda":
+                torch.cuda.synchronize(args.device)
+            control.should_log = True
+        return control
+
+
+class Bench:
+    """Measures the settings of a sweep, one after the other, on one device.
+
+    Args:
+        sweep: what is measured.
+        folder: for what a trainer wants to have somewhere.
+
+    Raises:
+        ValueError: there are several GPUs, which the trainer would share the batch among.
+    """
+
+    def __init__(self, sweep: Sweep, folder: str):
+        if torch.cuda.device_count() > 1:
+            raise ValueError(
+                f"{torch.cuda.device_count()} GPUs are visible; expected one: set CUDA_VISIBLE_DEVICES=0, say."
+            )
+        self.sweep, self.folder = sweep, folder
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.processor = make_processor()
+        with torch.device("meta"):
+            self.shapes = LsmForConditionalGeneration(make_config(sweep.preset, self.processor))
+        self.ruler = Ruler(self.processor, context_of(self.shapes.config))
+        self.memory = free_memory(self.device)
+        half = self._arguments(next(sweep.settings()))[1].bf16
+        self.precision = torch.bfloat16 if half else torch.float32
+        self.peak = matmul_rate(self.device, self.precision)  # once: all settings are held against the same
+
+    def run(self) -> dict:
+        """Figures of all settings that fit, and why the others were left out."""
+        results, left_out = [], []
+        for setting in self.sweep.settings():
+            self._free()
+            needed = self.estimate(setting)
+            if needed > self.memory:
+                left_out.append(f"{setting}: needs an estimated {needed:.1f} GiB of {self.memory:.1f}")
+            elif (figures := self._try(setting)) is None:
+                left_out.append(f"{setting}: out of memory, estimated {needed:.1f} GiB of {self.memory:.1f}")
+            else:
+                results.append({**asdict(setting), **figures, "estimated_memory_gib": round(needed, 2)})
+                print(f"{setting}: {figures['steps_per_second']:.3g} steps/s", flush=True)
+                continue
+            print(f"left out: {left_out[-1]}", flush=True)
+        self._free()
+        return {"machine": self.describe(), "sweep": asdict(self.sweep), "results": results, "left_out": left_out}
+
+    def _try(self, setting: Setting) -> dict[str, float] | None:
+        try:
+            return self.train(setting)
+        except torch.cuda.OutOfMemoryError:
+            return None  # out of here, so that the error's frames do not keep the model alive
+
+    def _free(self) -> None:
+        gc.collect()  # trainer and callbacks know each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def describe(self) -> str:
+        """The machine, what it can do, and the day."""
+        cuda = self.device.type == "cuda"
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if cuda
+            else f"CPU ({cpu_name()}, {torch.get_num_threads()} threads)"
+        )
+        precision = str(self.precision).removeprefix("torch.")
+        return (
+            f"{name}, torch {torch.__version__}, {date.today()}; a matrix product reaches {self.peak / 1e12:.3g} "
+            f"TFLOP/s in {precision}"
+        )
+
+    def _arguments(self, setting: Setting) -> tuple[LsmScriptArguments, LsmTrainingArguments, ModelConfig]:
+        training_args = LsmTrainingArguments(
+            output_dir=self.folder,
+            max_steps=WARM_UP + self.sweep.steps,
+            per_device_train_batch_size=setting.batch,
+            objective=setting.objective,
+            gradient_checkpointing=setting.checkpointing == "true",
+            peak_tflops=getattr(self, "peak", 1e12) / 1e12,
+            dataloader_num_workers=self.sweep.workers,
+            train_sampling_strategy="sequential",
+            use_cpu=self.device.type == "cpu",
+            logging_strategy="no",  # `Clock` says when
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        model_args = ModelConfig(dtype=self.sweep.dtype)
+        return LsmScriptArguments(llm=setting.llm, dataset_name="noise"), training_args, model_args
+
+    def estimate(self, setting: Setting) -> float:
+        """GiB, as a preflight would say."""
+        sizes = self._measure(make_rows(1, setting.seconds))
+        return sum(estimate(self.shapes, *self._arguments(setting), Target(), sizes).values())
+
+    def _measure(self, rows: list[dict]) -> dict[str, int]:
+        """Frames, tokens and labels of a row; all rows are alike."""
+        sizes = self.ruler.measure({name: [row[name] for row in rows[:1]] for name in rows[0]})
+        return {name: int(values[0]) for name, values in sizes.items()}
+
+    def _model(self, dtype: str | torch.dtype) -> LsmForConditionalGeneration:
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            return LsmForConditionalGeneration._from_config(make_config(self.sweep.preset, self.processor), dtype=dtype)
+
+    def _teacher(self, setting: Setting) -> LsmForConditionalGeneration | None:
+        """As `recipes.training.models.load_teacher`, of random weights."""
+        if setting.objective != "distill" or setting.llm != "full":
+            return None
+        teacher = self._model(self.precision)
+        del teacher.model.audio_tower, teacher.model.projector
+        return teacher.requires_grad_(False).eval()
+
+    def train(self, setting: Setting) -> dict[str, float]:
+        """Figures of the timed steps."""
+        _, training_args, model_args = self._arguments(setting)
+        rows = make_rows(setting.batch * training_args.max_steps, setting.seconds)
+        collate = SpeechResponseCollator(self.processor, teacher=setting.objective == "distill")
+        start = perf_counter()
+        collate(rows[: setting.batch])
+        reading = perf_counter() - start
+        model = self._model(self.sweep.dtype)
+        prepare(model, setting.llm, model_args)
+        trainer = LsmTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=Dataset.from_list(rows),
+            data_collator=collate,
+            peft_config=get_peft_config(model_args),
+            callbacks=[Clock()],
+            processor=self.processor,
+            costs=Costs.of(model, setting.llm),
+            teacher=self._teacher(setting),
+            card={},
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        _, timed = (line for line in trainer.state.log_history if "tokens_per_second" in line)
+        return self._figures(setting, timed, self._measure(rows)["tokens"]) | {"reading_seconds": reading}
+
+    def _figures(self, setting: Setting, logged: dict, tokens: int) -> dict[str, float]:
+        names = ("tokens_per_second", "audio_seconds_per_second", "mfu", "peak_memory_gib")
+        # By the trainer's own clock, since all rows have as many tokens.
+        figures = {"steps_per_second": logged["tokens_per_second"] / tokens / setting.batch}
+        figures |= {name: logged[name] for name in names}
+        if self.sweep.peak_tflops is not None:
+            figures["mfu_of_given"] = logged["mfu"] * self.peak / self.sweep.peak_tflops / 1e12
+        return figures
+
+
+def free_memory(device: torch.device) -> float:
+    """GiB that nobody has taken yet."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / GIB
+    return psutil.virtual_memory().available / GIB
+
+
+def cpu_name() -> str:
+    """As Linux knows it, where `platform` does not."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def measure(sweep: Sweep) -> dict:
+    """`machine`, `sweep`, `results` (a dict for each setting) and `left_out` (a line for each setting)."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Bench(sweep, folder).run()
+
+
+def table(found: dict) -> str:
+    """What was found as Markdown."""
+    sweep, cuda = found["sweep"], not found["machine"].startswith("CPU")
+    columns = {
+        "LLM": lambda row: row["llm"],
+        "objective": lambda row: row["objective"],
+        "checkpointing": lambda row: "yes" if row["checkpointing"] == "true" else "no",
+        "batch": lambda row: f"{row['batch']}",
+        "clip": lambda row: f"{row['seconds']:g} s",
+        "steps/s": lambda row: f"{row['steps_per_second']:.3g}",
+        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+        "audio s/s": lambda row: f"{row['audio_seconds_per_second']:.1f}",
+        "MFU": lambda row: f"{row['mfu']:.1%}",
+        f"MFU of {sweep['peak_tflops'] or 0:g} TFLOP/s": lambda row: f"{row['mfu_of_given']:.1%}",
+        # Without a GPU it is the whole process's, of all settings until then.
+        "peak memory" if cuda else "peak of process": lambda row: f"{row['peak_memory_gib']:.1f} GiB",
+        "estimated": lambda row: f"{row['estimated_memory_gib']:.1f} GiB",
+        "batch read": lambda row: f"{row['reading_seconds']:.2g} s",
+    }
+    if sweep["peak_tflops"] is None:
+        columns = {name: show for name, show in columns.items() if not name.startswith("MFU of")}
+    lines = [list(columns), ["---"] * len(columns)]
+    lines += [[show(row) for show in columns.values()] for row in found["results"]]
+    title = f"Preset {sweep['preset']}, {sweep['dtype']}, {sweep['steps']} steps, {sweep['workers']} workers: "
+    left_out = [f"\nLeft out: {line}." for line in found["left_out"]]
+    return "\n".join([f"{title}{found['machine']}.\n", *(f"| {' | '.join(line)} |" for line in lines), *left_out])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Sweep()
+    parser.add_argument("--preset", default=default.preset, help=" or ".join(PRESETS))
+    parser.add_argument("--llm", nargs="+", default=default.llm, help="what becomes of the LLM: full, lora, frozen")
+    parser.add_argument("--objective", nargs="+", default=default.objective, help="response, distill")
+    parser.add_argument("--checkpointing", nargs="+", default=default.checkpointing, help="of activations: true, false")
+    parser.add_argument("--batch", type=int, nargs="+", default=default.batch, help="rows of a step")
+    parser.add_argument("--seconds", type=float, nargs="+", default=default.seconds, help="length of the clips")
+    parser.add_argument(
+        "--steps", type=int, default=default.steps, help=f"that are timed, after {WARM_UP} that are not"
+    )
+    parser.add_argument("--dtype", default=default.dtype, help="of what is frozen; what learns is in float32")
+    parser.add_argument("--peak-tflops", type=float, help="what the device's maker says, for a second MFU")
+    parser.add_argument("--workers", type=int, default=default.workers, help="processes that read clips")
+    parser.add_argument("--json", help="file for the figures")
+    options = vars(parser.parse_args())
+    file = options.pop("json")
+    found = measure(Sweep(**options))
+    print(f"\n{table(found)}")
+    if file:
+        Path(file).write_text(json.dumps(found, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

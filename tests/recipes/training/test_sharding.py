@@ -1,0 +1,103 @@
+"""FSDP2 by the model's own units, without accelerate, which on a CPU would quietly do without sharding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+# Each of two processes learns from its half of a batch; sharded and whole models must see the same losses.
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from modeling_lsm import LsmForConditionalGeneration
+from recipes.training.models import prepare
+from trl import ModelConfig
+
+folder, batches, llm = sys.argv[1:]
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+batches = torch.load(batches)
+
+
+def train(model, step_of):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=False)
+    losses = []
+    for halves in batches:
+        losses.append(step_of(model, halves))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def whole(model, halves):
+    total = sum(model(**half, use_cache=False).loss for half in halves) / len(halves)
+    total.backward()
+    return total.item()
+
+
+def sharded(model, halves):
+    loss = model(**halves[rank], use_cache=False).loss
+    loss.backward()
+    loss = loss.detach()
+    dist.all_reduce(loss, dist.ReduceOp.AVG)
+    return loss.item()
+
+
+def load():
+    model = LsmForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16 if llm == "frozen" else None)
+    prepare(model, llm, ModelConfig())
+    return model.train()
+
+
+expected = train(load(), whole)
+model = load()
+mesh = init_device_mesh("cpu", (2,))
+for module in list(model.modules()):
+    if type(module).__name__ in model._no_split_modules:
+        fully_shard(module, mesh=mesh)
+fully_shard(model, mesh=mesh)
+assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+local = sum(parameter.to_local().numel() for parameter in model.parameters())
+assert local < 0.6 * sum(parameter.numel() for parameter in model.parameters()), "nothing is shared out"
+found = train(model, sharded)
+for one, two in zip(expected, found, strict=True):
+    assert abs(one - two) < float(sys.argv[3] == "frozen") * 5e-3 + 1e-4, (expected, found)
+assert expected[-1] < expected[0]
+if rank == 0:
+    print("sharded", found)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("llm", ["full", "frozen"])
+def test_sharded_over_two_processes_the_losses_are_those_of_one(lsm_dir, processor, answered, tmp_path, llm):
+    import torch
+
+    from recipes.collator import SpeechResponseCollator
+
+    collate = SpeechResponseCollator(processor)
+    heard, read = answered, [row | {"audio": None} for row in answered]
+    # in the second batch one process hears nothing
+    halves = [(collate(heard[:2]), collate(heard[2:])), (collate(heard[:2]), collate(read[2:]))] * 3
+    torch.save(halves, tmp_path / "batches.pt")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py"), str(lsm_dir), str(tmp_path / "batches.pt"), llm],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "sharded" in done.stdout
