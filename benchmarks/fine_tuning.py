@@ -17,7 +17,6 @@ import io
 import itertools
 import json
 import math
-import os
 import platform
 import tempfile
 from collections.abc import Iterator
@@ -51,7 +50,7 @@ from recipes.collator import SpeechResponseCollator
 from recipes.training.arguments import OBJECTIVES, LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import Costs
 from recipes.training.memory import Target, estimate
-from recipes.training.models import prepare
+from recipes.training.models import prepare, without_ears
 from recipes.training.rows import Ruler
 from recipes.training.throughput import GIB, matmul_rate
 from recipes.training.trainer import LsmTrainer
@@ -243,7 +242,8 @@ class Bench:
             self.shapes = LsmForConditionalGeneration(make_config(sweep.preset, self.processor))
         self.ruler = Ruler(self.processor, context_of(self.shapes.config))
         self.memory = free_memory(self.device)
-        half = self._arguments(next(sweep.settings()))[1].bf16
+        self.peak = None
+        half = self._arguments(next(sweep.settings()))[1].bf16  # as the recipe decides
         self.precision = torch.bfloat16 if half else torch.float32
         self.peak = matmul_rate(self.device, self.precision)  # once: all settings are held against the same
 
@@ -298,7 +298,7 @@ class Bench:
             per_device_train_batch_size=setting.batch,
             objective=setting.objective,
             gradient_checkpointing=setting.checkpointing == "true",
-            peak_tflops=getattr(self, "peak", 1e12) / 1e12,
+            peak_tflops=self.peak and self.peak / 1e12,
             dataloader_num_workers=self.sweep.workers,
             train_sampling_strategy="sequential",
             use_cpu=self.device.type == "cpu",
@@ -330,8 +330,7 @@ class Bench:
         if setting.objective != "distill" or setting.llm != "full":
             return None
         teacher = self._model(self.precision)
-        del teacher.model.audio_tower, teacher.model.projector
-        return teacher.requires_grad_(False).eval()
+        return without_ears(teacher)
 
     def train(self, setting: Setting) -> dict[str, float]:
         """Figures of the timed steps."""
@@ -351,7 +350,7 @@ class Bench:
             peft_config=get_peft_config(model_args),
             callbacks=[Clock()],
             processor=self.processor,
-            costs=Costs.of(model, setting.llm),
+            costs=Costs.of(model, setting.llm, distill=setting.objective == "distill"),
             teacher=self._teacher(setting),
             card={},
         )
@@ -403,8 +402,8 @@ def table(found: dict) -> str:
         "steps/s": lambda row: f"{row['steps_per_second']:.3g}",
         "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
         "audio s/s": lambda row: f"{row['audio_seconds_per_second']:.1f}",
-        "MFU": lambda row: f"{row['mfu']:.1%}",
-        f"MFU of {sweep['peak_tflops'] or 0:g} TFLOP/s": lambda row: f"{row['mfu_of_given']:.1%}",
+        "MFU": lambda row: f"{100 * row['mfu']:.1f} %",
+        f"MFU of {sweep['peak_tflops'] or 0:g} TFLOP/s": lambda row: f"{100 * row['mfu_of_given']:.1f} %",
         # Without a GPU it is the whole process's, of all settings until then.
         "peak memory" if cuda else "peak of process": lambda row: f"{row['peak_memory_gib']:.1f} GiB",
         "estimated": lambda row: f"{row['estimated_memory_gib']:.1f} GiB",
@@ -444,5 +443,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     main()

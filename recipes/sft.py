@@ -66,7 +66,7 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
     set_seed(training_args.seed)
     if script_args.text is not None:
         model_args.model_name_or_path = compose_base(script_args, training_args, model_args)
-    model, processor = load_model(script_args, training_args, model_args)
+    model, processor = load_model(script_args, model_args)
     teacher = load_teacher(script_args, training_args, model_args)
     costs = Costs.of(
         model,
@@ -123,4 +123,6 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     arguments = TrlParser((LsmScriptArguments, LsmTrainingArguments, ModelConfig)).parse_args_and_config()
-    sys.exit(preflight(*arguments)) if arguments[0].preflight else main(*arguments)
+    code = preflight(*arguments) if arguments[0].preflight else main(*arguments)
+    PartialState().destroy_process_group()
+    sys.exit(code)

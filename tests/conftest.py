@@ -16,6 +16,7 @@ import soundfile
 import torch
 from tiny_tokenizer import tiny_tokenizer
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     WhisperConfig,
@@ -114,6 +115,18 @@ def lsm_dir(tmp_path_factory, compose_tiny, whisper_dir, llm_dir) -> Path:
     folder = tmp_path_factory.mktemp("lsm") / "tiny-lsm"
     compose_tiny(str(whisper_dir), str(llm_dir), str(folder))
     return folder
+
+
+@pytest.fixture
+def wide_lsm_dir(compose_tiny, whisper_dir, llm_dir, tmp_path):
+    """Of widths that the CPU's 4-bit kernels take."""
+    llm = LlamaConfig.from_pretrained(
+        llm_dir, hidden_size=128, intermediate_size=256, head_dim=32, num_key_value_heads=4
+    )
+    LlamaForCausalLM(llm).save_pretrained(tmp_path / "llm")
+    AutoTokenizer.from_pretrained(llm_dir).save_pretrained(tmp_path / "llm")
+    compose_tiny(str(whisper_dir), str(tmp_path / "llm"), str(tmp_path / "lsm"))
+    return tmp_path / "lsm"
 
 
 @pytest.fixture(scope="session")

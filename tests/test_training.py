@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig
 
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import AUDIO_TOKEN
@@ -63,18 +63,6 @@ def test_an_adapter_learns_is_saved_reloaded_and_merged(lsm_dir, batch, tmp_path
         reloaded.merge_and_unload().save_pretrained(tmp_path / "merged")
         merged = LsmForConditionalGeneration.from_pretrained(tmp_path / "merged")
         torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-4, rtol=0)
-
-
-@pytest.fixture
-def wide_lsm_dir(compose_tiny, whisper_dir, llm_dir, tmp_path):
-    """Of widths that the CPU's 4-bit kernels take."""
-    llm = LlamaConfig.from_pretrained(
-        llm_dir, hidden_size=128, intermediate_size=256, head_dim=32, num_key_value_heads=4
-    )
-    LlamaForCausalLM(llm).save_pretrained(tmp_path / "llm")
-    AutoTokenizer.from_pretrained(llm_dir).save_pretrained(tmp_path / "llm")
-    compose_tiny(str(whisper_dir), str(tmp_path / "llm"), str(tmp_path / "lsm"))
-    return tmp_path / "lsm"
 
 
 def test_an_adapter_on_a_quantized_llm_learns(wide_lsm_dir, batch, tmp_path):
@@ -205,3 +193,15 @@ def test_frozen_modules_stay_in_eval(lsm_dir, mode):
     tower = model.get_base_model().model.audio_tower
     assert not any(module.training for module in tower.modules())
     assert not any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def test_a_batch_of_text_uses_every_module_and_teaches_the_projector_nothing(lsm_dir, lsm, processor):
+    """Processes that train together must use the same modules, whatever their batches hold."""
+    model = LsmForConditionalGeneration.from_pretrained(lsm_dir).train()
+    inputs = processor(text="what is said?", return_tensors="pt")
+    outputs = model(**inputs, labels=inputs["input_ids"], use_cache=False)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs.logits, lsm(**inputs).logits, atol=1e-6, rtol=0)
+    outputs.loss.backward()
+    gradients = [parameter.grad for parameter in model.model.projector.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)

@@ -15,9 +15,12 @@ CHUNK_FRAMES = 1500  # encoder frames of Whisper's 30 s
 
 
 def count(module: nn.Module) -> int:
-    """Weights of the matrices of a module; those in 4 bits lie two to a byte, and count as two."""
-    packed = (2 if type(weight).__name__ == "Params4bit" else 1 for weight in module.parameters())
-    return sum(size * weight.numel() for size, weight in zip(packed, module.parameters(), strict=True))
+    """Weights of a module: those in 4 bits, which lie two to a byte, and those that ZeRO-3 has elsewhere (`ds_numel`)
+    are counted as what they are."""
+    sizes = (
+        (2 if type(w).__name__ == "Params4bit" else 1, getattr(w, "ds_numel", w.numel())) for w in module.parameters()
+    )
+    return sum(packed * size for packed, size in sizes)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
 from modeling_lsm import LsmForConditionalGeneration
@@ -45,7 +46,7 @@ def compose_base(script_args: LsmScriptArguments, training_args: LsmTrainingArgu
 
 
 def load_model(
-    script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig
+    script_args: LsmScriptArguments, model_args: ModelConfig
 ) -> tuple[LsmForConditionalGeneration, LsmProcessor]:
     """The LSM with what is to learn thawed, and its processor. `model_args` gets the adapter's settings.
 
@@ -65,6 +66,8 @@ def load_model(
         settings |= {"quantization_config": quantization(model_args), "device_map": device}
     processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=True, **settings)
+    if is_deepspeed_zero3_enabled():
+        model._weight_conversions = None  # transformers would undo, on saving, a renaming that it did not do on loading
     check_vocabulary(processor, model.get_input_embeddings().num_embeddings, model.config.audio_token_id)
     prepare(model, llm, model_args)
     return model, processor
@@ -122,5 +125,10 @@ def load_teacher(
     teacher = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=True, dtype=dtype
     )
-    del teacher.model.audio_tower, teacher.model.projector
-    return teacher.requires_grad_(False).eval()
+    return without_ears(teacher)
+
+
+def without_ears(model: LsmForConditionalGeneration) -> LsmForConditionalGeneration:
+    """The model as one that can but read, and does not learn."""
+    del model.model.audio_tower, model.model.projector
+    return model.requires_grad_(False).eval()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset_builder
@@ -26,7 +27,7 @@ from recipes.compose import compose
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import Costs, count
 from recipes.training.memory import Target, estimate
-from recipes.training.models import check_vocabulary, prepare
+from recipes.training.models import check_vocabulary, prepare, without_ears
 from recipes.training.rows import Ruler, check_columns, check_row, refuse_foreign
 from recipes.training.throughput import GIB
 from recipes.training.trainer import LsmTrainer
@@ -164,9 +165,8 @@ class Preflight:
         self.sizes = Ruler(self.processor, context_of(self.shapes.config)).measure(
             {name: [row[name] for row in self.rows] for name in rows[0]}
         )
-        info = load_dataset_builder(args.dataset_name, args.dataset_config).info
-        split = (info.splits or {}).get(args.dataset_train_split)
-        self.total = None if split is None else round(split.num_examples * len(self.rows) / len(rows))
+        total = _rows_in(args.dataset_name, args.dataset_config, args.dataset_train_split)
+        self.total = None if total is None else round(total * len(self.rows) / len(rows))
         seconds = np.mean([row["duration"] for row in self.rows])
         tasks = sorted({row["task"] for row in self.rows})
         return (
@@ -213,8 +213,12 @@ class Preflight:
             note = " (one layer each of tower and LLM, batches of one: the whole is not for this machine)"
         self.whole = not note
         device = torch.device("cuda", PartialState().local_process_index) if cuda else torch.device("cpu")
+        dtype = None if self.model_args.dtype in (None, "auto") else getattr(torch, self.model_args.dtype)
+        teacher = None
         with torch.device(device):
-            model = LsmForConditionalGeneration._from_config(config)
+            model = LsmForConditionalGeneration._from_config(config, **({"dtype": dtype} if dtype else {}))
+            if self.training_args.objective == "distill" and self.script_args.llm == "full":
+                teacher = without_ears(LsmForConditionalGeneration._from_config(config, dtype=torch.bfloat16))
         mode = "lora" if self.script_args.llm == "qlora" else self.script_args.llm
         prepare(model, mode, self.model_args)
         args = _short(self.training_args, whole=self.whole)
@@ -228,7 +232,8 @@ class Preflight:
                 data_collator=SpeechResponseCollator(self.processor, teacher=args.objective == "distill"),
                 peft_config=get_peft_config(self.model_args),
                 processor=self.processor,
-                costs=Costs.of(model, mode),
+                costs=Costs.of(model, mode, distill=args.objective == "distill"),
+                teacher=teacher,
                 card={},
             )
             trainer.remove_callback(PrinterCallback)
@@ -260,6 +265,15 @@ class Preflight:
         minutes = flops / rate / 60
         took = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
         return f"{took} for {steps} steps, {flops:.2e} FLOPs, {how}"
+
+
+def _rows_in(name: str, config: str, split: str) -> int | None:
+    """Rows of a set, without reading them; None if it does not say."""
+    if Path(name).is_dir():
+        files = Path(name).glob(f"data/{'*' if config == 'all' else config}/{split}-*.parquet")
+        return sum(pq.read_metadata(file).num_rows for file in files)
+    found = (load_dataset_builder(name, config).info.splits or {}).get(split)
+    return None if found is None else found.num_examples
 
 
 def _memory_here() -> float:

@@ -17,6 +17,7 @@ from recipes.training.checkpoints import WholeCheckpoints
 from recipes.training.costs import Costs
 from recipes.training.distillation import distillation_loss, predicts
 from recipes.training.order import EpochSampler
+from recipes.training.sharding import as_before_sharding, prepare_for_fsdp2, refuse_pretence
 from recipes.training.throughput import Throughput
 
 
@@ -45,6 +46,9 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         self.processor, self.card, self.row_costs, self.sampler = processor, card, row_costs, None
         # TRL takes whoever comes with a processor for a model of images.
         super().__init__(*args, processing_class=processor.tokenizer, **kwargs)
+        refuse_pretence(self.accelerator)
+        if self.is_fsdp_enabled:
+            prepare_for_fsdp2(self.model, self.accelerator)
         self.teacher = self._prepare_teacher(teacher)
         self.throughput = Throughput(costs, self.model.config.audio_token_id, self.args.peak_tflops)
         self.add_callback(_Clockwork(self))
@@ -153,7 +157,8 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
+        with as_before_sharding(self.model):
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.processor.save_pretrained(output_dir or self.args.output_dir)
 
@@ -182,4 +187,6 @@ class _Clockwork(TrainerCallback):
             self.trainer.sampler.set_epoch(int(state.epoch + 1e-6))
 
     def on_step_end(self, args, state, control, **kwargs):
+        if control.should_log and torch.cuda.is_available():
+            torch.cuda.synchronize()  # or what is still queued would be in nobody's time
         self.trainer.throughput.stop()

@@ -15,14 +15,19 @@ from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.callbacks import LOG, read_lines
 
 
-def parts_of(options: dict) -> list:
-    """The recipe's three kinds of arguments, each with the options that it knows."""
-    parts = []
-    for kind in (LsmScriptArguments, LsmTrainingArguments, ModelConfig):
-        known = {field.name for field in fields(kind)}
-        parts.append(kind(**{name: options.pop(name) for name in list(options) if name in known}))
-    assert not options
-    return parts
+@pytest.fixture
+def parts_of():
+    """`parts_of(options)`: the recipe's three kinds of arguments, each with the options that it knows."""
+
+    def sort(options: dict) -> list:
+        parts, left = [], dict(options)
+        for kind in (LsmScriptArguments, LsmTrainingArguments, ModelConfig):
+            known = {field.name for field in fields(kind)}
+            parts.append(kind(**{name: left.pop(name) for name in list(left) if name in known}))
+        assert not left
+        return parts
+
+    return sort
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +56,7 @@ def defaults(lsm_dir, set_dir, tmp_path) -> dict:
 
 
 @pytest.fixture
-def train(defaults):
+def train(defaults, parts_of):
     """`train(llm="lora", ...)` trains, by default for two steps, and returns the output folder."""
 
     def run(**options) -> Path:

@@ -6,9 +6,10 @@ from torch import nn
 from trl import ModelConfig
 
 from recipes.collator import SpeechResponseCollator
-from recipes.training.arguments import LsmTrainingArguments
+from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.callbacks import LOG, read_lines
 from recipes.training.distillation import distillation_loss, predicts
+from recipes.training.models import load_teacher
 
 
 def test_the_loss_is_kl_at_a_temperature():
@@ -62,9 +63,6 @@ def test_the_divergence_gets_smaller(train, losses, llm):
 
 @pytest.mark.parametrize(("llm", "copies"), [("frozen", 0), ("lora", 0), ("full", 1)])
 def test_only_a_full_training_keeps_a_second_llm(lsm_dir, llm, copies, defaults):
-    from recipes.training.arguments import LsmScriptArguments
-    from recipes.training.models import load_teacher
-
     training = LsmTrainingArguments(output_dir=defaults["output_dir"], objective="distill", use_cpu=True)
     model = ModelConfig(model_name_or_path=str(lsm_dir))
     teacher = load_teacher(LsmScriptArguments(dataset_name="any", llm=llm), training, model)

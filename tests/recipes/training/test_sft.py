@@ -3,12 +3,16 @@
 import pytest
 import torch
 import transformers
+from hub_clients import start
 from packaging import version
 from transformers import AutoModelForCausalLM, AutoProcessor
+from trl import ModelConfig
 
 from recipes.audio_features import AudioFeatureStore
 from recipes.speech_llm import Lsm
+from recipes.training.arguments import LsmScriptArguments
 from recipes.training.callbacks import read_lines
+from recipes.training.models import load_model
 
 
 def moved(before, after):
@@ -95,3 +99,57 @@ def test_following_is_measured_while_training(train, corpus_dir):
     looks = read_lines(output / "following.jsonl")
     assert [look["step"] for look in looks] == [1, 2]
     assert all({"following", "transcript_copy", "wer"} <= set(look) for look in looks)
+
+
+def test_an_adapter_on_an_llm_in_four_bits(train, wide_lsm_dir):
+    output = train(model_name_or_path=str(wide_lsm_dir), llm="qlora", allow_foreign_responses=True)
+    assert (output / "adapter_model.safetensors").exists() and not (output / "model.safetensors").exists()
+
+
+def test_what_learns_is_in_float32_and_what_does_not_as_it_is_told(lsm_dir):
+    for llm in ("full", "frozen"):
+        config = ModelConfig(model_name_or_path=str(lsm_dir), dtype="bfloat16")
+        model, _ = load_model(LsmScriptArguments(dataset_name="any", llm=llm), config)
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+
+
+def test_two_checkpoints_are_composed_once(train, whisper_dir, llm_dir, tmp_path):
+    options = {"audio": str(whisper_dir), "text": str(llm_dir), "model_name_or_path": None}
+    options |= {"composition": {"qformer_hidden": 32, "qformer_heads": 4, "qformer_ffn": 64}}
+    output = train(**options)
+    written = (output / "base" / "model.safetensors").stat().st_mtime_ns
+    train(**options, llm="frozen", resume_from_checkpoint="false")
+    assert (output / "base" / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="are two models; name an LSM, or the audio and text"):
+        train(**{**options, "model_name_or_path": "other"})
+
+
+def test_every_checkpoint_can_be_loaded_as_it_is(train):
+    output = train(save_strategy="steps", save_steps=1)
+    for folder in (output / "checkpoint-1", output):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_the_card_tells_data_settings_and_curve(train):
+    card = (train(llm="frozen") / "README.md").read_text()
+    assert "llm: frozen" in card and "| transcription | 8 |" in card and "training.png" in card
+
+
+PUSH = """
+import runpy, sys
+sys.argv = ["sft.py", *sys.argv[1:]]
+runpy.run_module("recipes.sft", run_name="__main__")
+"""
+
+
+def test_a_trained_model_is_pushed_with_its_card(hub, defaults, tmp_path):
+    options = {**defaults, "push_to_hub": True, "hub_model_id": "me/trained", "max_steps": 1}
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    done = start(PUSH, hub, tmp_path / "home", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = hub.repos["model", "me/trained"].files()
+    assert {"README.md", "model.safetensors", "processor_config.json", "modeling_lsm.py"} <= set(files)
+    assert "me/trained" in files["README.md"].content.decode() or "# trained" in files["README.md"].content.decode()
+    assert not any(name.startswith("checkpoint-") for name in files)

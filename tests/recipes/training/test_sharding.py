@@ -1,4 +1,4 @@
-"""FSDP2 by the model's own units, without accelerate, which on a CPU would quietly do without sharding."""
+"""FSDP2 on two processes of a CPU: by the model's own units, and by the recipe under accelerate's configuration."""
 
 import os
 import subprocess
@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from recipes.collator import SpeechResponseCollator
 
 ROOT = Path(__file__).parents[3]
 
@@ -81,10 +85,6 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize("llm", ["full", "frozen"])
 def test_sharded_over_two_processes_the_losses_are_those_of_one(lsm_dir, processor, answered, tmp_path, llm):
-    import torch
-
-    from recipes.collator import SpeechResponseCollator
-
     collate = SpeechResponseCollator(processor)
     heard, read = answered, [row | {"audio": None} for row in answered]
     # in the second batch one process hears nothing
@@ -101,3 +101,31 @@ def test_sharded_over_two_processes_the_losses_are_those_of_one(lsm_dir, process
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "sharded" in done.stdout
+
+
+@pytest.mark.parametrize("mode", [{"llm": "full"}, {"llm": "lora", "objective": "distill", "text_ratio": 1.0}])
+def test_the_recipe_under_accelerates_fsdp2(train, losses, defaults, tmp_path, mode, lsm):
+    mode = {**mode, "max_steps": 3, "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 2}
+    expected = losses(train(**mode, per_device_train_batch_size=4, output_dir=str(tmp_path / "one")))
+    options = {**defaults, **mode, "per_device_train_batch_size": 2, "output_dir": str(tmp_path / "two")}
+    options["bf16"] = False
+    flags = [part for name, value in options.items() if name != "use_cpu" for part in (f"--{name}", str(value))]
+    launch = ["accelerate.commands.launch", "--config_file", "recipes/configs/accelerate/fsdp2.yaml"]
+    launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_TORCH_DEVICE": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, str(Path(__file__).with_name("fsdp_on_cpu.py")), *flags],
+        cwd=ROOT, env=environment | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = tmp_path / "two"
+    for rank in (0, 1):
+        whole, share = (output / f"sharded-{rank}").read_text().split()
+        assert int(whole) == 0 and float(share) < 0.6
+    assert losses(output) == pytest.approx(expected, abs=1e-4)
+    if mode["llm"] == "full":
+        model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
+        assert type(model).__name__ == "LsmForConditionalGeneration" and (output / "modeling_lsm.py").is_file()
+        assert not torch.equal(model.lm_head.weight, lsm.lm_head.weight)
+    AutoProcessor.from_pretrained(output, trust_remote_code=True)
