@@ -5,10 +5,10 @@
 
 Nothing is downloaded: a model of the preset's shapes is made on the device and learns from noise, with instructions of
 15 tokens and responses of 40, through the recipe's own trainer (`recipes/training`), whose figures these are. What does
-not fit is left out with a line that says why. MFU counts useful work alone (`recipes/training/costs.py`; not the LLM
-that reads for `distill`), over what a large matrix product reaches here, and over `--peak-tflops` if given. Clips are
-read in worker processes, as in the recipe's configurations, which hide it from a few steps however slow it is:
-"batch read" is what one worker takes for a batch, to be held against the workers' number over the steps per second.
+not fit is left out with a line that says why. MFU counts useful work alone (`recipes/training/costs.py`), over what a
+large matrix product reaches here, and over `--peak-tflops` if given. Clips are read in worker processes, as in the
+recipe's configurations, which hide it from a few steps however slow it is: "batch read" is what one worker takes for a
+batch, to be held against the workers' number over the steps per second.
 """
 
 import argparse

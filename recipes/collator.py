@@ -77,6 +77,10 @@ class SpeechResponseCollator:
         tokenizer = self.processor.tokenizer
         prompt_ids = tokenizer(prompts, add_special_tokens=False).input_ids
         response_ids = tokenizer(responses, add_special_tokens=False).input_ids
+        if not all(response_ids):
+            raise ValueError(
+                f"the response {responses[response_ids.index([])]!r} has no tokens; nothing would be learned."
+            )
         pairs = list(zip(prompt_ids, response_ids, strict=True))
         batch = tokenizer.pad(
             {"input_ids": [prompt + response for prompt, response in pairs]}, padding_side="right", return_tensors="pt"

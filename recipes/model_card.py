@@ -71,7 +71,7 @@ python -m dataset_builders.self_powered build --llm {name} --corpus librispeech 
     --output data/self_powered
 # ... and the LSM learns to give those answers from speech.
 accelerate launch recipes/sft.py --model_name_or_path {name} --dataset_name data/self_powered \\
-    --dataset_train_split train.clean.100 --output_dir checkpoints/lsm --use_cpu false --bf16 true
+    --dataset_train_split train.clean.100 --output_dir checkpoints/lsm
 """
 SECRETS = ("hub_token", "push_to_hub_token")
 FIGURES = {"following": "following rate", "transcript_copy": "transcript copies", "wer": "word error rate"}

@@ -12,12 +12,12 @@ GIB = 2**30
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one device in a product of two large matrices: the best of a few."""
+    """FLOP/s of one device in a product of two large matrices: the best of twenty, as others may be at work."""
     size = 8192 if device.type == "cuda" else 1024
     own = torch.Generator(device)  # a training's random numbers must not depend on when it is measured
     left, right = torch.randn(2, size, size, generator=own, device=device, dtype=dtype)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(20):
         _synchronize(device)
         start = time.perf_counter()
         left @ right

@@ -1,8 +1,11 @@
 """A training batch: the prompt of inference, then the response, which alone is learned."""
 
 import copy
+import io
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from recipes.collator import SpeechResponseCollator, render_prompt, render_response
@@ -97,3 +100,40 @@ def test_a_template_without_an_end_gets_one(processor, rows):
     assert other.chat_template != processor.chat_template
     response = render_response(other, rows[0], render_prompt(other, rows[0]))
     assert response == rows[0]["response"] + "</s>"
+
+
+def test_a_response_without_tokens_is_refused(processor, answered, monkeypatch):
+    """Nothing could be learned from it, and the mean over all labels would hide that."""
+    tokenizer_type = type(processor.tokenizer)
+    original = tokenizer_type.__call__
+
+    def drop_responses(self, texts, **settings):
+        found = original(self, texts, **settings)
+        pairs = zip(found["input_ids"], texts, strict=True)
+        found["input_ids"] = [ids if "<|user|>" in text else [] for ids, text in pairs]
+        return found
+
+    monkeypatch.setattr(tokenizer_type, "__call__", drop_responses)
+    with pytest.raises(ValueError, match="has no tokens; nothing would be learned"):
+        SpeechResponseCollator(processor)(answered)
+
+
+def test_a_clip_that_cannot_be_learned_from_is_refused_by_its_row(processor, answered):
+    empty = io.BytesIO()
+    soundfile.write(empty, np.zeros(0), 16_000, format="WAV")
+    row = answered[1] | {"audio": {"bytes": empty.getvalue(), "path": "empty.wav"}}
+    with pytest.raises(ValueError, match=r"row '1' has a clip that cannot be learned from: The audio is empty"):
+        SpeechResponseCollator(processor)([answered[0], row])
+
+
+def test_rows_that_are_read_and_rows_that_are_heard_make_one_batch(processor, lsm, answered):
+    rows = [answered[0], answered[1] | {"audio": None}, answered[2]]
+    batch = SpeechResponseCollator(processor)(rows)
+    assert len(batch["input_features"]) == 2
+    assert answered[1]["transcript"] in processor.tokenizer.decode(batch["input_ids"][1])
+    with torch.no_grad():
+        together = lsm(**batch).loss
+        apart = [SpeechResponseCollator(processor)([row]) for row in rows]
+        counts = [(one["labels"] != -100).sum() for one in apart]
+        expected = sum(lsm(**one).loss * count for one, count in zip(apart, counts, strict=True)) / sum(counts)
+    torch.testing.assert_close(together, expected, atol=1e-4, rtol=1e-4)

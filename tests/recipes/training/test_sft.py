@@ -99,6 +99,15 @@ def test_following_is_measured_while_training(train, corpus_dir):
     looks = read_lines(output / "following.jsonl")
     assert [look["step"] for look in looks] == [1, 2]
     assert all({"following", "transcript_copy", "wer"} <= set(look) for look in looks)
+    logged = [line for line in read_lines(output / "log.jsonl") if "loss" in line]  # and so what `report_to` names
+    assert [line["following"] for line in logged] == [look["following"] for look in looks]
+
+
+def test_clips_decoded_in_workers_give_the_same_training(train, losses, tmp_path):
+    alone, helped = (
+        losses(train(dataloader_num_workers=workers, output_dir=str(tmp_path / str(workers)))) for workers in (0, 1)
+    )
+    assert helped == pytest.approx(alone, abs=1e-6)
 
 
 def test_an_adapter_on_an_llm_in_four_bits(train, wide_lsm_dir):
