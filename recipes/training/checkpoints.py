@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 COMPLETE = "complete"  # the file that is written last
 RUN = "run.json"  # the settings that a folder's checkpoints were made with
 # What may change between an interruption and the resumption, since the loss does not depend on it.
-FREE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "report_to", "project", "preflight")
-FREE += ("disable_tqdm", "local_rank", "checker", "peak_tflops", "do_train", "seed_worker")
+FREE = ("output_dir", "target", "resume_from_checkpoint", "run_name", "report_to", "project", "preflight")
+FREE += ("disable_tqdm", "local_rank", "checker", "peak_tflops", "do_train")
 FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "following_", "trackio_", "include_", "_")
 
 
@@ -71,9 +71,14 @@ def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_pro
         main_process: whether this process writes.
 
     Raises:
-        ValueError: the folder holds checkpoints of other settings, or what was asked for is no whole checkpoint.
+        ValueError: the folder holds checkpoints of other settings or of another program, or what was asked for is no
+            whole checkpoint.
     """
     last, run = last_checkpoint(output_dir), Path(output_dir) / RUN
+    if not run.is_file() and any(run.parent.glob("checkpoint-*")):
+        raise ValueError(
+            f"{output_dir} holds checkpoints of something else ({RUN} is missing); name another --output_dir."
+        )
     if asked and asked.lower() not in ("true", "false"):
         if not (Path(asked) / COMPLETE).is_file():
             raise ValueError(

@@ -55,7 +55,7 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy == "sequential" or not hasattr(dataset, "__len__"):
+        if self.args.train_sampling_strategy not in ("group_by_length", "random") or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         grouped = self.args.train_sampling_strategy == "group_by_length"
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

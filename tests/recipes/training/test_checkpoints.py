@@ -115,6 +115,9 @@ def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path):
         if whole:
             (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
     assert last_checkpoint(tmp_path).name == "checkpoint-9"
+    with pytest.raises(ValueError, match=r"checkpoints of something else \(run.json is missing\)"):
+        find_checkpoint(str(tmp_path), {}, None)
+    (tmp_path / "run.json").write_text("{}")
     assert find_checkpoint(str(tmp_path), {}, None) == str(tmp_path / "checkpoint-9")
     assert not (tmp_path / "checkpoint-12").exists()
     with pytest.raises(ValueError, match="checkpoint-12 is no whole checkpoint"):
