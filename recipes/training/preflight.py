@@ -101,8 +101,9 @@ class Preflight:
         elif name is None:
             raise ValueError("no model: give --model_name_or_path (an LSM), or --audio and --text to make one of.")
         else:
-            self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-            config = AutoConfig.from_pretrained(name, revision=self.model_args.model_revision, trust_remote_code=True)
+            revision = self.model_args.model_revision
+            self.processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
             with torch.device("meta"):
                 self.shapes = LsmForConditionalGeneration(config)
         embeddings = self.shapes.get_input_embeddings().num_embeddings
