@@ -45,14 +45,25 @@ def store_features(folder: str, dataset, model, processor) -> tuple[AudioFeature
     """The tower's output for all clips, and the rows with `audio_key` instead of their audio."""
     clips = (row["audio"] for row in dataset.select_columns("audio") if row["audio"])
     store = AudioFeatureStore.build(folder, model, processor, clips)
-    keys = {"audio_key": lambda row: row["audio"] and audio_key(row["audio"])}
-    dataset = dataset.map(lambda row: {name: make(row) for name, make in keys.items()}, remove_columns="audio")
+    dataset = dataset.map(lambda row: {"audio_key": row["audio"] and audio_key(row["audio"])}, remove_columns="audio")
     if missing := sum(key is not None and key not in store for key in dataset["audio_key"]):
         raise ValueError(
             f"{folder} was made for other clips: it lacks {missing} of {len(dataset)}. Delete it or name another "
             "--audio_feature_store."
         )
     return store, dataset
+
+
+def card_of(script_args, training_args, model_args, dataset) -> dict:
+    """What the model card is told before the training begins."""
+    name = model_args.model_name_or_path
+    return {
+        "base_models": base_models_of(name) or [name],
+        "datasets": [script_args.dataset_name],
+        "rows": {} if script_args.dataset_streaming else count_tasks(dataset),
+        "settings": given(script_args, training_args, model_args),
+        "adapter_of": name if model_args.use_peft else None,
+    }
 
 
 def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
@@ -99,13 +110,7 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
         costs=costs,
         row_costs=row_costs,
         teacher=teacher,
-        card={
-            "base_models": base_models_of(model_args.model_name_or_path) or [model_args.model_name_or_path],
-            "datasets": [script_args.dataset_name],
-            "rows": {} if script_args.dataset_streaming else count_tasks(dataset),
-            "settings": given(script_args, training_args, model_args),
-            "adapter_of": model_args.model_name_or_path if model_args.use_peft else None,
-        },
+        card=card_of(script_args, training_args, model_args, dataset),
     )
     if script_args.following_corpus:
         trainer.add_callback(FollowingCallback(trainer, script_args, processor, store))
