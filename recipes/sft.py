@@ -38,8 +38,6 @@ from recipes.training.preflight import preflight
 from recipes.training.rows import Ruler, count_tasks, load_rows, stream_rows
 from recipes.training.trainer import LsmTrainer
 
-logger = logging.getLogger(__name__)
-
 
 def store_features(folder: str, dataset, model, processor) -> tuple[AudioFeatureStore, object]:
     """The tower's output for all clips, and the rows with `audio_key` instead of their audio."""

@@ -1,7 +1,6 @@
 """Before anyone waits for 30 GB of downloads: does this training work, does it fit, and how long will it take?"""
 
 import copy
-import logging
 import shutil
 import tempfile
 import time
@@ -18,8 +17,6 @@ from huggingface_hub import HfApi, constants
 from transformers import AutoConfig, AutoProcessor, PrinterCallback
 from trl import ModelConfig, get_peft_config
 
-from dataset_builders.instructions import parse_weights
-from dataset_builders.publishing import load_self_powered
 from dataset_builders.text_llm import context_of
 from modeling_lsm import LsmForConditionalGeneration
 from recipes.collator import SpeechResponseCollator, render_prompt, render_response
@@ -28,13 +25,11 @@ from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import Costs, count
 from recipes.training.memory import Target, estimate
 from recipes.training.models import check_vocabulary, prepare, without_ears
-from recipes.training.rows import Ruler, check_columns, check_row, refuse_foreign
+from recipes.training.rows import Ruler, check_row, open_stream, refuse_foreign, task_names
 from recipes.training.throughput import GIB
 from recipes.training.trainer import LsmTrainer
 
-logger = logging.getLogger(__name__)
-
-PEEKED = 64  # rows that are looked at
+PEEKED = 64  # rows that are looked at, of all tasks together
 ASSUMED_MFU = 0.35  # where nothing can be measured; what is usual for 7 B parameters on one machine
 STEPS = 2
 SMALL = 2e12  # FLOPs that a CPU may be asked for
@@ -149,27 +144,21 @@ class Preflight:
 
     def data(self) -> str:
         """The first rows, without loading the rest: columns, responses, and who wrote them."""
-        args = self.script_args
-        stream = load_self_powered(args.dataset_name, args.dataset_config, args.dataset_train_split, streaming=True)
-        check_columns(stream.features, args.dataset_name)
-        rows = []
-        for row in stream.shuffle(self.training_args.seed, buffer_size=4 * PEEKED).take(PEEKED):
-            rows.append(check_row(row))
-            if not args.allow_foreign_responses:
-                refuse_foreign(row["responder"], self.shapes.config.responder)
-        if not rows:
-            raise ValueError(f"{args.dataset_name} has no rows in split {args.dataset_train_split!r}.")
-        named = None if args.tasks is None else set(parse_weights(args.tasks))
-        self.rows = [row for row in rows if named is None or row["task"] in named]
+        args, self.rows, totals = self.script_args, [], []
+        tasks = task_names(args)
+        for task in tasks:  # one by one: a stream of all begins with one of them
+            for row in open_stream(args, task).take(max(1, PEEKED // len(tasks))):
+                self.rows.append(check_row(row))
+                if not args.allow_foreign_responses:
+                    refuse_foreign(row["responder"], self.shapes.config.responder)
+            totals.append(_rows_in(args.dataset_name, task, args.dataset_train_split))
         if not self.rows:
-            raise ValueError(f"none of {len(rows)} rows of {args.dataset_name} is of the tasks {sorted(named)}.")
+            raise ValueError(f"{args.dataset_name} has no rows in split {args.dataset_train_split!r}.")
         self.sizes = Ruler(self.processor, context_of(self.shapes.config)).measure(
-            {name: [row[name] for row in self.rows] for name in rows[0]}
+            {name: [row[name] for row in self.rows] for name in self.rows[0]}
         )
-        total = _rows_in(args.dataset_name, args.dataset_config, args.dataset_train_split)
-        self.total = None if total is None else round(total * len(self.rows) / len(rows))
+        self.total = None if None in totals else sum(totals)
         seconds = np.mean([row["duration"] for row in self.rows])
-        tasks = sorted({row["task"] for row in self.rows})
         return (
             f"{self.total or 'unknown number of'} rows; of {len(self.rows)}: {seconds:.1f} s and "
             f"{self.sizes['tokens'].mean():.0f} tokens on average, tasks {', '.join(tasks)}"
@@ -268,12 +257,12 @@ class Preflight:
         return f"{took} for {steps} steps, {flops:.2e} FLOPs, {how}"
 
 
-def _rows_in(name: str, config: str, split: str) -> int | None:
-    """Rows of a set, without reading them; None if it does not say."""
+def _rows_in(name: str, task: str, split: str) -> int | None:
+    """Rows that a set has of a task, without reading them; None if it does not say."""
     if Path(name).is_dir():
-        files = Path(name).glob(f"data/{'*' if config == 'all' else config}/{split}-*.parquet")
+        files = Path(name).glob(f"data/{task}/{split}-*.parquet")
         return sum(pq.read_metadata(file).num_rows for file in files)
-    found = (load_dataset_builder(name, config).info.splits or {}).get(split)
+    found = (load_dataset_builder(name, task).info.splits or {}).get(split)
     return None if found is None else found.num_examples
 
 

@@ -223,13 +223,12 @@ def stream_rows(
     Raises:
         ValueError: as in `load_rows`; what a row lacks is found when it comes.
     """
-    tasks = list(parse_weights(args.tasks)) if args.tasks else None
-    tasks = tasks or [name for name in config_names(args.dataset_name) if name != "all"]
+    tasks = task_names(args)
     weights = {**dict.fromkeys(tasks, 1.0), **(task_weights(args.tasks, args.transcription_ratio) or {})}
     if args.transcription_ratio is not None and TRANSCRIPTION in weights:
         weights[TRANSCRIPTION] = args.transcription_ratio * (sum(weights.values()) - weights[TRANSCRIPTION])
     shares = [weights[task] / sum(weights.values()) for task in tasks]
-    streams = [_open_stream(args, task).repeat(None) for task in tasks]
+    streams = [open_stream(args, task).repeat(None) for task in tasks]
     rows = interleave_datasets(streams, probabilities=shares, seed=seed).shuffle(seed, buffer_size=args.shuffle_buffer)
     ruler = Ruler(processor)
 
@@ -252,7 +251,17 @@ def stream_rows(
     return rows.map(check).map(lay_out, batched=True, batch_size=MEGA_BATCHES * batch_size)
 
 
-def _open_stream(args: LsmScriptArguments, task: str) -> IterableDataset:
+def task_names(args: LsmScriptArguments) -> list[str]:
+    """The tasks that are learned; each is a configuration of the set."""
+    if args.tasks:
+        return list(parse_weights(args.tasks))
+    if args.dataset_config != "all":
+        return [args.dataset_config]
+    return [name for name in config_names(args.dataset_name) if name != "all"]
+
+
+def open_stream(args: LsmScriptArguments, task: str) -> IterableDataset:
+    """One task's rows, as they come; their columns checked."""
     stream = load_self_powered(args.dataset_name, task, args.dataset_train_split, streaming=True)
     check_columns(stream.features, args.dataset_name)
     return stream

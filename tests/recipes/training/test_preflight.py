@@ -72,6 +72,13 @@ def test_an_empty_response_fails_by_its_row(check, set_dir, tmp_path):
     assert code == 1 and "has an empty response" in lines["data"]
 
 
+def test_every_task_is_looked_at_wherever_its_rows_lie(check, monkeypatch):
+    """A set's files are of one task each, so the first rows of all would be of one of them."""
+    monkeypatch.setattr("recipes.training.preflight.PEEKED", 1)
+    assert "8 rows; of 1:" in check(tasks=["transcription"])[1]["data"]
+    assert "16 rows; of 5:" in check()[1]["data"]
+
+
 def test_what_does_not_fit_the_target_fails_with_what_would(check):
     code, lines = check(target={"memory_gib": 0.5})
     assert code == 1 and "--llm lora or qlora" in lines["memory"]
