@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodal
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -114,6 +115,58 @@ class LsmAudioTower(WhisperEncoder):
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
 
 
+class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
+    """The Q-Former's attention to a window, with the same weights and results but less work.
+
+    A window has many frames and few queries. So the key matrix is applied to the queries, qᵀ(Kx) = (Kᵀq)ᵀx, and the
+    value matrix to what the attention has summed up, Σ p(Vx) = V Σ px, as DeepSeek-V2 does when it decodes (arXiv
+    2405.04434, section 2.1.2): once per query each, instead of once per frame.
+    """
+
+    def forward(
+        self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs
+    ):
+        """
+        Args:
+            hidden_states: `(windows or 1, queries, hidden)`; the same queries for every window if 1.
+            encoder_hidden_states: `(windows, frames, d_audio)`.
+            encoder_attention_mask: of the frames, as the chosen attention takes it.
+
+        Returns:
+            `(windows, queries, hidden)`, and no weights.
+        """
+        frames, mask = encoder_hidden_states, encoder_attention_mask
+        if not (self._has_weights_at(frames) and (mask is None or torch.is_tensor(mask))):
+            queries = hidden_states.expand(frames.shape[0], -1, -1)
+            return super().forward(queries, attention_mask, frames, mask, **kwargs)
+        windows, _, width = frames.shape
+        batch, queries = hidden_states.shape[:2]
+        heads, size = self.num_attention_heads, self.attention_head_size
+        by_head = (self.query(hidden_states) * self.scaling).view(batch * queries, heads, size).transpose(0, 1)
+        asked = by_head @ self.key.weight.view(heads, size, width)
+        asked = asked.transpose(0, 1).reshape(batch, queries * heads, width)
+        biases = (by_head * self.key.bias.view(heads, 1, size)).sum(-1)  # shifts a softmax: a zero, but with a gradient
+        scores = asked @ frames.transpose(1, 2) + biases.transpose(0, 1).reshape(batch, queries * heads, 1)
+        if mask is not None:
+            mask = mask[:, 0, :1]
+            scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -torch.inf)
+        weights = nn.functional.dropout(scores.softmax(-1), self.attention_dropout, self.training)
+        read = (weights.to(frames.dtype) @ frames).view(windows * queries, heads, width).transpose(0, 1)
+        found = (read @ self.value.weight.view(heads, size, width).transpose(1, 2)).transpose(0, 1)
+        found = found + self.value.bias.view(heads, size) * weights.sum(-1).view(windows * queries, heads, 1)
+        return found.reshape(windows, queries, heads * size).to(hidden_states.dtype), None
+
+    def _has_weights_at(self, frames: torch.Tensor) -> bool:
+        """Whether keys and values are plain matrices here: not of an adapter, not in 4 bits, not in a shard, and not
+        elsewhere until their module is called (ZeRO-3, offloading)."""
+        return all(
+            type(linear) is nn.Linear
+            and linear.weight.shape == (linear.out_features, linear.in_features)
+            and linear.weight.device == frames.device
+            for linear in (self.key, self.value)
+        )
+
+
 class LsmProjector(LsmPreTrainedModel):
     """LayerNorm, windows, a Q-Former that reads each window with learned queries, and a linear map to the LLM."""
 
@@ -127,6 +180,9 @@ class LsmProjector(LsmPreTrainedModel):
         self.qformer = AutoModel.from_config(
             qformer_config, **({"attn_implementation": "sdpa"} if "flash" in attention else {})
         )
+        for layer in self.qformer.encoder.layer:
+            if layer.has_cross_attention:
+                layer.crossattention.attention = LsmWindowAttention(self.qformer.config, is_cross_attention=True)
         self.linear = nn.Linear(qformer_config.hidden_size, config.text_config.hidden_size)
         self.post_init()
 
@@ -163,9 +219,12 @@ class LsmProjector(LsmPreTrainedModel):
         """
         windows, mask = self.cut_windows(hidden_states, encoder_frames)
         windows = self.layer_norm(windows.to(self.layer_norm.weight.dtype))
-        queries = self.queries.expand(windows.shape[0], -1, -1)
+        # Until they have read, the queries are the same for every window: a batch of one.
         read = self.qformer(
-            query_embeds=queries, encoder_hidden_states=windows, encoder_attention_mask=mask, return_dict=True
+            query_embeds=self.queries[None],
+            encoder_hidden_states=windows,
+            encoder_attention_mask=mask,
+            return_dict=True,
         )
         return self.linear(read.last_hidden_state).flatten(0, 1)
 
@@ -300,6 +359,7 @@ class LsmModel(LsmPreTrainedModel):
         input_features_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
         audio_embeds: torch.Tensor | None = None,
+        shared_prefix: int = 0,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """The LLM's last hidden states `(batch, length, hidden)`; arguments as in [`LsmForConditionalGeneration`]."""
@@ -321,6 +381,10 @@ class LsmModel(LsmPreTrainedModel):
         if position_ids is None and past_key_values is None and attention_mask is not None and attention_mask.ndim == 2:
             # As `generate` counts them: padding on the left must not shift a prompt that does without it.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if shared_prefix:
+            if past_key_values is not None or use_cache:
+                raise ValueError("A `shared_prefix` is read into a cache of its own: leave the cache out.")
+            return self._read_prefix_once(inputs_embeds, attention_mask, position_ids, shared_prefix, **kwargs)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -330,6 +394,29 @@ class LsmModel(LsmPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
+
+    def _read_prefix_once(self, inputs_embeds, attention_mask, position_ids, length: int, **kwargs):
+        """Read what all rows begin with in one row; the others find it in the cache, gradients included."""
+        layers = self.language_model.modules()
+        if self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+            raise ValueError("A `shared_prefix` needs a cache, which gradient checkpointing has not: switch one off.")
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        read = {"use_cache": True, "return_dict": True, **kwargs}
+        prefix = self.language_model(
+            inputs_embeds=inputs_embeds[:1, :length], position_ids=position_ids[:1, :length], **read
+        )
+        cache = prefix.past_key_values
+        cache.batch_repeat_interleave(inputs_embeds.shape[0])
+        rest = self.language_model(
+            inputs_embeds=inputs_embeds[:, length:],
+            attention_mask=attention_mask,
+            position_ids=position_ids[:, length:],
+            past_key_values=cache,
+            **read,
+        )
+        shared = prefix.last_hidden_state.expand(inputs_embeds.shape[0], -1, -1)
+        return BaseModelOutputWithPast(last_hidden_state=torch.cat([shared, rest.last_hidden_state], dim=1))
 
 
 class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
@@ -387,6 +474,7 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         input_features_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
         audio_embeds: torch.Tensor | None = None,
+        shared_prefix: int = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -403,6 +491,9 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             audio_hidden_states: `(chunks, encoder_frames, d_audio)` float, precomputed output of the audio tower,
                 instead of `input_features` and with the same mask.
             audio_embeds: `(total_tokens, hidden)` float, precomputed speech embeddings, instead of both.
+            shared_prefix: how many tokens all rows begin with, the same ones and none of them speech or padding. They
+                are read once, not once per row: the same result for less work. For training and scoring, without a
+                cache and without gradient checkpointing.
 
         Raises:
             ValueError: if the audio gives another number of embeddings than the prompt has placeholders.
@@ -418,6 +509,7 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             input_features_mask=input_features_mask,
             audio_hidden_states=audio_hidden_states,
             audio_embeds=audio_embeds,
+            shared_prefix=shared_prefix,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state

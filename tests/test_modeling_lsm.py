@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, WhisperModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention
 
 from configuration_lsm import LsmConfig
-from modeling_lsm import LsmForConditionalGeneration, LsmModel
+from modeling_lsm import LsmForConditionalGeneration, LsmModel, LsmProjector
 from processing_lsm import AUDIO_TOKEN
 
 TOLERANCE = 1e-5
@@ -82,11 +83,65 @@ def test_processor_and_model_count_alike(lsm_dir, lsm, processor, mode, window, 
 def test_only_windows_with_real_frames_run(lsm, processor, clip):
     rows = []
     handle = lsm.model.projector.qformer.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(kwargs["query_embeds"].shape[0]), with_kwargs=True
+        lambda module, args, kwargs: rows.append(kwargs["encoder_hidden_states"].shape[0]), with_kwargs=True
     )
     lsm.get_audio_features(**audio_inputs(processor, [clip(0.1), clip(30)]))
     handle.remove()
     assert rows == [1 + 89]
+
+
+class LibraryAttention(Blip2QFormerMultiHeadAttention):
+    """The Q-Former's own, which projects every frame, and wants queries for every window."""
+
+    def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, **kwargs):
+        queries = hidden_states.expand(encoder_hidden_states.shape[0], -1, -1)
+        return super().forward(queries, attention_mask, encoder_hidden_states, **kwargs)
+
+
+def windows_read(projector, frames) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Two clips' speech embeddings, and the gradients of a loss on them."""
+    projector.zero_grad()
+    speech = projector(frames, [60, 38])  # 17 goes into neither: both end in a window that is partly padding
+    (speech * torch.linspace(-1, 1, speech.numel()).view_as(speech)).sum().backward()
+    return speech.detach(), {name: weight.grad.clone() for name, weight in projector.named_parameters()}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_windows_are_read_as_the_library_reads_them(lsm, attention, queries):
+    torch.manual_seed(0)
+    config = LsmConfig(**{**lsm.config.to_dict(), "queries_per_window": queries})
+    config.qformer_config._attn_implementation = attention
+    projector = LsmProjector(config).train()
+    for weight in projector.parameters():
+        torch.nn.init.normal_(weight, std=0.3)  # biases, too
+    frames = torch.randn(2, 60, config.audio_config.d_model)
+    speech, gradients = windows_read(projector, frames)
+    for layer in projector.qformer.encoder.layer:
+        layer.crossattention.attention.__class__ = LibraryAttention
+    expected_speech, expected_gradients = windows_read(projector, frames)
+    torch.testing.assert_close(speech, expected_speech, atol=1e-4, rtol=1e-4)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, expected in expected_gradients.items():
+        scale = max(1.0, expected.abs().max())
+        torch.testing.assert_close(gradients[name] / scale, expected / scale, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_matrices_that_are_more_than_weights_are_asked_as_modules(lsm_dir, lsm, processor, clip):
+    """An adapter, say, or what is in 4 bits: then every frame is projected, as the library does it."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, frames):
+            return 2 * super().forward(frames)
+
+    inputs = audio_inputs(processor, [clip(1.3), clip(3)])
+    model = LsmForConditionalGeneration.from_pretrained(lsm_dir).eval()
+    reader = model.model.projector.qformer.encoder.layer[0].crossattention.attention
+    reader.value.weight.data /= 2
+    reader.value.bias.data /= 2
+    reader.value.__class__ = Doubled
+    with torch.no_grad():
+        close(model.get_audio_features(**inputs).pooler_output, lsm.get_audio_features(**inputs).pooler_output)
 
 
 def test_clips_longer_than_the_encoder_are_refused(lsm):

@@ -54,20 +54,27 @@ class Costs:
         """
         tower, projector, text = model.model.audio_tower, model.model.projector, model.config.text_config
         audio, passes = model.config.audio_config, (3 if llm == "full" else 2) + distill
-        readers = (m for n, m in projector.named_modules() if "crossattention" in n and n.endswith(("key", "value")))
-        reads = sum(map(count, readers))  # all else in the Q-Former works on queries, one per speech token
+        layers = projector.qformer.encoder.layer
+        readers = [layer.crossattention.attention for layer in layers if layer.has_cross_attention]
+        # Per frame: the scores of all queries of its window, and what they sum up; all else is per query.
+        reads = sum(2 * r.num_attention_heads * model.config.queries_per_window * audio.d_model for r in readers)
+        once = count(layers[0].attention) + count(readers[0].query)  # the queries of all windows are still the same
         body = count(model.model.language_model) - count(model.get_input_embeddings())
         head = model.lm_head.in_features * model.lm_head.out_features
         encoder = count(tower.layers) + count(tower.conv2) + 2 * count(tower.conv1)  # which has two frames per frame
         return cls(
             frame=(0 if stored else 2 * encoder) + 6 * reads,
             frame_pair=0 if stored else 4 * audio.d_model * audio.encoder_layers,
-            speech_token=6 * (count(projector) - reads),
+            speech_token=6 * (count(projector) - once),
             token=2 * passes * body,
             # half of the pairs: causal. Backwards is twice forwards whatever learns, as no operand is a weight.
             token_pair=(3 + distill) * 2 * _attention_width(text) * text.num_hidden_layers,
             label=2 * passes * head,
         )
+
+    def not_read_again(self, shared: int, rows: int) -> float:
+        """What `rows` rows do without that begin with the same `shared` tokens, which are read once."""
+        return (rows - 1) * (shared * self.token + shared * shared * self.token_pair)
 
     def row(self, frames, speech_tokens, tokens, labels):
         """FLOPs of rows.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
@@ -85,6 +86,13 @@ def prepare(model: LsmForConditionalGeneration, llm: str, model_args: ModelConfi
     if model_args.use_peft:
         model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGETS
         model_args.lora_modules_to_save = model_args.lora_modules_to_save or ["projector"]
+
+
+def can_share_prefix(model: PreTrainedModel) -> bool:
+    """Whether the LLM can read what rows begin with once: whether its cache is of keys and values alone, which carry
+    gradients, and not of states that it writes over."""
+    layers = DynamicCache(config=model.config.text_config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def quantization(model_args: ModelConfig) -> BitsAndBytesConfig:

@@ -15,7 +15,8 @@ from recipes.model_card import write_trained_card
 from recipes.training.callbacks import FOLLOWING, LOG, read_lines
 from recipes.training.checkpoints import WholeCheckpoints
 from recipes.training.costs import Costs
-from recipes.training.distillation import distillation_loss, predicts
+from recipes.training.models import can_share_prefix
+from recipes.training.objectives import distillation_loss, predicts, response_loss
 from recipes.training.order import EpochSampler
 from recipes.training.sharding import as_before_sharding, prepare_for_fsdp2, refuse_pretence
 from recipes.training.throughput import Throughput
@@ -50,6 +51,8 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         if self.is_fsdp_enabled:
             prepare_for_fsdp2(self.model, self.accelerator)
         self.teacher = self._prepare_teacher(teacher)
+        may_share = self.args.share_prefix and not self.args.gradient_checkpointing
+        self.data_collator.share = may_share and can_share_prefix(self.model)
         self.throughput = Throughput(costs, self.model.config.audio_token_id, self.args.peak_tflops)
         self.add_callback(_Clockwork(self))
 
@@ -96,8 +99,8 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         if self.model.training:
             self.throughput.see(inputs)
         teacher = {name.removeprefix("teacher_"): inputs.pop(name) for name in list(inputs) if "teacher_" in name}
-        if teacher:
-            loss = self._distill(model, inputs, teacher, num_items_in_batch)
+        if teacher or not (return_outputs or self._needs_trl()):
+            loss = self._loss_on_labels(model, inputs, teacher, num_items_in_batch)
         else:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not torch.isfinite(loss[0] if return_outputs else loss):
@@ -108,29 +111,42 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
             )
         return loss
 
-    def _distill(self, model, inputs, teacher, num_items_in_batch) -> torch.Tensor:
-        """KL of what the model hears to what the LLM says that reads; scaled as TRL scales its loss."""
+    def _needs_trl(self) -> bool:
+        """Whether TRL's fused head is the better one: its kernel never holds all logits of the labelled positions, but
+        without Triton it computes those of every position, twice. Losses of other kinds are TRL's alone."""
+        other = self.args.loss_type != "nll" or self.args.label_smoothing_factor or self.compute_loss_func
+        return bool(other) or self.accelerator.device.type != "cpu"
+
+    def _loss_on_labels(self, model, inputs, teacher, num_items_in_batch) -> torch.Tensor:
+        """The objective's loss, from logits at the labelled positions alone; scaled as TRL scales its loss.
+
+        Args:
+            teacher: inputs of the LLM that reads, whose distribution is to be learned; empty to learn the response.
+        """
         labels = inputs["labels"]
-        with self._reader(model) as reader, torch.no_grad():
-            wanted = reader(
-                input_ids=teacher["input_ids"],
-                attention_mask=teacher["attention_mask"],
-                logits_to_keep=predicts(teacher["labels"]),
-                use_cache=False,
-            ).logits
+        tokens = labels[:, 1:][labels[:, 1:] != -100]
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        wanted = self._read(model, **teacher) if teacher else None
         logits = model(**inputs, logits_to_keep=predicts(labels), use_cache=False).logits
-        count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = distillation_loss(logits, wanted, self.args.temperature) / torch.as_tensor(count).clamp(min=1)
+        if wanted is None:
+            loss = response_loss(logits, tokens)
+        else:
+            loss = distillation_loss(logits, wanted, self.args.temperature)
+        count = len(tokens) if num_items_in_batch is None else num_items_in_batch
+        loss = loss / torch.as_tensor(count).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         mode = "train" if self.model.training else "eval"
-        right = logits.argmax(-1) == labels[:, 1:][labels[:, 1:] != -100]
-        right, seen = self.accelerator.reduce(
-            torch.stack([right.sum(), torch.tensor(len(right), device=right.device)])
-        ).tolist()
+        right = (logits.argmax(-1) == tokens).sum()
+        right, seen = self.accelerator.reduce(torch.stack([right, torch.full_like(right, len(tokens))])).tolist()
         self._metrics[mode]["mean_token_accuracy"].append(right / max(1, seen))
         return loss
+
+    @torch.no_grad()
+    def _read(self, model, labels, **inputs) -> torch.Tensor:
+        """`(positions, vocabulary)`: what the LLM that reads would say at the labelled positions."""
+        with self._reader(model) as reader:
+            return reader(**inputs, logits_to_keep=predicts(labels), use_cache=False).logits
 
     @contextlib.contextmanager
     def _reader(self, model):

@@ -1,7 +1,7 @@
-"""Learning what the LLM would say if it read: KL to its own distribution over the response, given the transcript.
+"""What is learned: the response that the LLM wrote (the paper), or what it would say if it read.
 
-The objective of Ultravox and, on hidden states, of BLSP-KD (arXiv 2405.19041), where the paper has cross-entropy on
-the text that the LLM wrote. The same LLM is on both sides, so it is `self-powered` all the same.
+The second is KL to its own distribution over the response, given the transcript: the objective of Ultravox and, on
+hidden states, of BLSP-KD (arXiv 2405.19041). The same LLM is on both sides, so it is `self-powered` all the same.
 """
 
 import torch
@@ -12,6 +12,11 @@ def predicts(labels: torch.Tensor) -> torch.Tensor:
     """Which positions predict a label: a mask `(batch, length)`, one to the left of the labelled positions."""
     labelled = labels[:, 1:] != -100
     return nn.functional.pad(labelled, (0, 1), value=False)
+
+
+def response_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Sum over positions of the cross-entropy of `logits` `(positions, vocabulary)` and the `tokens` `(positions,)`."""
+    return nn.functional.cross_entropy(logits.float(), tokens, reduction="sum")
 
 
 def distillation_loss(logits: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
