@@ -17,16 +17,13 @@ import io
 import itertools
 import json
 import math
-import platform
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-import psutil
 import soundfile
 import torch
 from datasets import Dataset
@@ -42,6 +39,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config
 
+from benchmarks.machine import describe, free_memory
 from configuration_lsm import LsmConfig
 from dataset_builders.text_llm import context_of
 from modeling_lsm import LsmForConditionalGeneration
@@ -52,7 +50,7 @@ from recipes.training.costs import Costs
 from recipes.training.memory import Target, estimate
 from recipes.training.models import prepare, without_ears
 from recipes.training.rows import Ruler
-from recipes.training.throughput import GIB, matmul_rate
+from recipes.training.throughput import matmul_rate
 from recipes.training.trainer import LsmTrainer
 
 WARM_UP = 3  # steps: allocation, the optimizer's state, the choice of kernels
@@ -279,17 +277,8 @@ class Bench:
 
     def describe(self) -> str:
         """The machine, what it can do, and the day."""
-        cuda = self.device.type == "cuda"
-        name = (
-            torch.cuda.get_device_name(self.device)
-            if cuda
-            else f"CPU ({cpu_name()}, {torch.get_num_threads()} threads)"
-        )
         precision = str(self.precision).removeprefix("torch.")
-        return (
-            f"{name}, torch {torch.__version__}, {date.today()}; a matrix product reaches {self.peak / 1e12:.3g} "
-            f"TFLOP/s in {precision}"
-        )
+        return f"{describe(self.device)}; a matrix product reaches {self.peak / 1e12:.3g} TFLOP/s in {precision}"
 
     def _arguments(self, setting: Setting) -> tuple[LsmScriptArguments, LsmTrainingArguments, ModelConfig]:
         training_args = LsmTrainingArguments(
@@ -367,21 +356,6 @@ class Bench:
         if self.sweep.peak_tflops is not None:
             figures["mfu_of_given"] = logged["mfu"] * self.peak / self.sweep.peak_tflops / 1e12
         return figures
-
-
-def free_memory(device: torch.device) -> float:
-    """GiB that nobody has taken yet."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / GIB
-    return psutil.virtual_memory().available / GIB
-
-
-def cpu_name() -> str:
-    """As Linux knows it, where `platform` does not."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def measure(sweep: Sweep) -> dict:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -15,7 +14,8 @@ from tqdm import tqdm
 from configuration_lsm import num_encoder_frames
 from processing_lsm import LsmProcessor, load_audio
 
-logger = logging.getLogger(__name__)
+INDEX, FRAMES = "index.json", "hidden_states.f16"
+SPAN_BATCHES = 16  # that are sorted together: of 32 clips of 30 s, 1 GB
 
 
 def audio_key(audio: dict) -> str:
@@ -32,9 +32,9 @@ class AudioFeatureStore:
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         self.clips: dict[str, list[int]] = index["clips"]  # key: first frame, frames, samples
-        self.frames = np.load(folder / "hidden_states.npy", mmap_mode="r")
+        self.frames = np.memmap(folder / FRAMES, np.float16, mode="r").reshape(-1, index["width"])
 
     def __contains__(self, key: str) -> bool:
         return key in self.clips
@@ -79,28 +79,45 @@ class AudioFeatureStore:
 
 
 def _write(folder: Path, model, processor: LsmProcessor, audio: Iterable[dict], batch_size: int) -> None:
-    distinct = {audio_key(clip): clip for clip in audio}
-    waveforms = {key: load_audio(clip) for key, clip in tqdm(distinct.items(), desc="reading audio", unit="clip")}
-    for key, waveform in waveforms.items():
-        if len(processor.chunk_lengths(len(waveform))) > 1:
-            raise ValueError(
-                f"{distinct[key].get('path') or key} is {len(waveform) / 16_000:.1f} s long; stored features take "
-                "clips of one chunk (30 s): train without --audio_feature_store."
-            )
-    keys = sorted(waveforms, key=lambda key: len(waveforms[key]))
-    clips, pieces, start = {}, [], 0
-    with torch.inference_mode(), tqdm(total=len(keys), desc="encoding audio", unit="clip") as progress:
-        for first in range(0, len(keys), batch_size):
-            batch = keys[first : first + batch_size]
-            features = processor.audio_features([waveforms[key] for key in batch])
-            features = {name: torch.from_numpy(value).to(model.device) for name, value in features.items()}
-            mask = features["input_features_mask"] if model.config.audio_padding == "longest" else None
-            hidden = model.model.audio_tower(features["input_features"], mask).last_hidden_state
-            lengths = [num_encoder_frames(frames) for frames in features["input_features_mask"].sum(-1).tolist()]
-            for key, states, frames in zip(batch, hidden.cpu(), lengths, strict=True):
-                clips[key] = [start, frames, len(waveforms[key])]
-                pieces.append(states[:frames].to(torch.float16).numpy())
-                start += frames
-            progress.update(len(batch))
-    np.save(folder / "hidden_states.npy", np.concatenate(pieces))
-    (folder / "index.json").write_text(json.dumps({"clips": clips}), encoding="utf-8")
+    """Clips are sorted by length within a span of so many that memory does not grow with the set."""
+    clips: dict[str, list[int]] = {}
+    span: dict[str, np.ndarray] = {}
+    with (folder / FRAMES).open("wb") as file:
+        for clip in tqdm(audio, desc="encoding audio", unit="clip"):
+            key = audio_key(clip)
+            if key not in clips and key not in span:
+                span[key] = _load(clip, key, processor)
+            if len(span) == SPAN_BATCHES * batch_size:
+                _encode(file, clips, span, model, processor, batch_size)
+                span = {}
+        _encode(file, clips, span, model, processor, batch_size)
+    width = model.config.audio_config.d_model
+    (folder / INDEX).write_text(json.dumps({"width": width, "clips": clips}), encoding="utf-8")
+
+
+def _load(clip: dict, key: str, processor: LsmProcessor) -> np.ndarray:
+    waveform = load_audio(clip)
+    if len(processor.chunk_lengths(len(waveform))) > 1:
+        raise ValueError(
+            f"{clip.get('path') or key} is {len(waveform) / 16_000:.1f} s long; stored features take clips of one "
+            "chunk (30 s): train without --audio_feature_store."
+        )
+    return waveform
+
+
+@torch.inference_mode()
+def _encode(file, clips: dict, span: dict[str, np.ndarray], model, processor: LsmProcessor, batch_size: int) -> None:
+    """Append what the tower makes of the clips in `span`, and note in `clips` where it stands."""
+    start = file.tell() // (2 * model.config.audio_config.d_model)
+    keys = sorted(span, key=lambda key: len(span[key]))
+    for first in range(0, len(keys), batch_size):
+        batch = keys[first : first + batch_size]
+        features = processor.audio_features([span[key] for key in batch])
+        features = {name: torch.from_numpy(value).to(model.device) for name, value in features.items()}
+        mask = features["input_features_mask"] if model.config.audio_padding == "longest" else None
+        hidden = model.model.audio_tower(features["input_features"], mask).last_hidden_state
+        lengths = [num_encoder_frames(frames) for frames in features["input_features_mask"].sum(-1).tolist()]
+        for key, states, frames in zip(batch, hidden.cpu(), lengths, strict=True):
+            file.write(states[:frames].to(torch.float16).numpy().tobytes())
+            clips[key] = [start, frames, len(span[key])]
+            start += frames

@@ -72,6 +72,17 @@ def test_any_rate_is_stored_as_16_khz(lsm, processor, tmp_path, clip):
     assert store.num_samples(audio_key(audio)) == 8_000
 
 
+def test_clips_are_encoded_in_spans_that_memory_does_not_grow_with(store, lsm, processor, rows, tmp_path, monkeypatch):
+    sizes, encode = [], audio_features._encode
+    monkeypatch.setattr(audio_features, "SPAN_BATCHES", 1)
+    monkeypatch.setattr(audio_features, "_encode", lambda *args: sizes.append(len(args[2])) or encode(*args))
+    spans = AudioFeatureStore.build(tmp_path / "spans", lsm, processor, (row["audio"] for row in rows), batch_size=3)
+    assert sizes == [3, 3, 2]
+    for key in store.clips:
+        expected, found = store.batch([key])["audio_hidden_states"], spans.batch([key])["audio_hidden_states"]
+        torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)  # float16
+
+
 def test_a_whole_store_is_opened_not_made_again(store, tmp_path, monkeypatch):
     monkeypatch.setattr(audio_features, "_write", None)
     again = AudioFeatureStore.build(tmp_path / "features", None, None, [])
@@ -92,12 +103,12 @@ def test_a_clip_that_cannot_be_read_is_refused(lsm, processor, tmp_path):
 def test_a_killed_build_leaves_nothing_that_passes_for_a_store(lsm, processor, rows, tmp_path, monkeypatch):
     audio = [row["audio"] for row in rows]
 
-    def half(path, array):
-        path.write_bytes(b"half an array")
+    def half(file, *args):
+        file.write(b"half an array")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "save", half)
+        patch.setattr(audio_features, "_encode", half)
         with pytest.raises(KeyboardInterrupt):
             AudioFeatureStore.build(tmp_path / "features", lsm, processor, audio)
     assert not (tmp_path / "features").exists()

@@ -1,0 +1,396 @@
+"""Who is compared: models of matched sizes with random weights, and how each is given the same rows.
+
+Encoders are frozen in all of them, and everything else learns. Each is run as its own users run it: batches, padding
+and logits are what its processor, its `forward` and a plain `Trainer` make of a row.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import (
+    AudioFlamingo3Config,
+    AudioFlamingo3EncoderConfig,
+    AudioFlamingo3ForConditionalGeneration,
+    GraniteConfig,
+    GraniteSpeechConfig,
+    GraniteSpeechEncoderConfig,
+    GraniteSpeechForConditionalGeneration,
+    Qwen2AudioConfig,
+    Qwen2AudioEncoderConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2Config,
+    VoxtralConfig,
+    VoxtralEncoderConfig,
+    VoxtralForConditionalGeneration,
+)
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention
+
+from benchmarks.workloads import MELS, SIZES, TEMPLATE, Row, grouped_batches, static_batches
+from configuration_lsm import LsmConfig, num_audio_tokens
+from modeling_lsm import LsmForConditionalGeneration
+from recipes.training.costs import Costs
+from recipes.training.objectives import predicts, response_loss
+
+CHUNK = 3000  # mel frames of Whisper's 30 s
+
+
+class Contestant:
+    """One model and its way with rows.
+
+    Args:
+        size: `tiny` or `large`.
+        device, dtype: where and in what it runs.
+    """
+
+    longest = math.inf  # seconds of audio that it takes
+    batches: Callable[[list[Row], int], list[list[Row]]] = staticmethod(static_batches)
+
+    def __init__(self, size: str, device: torch.device, dtype: torch.dtype):
+        self.whisper, self.llama = SIZES[size]
+        self.vocabulary = self.llama.vocab_size
+        self.audio_token_id = self.vocabulary - 1
+        self.device, self.dtype = device, dtype
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model = self.make().to(dtype)
+        self.encoder().requires_grad_(False)
+        self.model.train()
+        self.model.generation_config.pad_token_id = 0
+        self.model.generation_config.eos_token_id = None  # or an answer's length would be a matter of chance
+
+    def make(self) -> nn.Module:
+        raise NotImplementedError
+
+    def encoder(self) -> nn.Module:
+        return self.model.model.audio_tower
+
+    def audio(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """The audio inputs of a batch, and how many tokens each row's speech takes."""
+        raise NotImplementedError
+
+    def loss(self, batch: dict) -> torch.Tensor:
+        return self.model(**batch, use_cache=False).loss
+
+    def text(self, llm: type, **more):
+        """The LLM's configuration, as one of another family."""
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        shapes = {name: getattr(self.llama, name) for name in (*names, "max_position_embeddings")}
+        return llm(**shapes, num_key_value_heads=self.llama.num_attention_heads, **more)
+
+    def training_batch(self, rows: Sequence[Row]) -> dict:
+        """Prompts, each with its response, padded on the right, with labels."""
+        return self._batch(rows, answered=True)
+
+    def prompts(self, rows: Sequence[Row]) -> dict:
+        """Prompts alone, padded on the left."""
+        return self._batch(rows, answered=False)
+
+    def _batch(self, rows: Sequence[Row], answered: bool) -> dict:
+        audio, counts = self.audio(rows)
+        ids, labels = [], []
+        for row, count in zip(rows, counts, strict=True):
+            before, after, response = row.tokens(self.vocabulary)
+            prompt = [*before, *[self.audio_token_id] * count, *after]
+            ids.append(prompt + response if answered else prompt)
+            labels.append([-100] * len(prompt) + response)
+        side = "right" if answered else "left"
+        pad = {"batch_first": True, "padding_side": side}
+        tensors = [torch.tensor(row) for row in ids]
+        batch = {
+            "input_ids": nn.utils.rnn.pad_sequence(tensors, padding_value=0, **pad),
+            "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tensors], **pad),
+            **audio,
+        }
+        if answered:
+            batch["labels"] = nn.utils.rnn.pad_sequence(
+                [torch.tensor(row) for row in labels], padding_value=-100, **pad
+            )
+        return {name: self._place(value) for name, value in batch.items()}
+
+    def _place(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
+
+    def step(self, batch: dict) -> torch.Tensor:
+        """Forwards and backwards; the loss."""
+        loss = self.loss(batch)
+        loss.backward()
+        self.model.zero_grad()
+        return loss.detach()
+
+    @torch.inference_mode()
+    def write(self, batch: dict, tokens: int, **settings) -> torch.Tensor:
+        """Greedy answers of so many tokens."""
+        self.model.eval()
+        answer = self.model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **settings)
+        self.model.train()
+        return answer
+
+    @staticmethod
+    def pad_frames(features: Sequence[torch.Tensor], frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(rows, mels, frames)`, zero where nothing is, and `(rows, frames)`, 1 where something is."""
+        padded = torch.stack([nn.functional.pad(row, (0, frames - row.shape[1])) for row in features])
+        lengths = torch.tensor([row.shape[1] for row in features])
+        return padded, (torch.arange(frames) < lengths[:, None]).long()
+
+    @staticmethod
+    def chunks(rows: Sequence[Row]) -> list[list[torch.Tensor]]:
+        """Each row's features, in pieces of at most 30 s."""
+        return [list(row.features().split(CHUNK, dim=1)) for row in rows]
+
+
+class Ours(Contestant):
+    """LSM as `recipes/sft.py` trains it."""
+
+    batches = staticmethod(grouped_batches)
+    settings: ClassVar = {}  # of the configuration
+    shares = True
+
+    def make(self) -> nn.Module:
+        return LsmForConditionalGeneration(
+            LsmConfig(
+                audio_config=self.whisper.to_dict(),
+                text_config=self.llama.to_dict(),
+                audio_token_id=self.audio_token_id,
+                **self.settings,
+            )
+        )
+
+    def audio(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        config, chunks = self.model.config, self.chunks(rows)
+        pieces = [piece for row in chunks for piece in row]
+        frames = CHUNK if config.audio_padding == "max_length" else max(piece.shape[1] for piece in pieces)
+        features, mask = self.pad_frames(pieces, frames)
+        if config.audio_padding == "max_length":
+            mask = torch.ones_like(mask)  # silence is heard
+        counts = iter(
+            num_audio_tokens(
+                [(length + 1) // 2 for length in mask.sum(1).tolist()],
+                window_frames=config.window_frames,
+                window_mode=config.window_mode,
+                queries_per_window=config.queries_per_window,
+            )
+        )
+        counts = [sum(next(counts) for _ in row) for row in chunks]
+        return {"input_features": features, "input_features_mask": mask}, counts
+
+    def loss(self, batch: dict) -> torch.Tensor:
+        labels, shared = batch["labels"], TEMPLATE if self.shares and len(batch["input_ids"]) > 1 else 0
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = self.model(**inputs, logits_to_keep=predicts(labels), use_cache=False, shared_prefix=shared).logits
+        tokens = labels[:, 1:][labels[:, 1:] != -100]
+        return response_loss(logits, tokens) / len(tokens)
+
+    def flops(self, rows: Sequence[Row]) -> float:
+        """Of a training step: unpadded frames and tokens and labelled logits, what all rows begin with once."""
+        costs, (_, counts) = Costs.of(self.model, "full"), self.audio(rows)
+        frames, speech = torch.tensor([float(row.encoder_frames) for row in rows]), torch.tensor(counts)
+        before, after, response = rows[0].tokens(self.vocabulary)
+        tokens = speech.float() + len(before) + len(after) + len(response)
+        return costs.row(frames, speech, tokens, len(response)).sum().item() - costs.not_read_again(TEMPLATE, len(rows))
+
+
+class ProjectsFrames(Blip2QFormerMultiHeadAttention):
+    """The Q-Former's attention as transformers and the original code have it."""
+
+    def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, **kwargs):
+        queries = hidden_states.expand(encoder_hidden_states.shape[0], -1, -1)
+        return super().forward(queries, attention_mask, encoder_hidden_states, **kwargs)
+
+
+def project_frames(model: LsmForConditionalGeneration) -> None:
+    for layer in model.model.projector.qformer.encoder.layer:
+        layer.crossattention.attention.__class__ = ProjectsFrames
+
+
+class Original(Ours):
+    """The original code's mode: clips padded to 30 s, windows in proportion, batches as they come, all logits."""
+
+    longest = 30.0
+    batches = staticmethod(static_batches)
+    settings: ClassVar = {"audio_padding": "max_length", "window_mode": "proportional"}
+
+    def make(self) -> nn.Module:
+        model = super().make()
+        project_frames(model)
+        return model
+
+    loss = Contestant.loss
+
+
+class WithoutSharedPrefix(Ours):
+    """Ours, reading every row's beginning."""
+
+    shares = False
+
+
+class WithoutWindowAttention(Ours):
+    """Ours, projecting every frame for the Q-Former."""
+
+    def make(self) -> nn.Module:
+        model = super().make()
+        project_frames(model)
+        return model
+
+
+class WithoutLabelledLogits(Ours):
+    """Ours, with the logits of all positions."""
+
+    def loss(self, batch: dict) -> torch.Tensor:
+        shared = TEMPLATE if len(batch["input_ids"]) > 1 else 0
+        return self.model(**batch, use_cache=False, shared_prefix=shared).loss
+
+
+class WithoutGrouping(Ours):
+    """Ours, with batches as they come."""
+
+    batches = staticmethod(static_batches)
+
+
+class WithoutLongest(Ours):
+    """Ours, with every clip padded to 30 s; still masked."""
+
+    def audio(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        audio, counts = super().audio(rows)
+        missing = CHUNK - audio["input_features"].shape[-1]
+        return {name: nn.functional.pad(value, (0, missing)) for name, value in audio.items()}, counts
+
+
+class Stored(Ours):
+    """Ours, with the tower's output read from where it was kept (`--audio_feature_store`)."""
+
+    def audio(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        audio, counts = super().audio(rows)
+        mask = audio["input_features_mask"]
+        states = torch.randn(len(mask), (mask.shape[1] + 1) // 2, self.whisper.d_model)
+        return {"audio_hidden_states": states, "input_features_mask": mask}, counts
+
+
+class Qwen2Audio(Contestant):
+    """Clips padded to 30 s, 25 tokens per second."""
+
+    longest = 30.0
+
+    def make(self) -> nn.Module:
+        whisper = self.whisper
+        encoder = Qwen2AudioEncoderConfig(
+            num_mel_bins=MELS,
+            d_model=whisper.d_model,
+            encoder_layers=whisper.encoder_layers,
+            encoder_attention_heads=whisper.encoder_attention_heads,
+            encoder_ffn_dim=whisper.encoder_ffn_dim,
+        )
+        return Qwen2AudioForConditionalGeneration(
+            Qwen2AudioConfig(
+                audio_config=encoder, text_config=self.text(Qwen2Config), audio_token_index=self.audio_token_id
+            )
+        )
+
+    def encoder(self) -> nn.Module:
+        return self.model.get_submodule("model.audio_tower" if hasattr(self.model, "model") else "audio_tower")
+
+    def audio(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        features, mask = self.pad_frames([row.features() for row in rows], CHUNK)
+        counts = [((frames - 1) // 2 - 1) // 2 + 1 for frames in mask.sum(1).tolist()]
+        return {"input_features": features, "feature_attention_mask": mask}, counts
+
+
+def _encoder_shapes(whisper) -> dict:
+    return {
+        "num_mel_bins": MELS,
+        "hidden_size": whisper.d_model,
+        "intermediate_size": whisper.encoder_ffn_dim,
+        "num_hidden_layers": whisper.encoder_layers,
+        "num_attention_heads": whisper.encoder_attention_heads,
+    }
+
+
+class Voxtral(Contestant):
+    """Chunks padded to 30 s, 12.5 tokens per second of them."""
+
+    def make(self) -> nn.Module:
+        encoder = VoxtralEncoderConfig(**_encoder_shapes(self.whisper))
+        config = VoxtralConfig(audio_config=encoder, text_config=self.llama, audio_token_id=self.audio_token_id)
+        return VoxtralForConditionalGeneration(config)
+
+    def audio(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        chunks = self.chunks(rows)
+        features, _ = self.pad_frames([piece for row in chunks for piece in row], CHUNK)
+        return {"input_features": features}, [len(row) * CHUNK // 8 for row in chunks]
+
+
+class AudioFlamingo3(Contestant):
+    """Chunks padded to 30 s, 25 tokens per second."""
+
+    longest = 600.0
+
+    def make(self) -> nn.Module:
+        encoder = AudioFlamingo3EncoderConfig(**_encoder_shapes(self.whisper))
+        return AudioFlamingo3ForConditionalGeneration(
+            AudioFlamingo3Config(
+                audio_config=encoder, text_config=self.text(Qwen2Config), audio_token_id=self.audio_token_id
+            )
+        )
+
+    def audio(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        chunks = self.chunks(rows)
+        features, mask = self.pad_frames([piece for row in chunks for piece in row], CHUNK)
+        counts = iter(((frames - 1) // 2 - 1) // 2 + 1 for frames in mask.sum(1).tolist())
+        return {"input_features": features, "input_features_mask": mask}, [
+            sum(next(counts) for _ in row) for row in chunks
+        ]
+
+
+class GraniteSpeech(Contestant):
+    """A Conformer of as many layers, a Q-Former of our size, 10 tokens per second; padded to the longest clip."""
+
+    def make(self) -> nn.Module:
+        width, heads = self.whisper.d_model, self.whisper.encoder_attention_heads
+        encoder = GraniteSpeechEncoderConfig(
+            num_layers=self.whisper.encoder_layers, hidden_dim=width, num_heads=heads, dim_head=width // heads
+        )
+        qformer = LsmConfig(audio_config=self.whisper.to_dict()).qformer_config
+        config = GraniteSpeechConfig(
+            encoder_config=encoder,
+            projector_config=qformer,
+            text_config=self.text(GraniteConfig),
+            audio_token_index=self.audio_token_id,
+            has_lora_adapter=False,
+            tie_word_embeddings=False,
+        )
+        return GraniteSpeechForConditionalGeneration(config)
+
+    def encoder(self) -> nn.Module:
+        return self.model.get_submodule("model.encoder" if hasattr(self.model, "model") else "encoder")
+
+    def audio(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        # Two mel frames make one of its own; a window of 15 of them makes 3 tokens.
+        lengths = [row.encoder_frames for row in rows]
+        stacked = [row.features() for row in rows]
+        stacked = [nn.functional.pad(row, (0, row.shape[1] % 2)).T.reshape(-1, 2 * MELS) for row in stacked]
+        counts = [3 * math.ceil(length / self.model.config.window_size) for length in lengths]
+        features = nn.utils.rnn.pad_sequence(stacked, batch_first=True)
+        mask = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        return {"input_features": features, "input_features_mask": mask}, counts
+
+
+PEERS: dict[str, type[Contestant]] = {
+    "ours": Ours,
+    "original": Original,
+    "qwen2_audio": Qwen2Audio,
+    "voxtral": Voxtral,
+    "granite_speech": GraniteSpeech,
+    "audio_flamingo_3": AudioFlamingo3,
+}
+# What each of our levers is worth: ours without it (or, of the store, with it).
+LEVERS: dict[str, type[Contestant]] = {
+    "without_shared_prefix": WithoutSharedPrefix,
+    "without_window_attention": WithoutWindowAttention,
+    "without_labelled_logits": WithoutLabelledLogits,
+    "without_grouping": WithoutGrouping,
+    "without_longest": WithoutLongest,
+    "stored_features": Stored,
+}
+CONTESTANTS = PEERS | LEVERS

@@ -1,0 +1,100 @@
+"""Whole answers, side by side; many questions about one clip; and how near decoding comes to the memory's bandwidth.
+
+    python -m benchmarks.generation --threads 1 --json generation.json --plot generation.png
+    python -m benchmarks.generation --threads 1 --only ours,original --workload librispeech
+
+Answers of 40 tokens about batches of 8 clips, from log-mel features, greedy. Then, of ours alone: 16 questions about
+one clip of 30 s, heard once and asked in one batch, against asking them one by one (`ratios.one_by_one.questions`);
+and tokens of one answer, as the fraction of what the bandwidth allows if every weight is read once per token
+(`limit.decode`), with the cache as it comes, with a static one, and on a GPU with compiled decoding.
+"""
+
+import time
+
+import torch
+
+from benchmarks.comparing import Found, Setup, arguments, name_of, take_turns
+from benchmarks.contestants import Contestant, Ours
+from benchmarks.machine import bandwidth, synchronize
+from benchmarks.workloads import RESPONSE, WORKLOADS, Row, draw_rows, representative
+
+QUESTIONS, CLIP = 16, 30.0
+
+
+def answers(contestant: Contestant, workload: str, batch_size: int, count: int) -> list:
+    chosen = representative(contestant.batches(draw_rows(workload, 400), batch_size), count)
+    made = [contestant.prompts(rows) for rows in chosen]
+    return [lambda batch=batch: contestant.write(batch, RESPONSE) for batch in made]
+
+
+def questions(ours: Ours) -> dict[str, list]:
+    """The same questions about the same clip, at once and one by one."""
+    prompts = [ours.prompts([Row(CLIP, seed)]) for seed in range(QUESTIONS)]
+    features = {name: prompts[0][name] for name in ("input_features", "input_features_mask")}
+    text = {
+        name: torch.cat([prompt[name] for prompt in prompts]) for name in ("input_ids", "attention_mask")
+    }  # of one length, as the clip is the same
+    alone = [{**prompt, **features} for prompt in prompts]
+
+    @torch.inference_mode()
+    def at_once():
+        speech = ours.model.get_audio_features(**features).pooler_output
+        return ours.write({**text, "audio_embeds": speech.repeat(QUESTIONS, 1)}, RESPONSE)
+
+    def one_by_one():
+        return torch.cat([ours.write(prompt, RESPONSE) for prompt in alone])
+
+    if not torch.equal(at_once(), one_by_one()):
+        raise ValueError("The answers differ, so that the times cannot be compared.")
+    return {"ours": [at_once], "one_by_one": [one_by_one]}
+
+
+def decode_limit(ours: Ours, tokens: int = 64, repeats: int = 3) -> dict[str, float]:
+    """Bytes of the weights that one token reads, over the time that it takes and over the bandwidth."""
+    llm, prompt = ours.model.model.language_model, ours.prompts([Row(5.0, 0)])
+    read = [*llm.layers.parameters(), ours.model.lm_head.weight]
+    floor = sum(weight.numel() * weight.element_size() for weight in read) / bandwidth(ours.device, ours.dtype)
+    ways = {"dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}}
+    if ours.device.type == "cuda":
+        ways["compiled"] = {"cache_implementation": "static"}
+    found = {}
+    for name, settings in ways.items():
+        ours.write(prompt, 1 + tokens, **settings)
+        best = min(_seconds(ours, prompt, 1 + tokens, settings) for _ in range(repeats))
+        first = min(_seconds(ours, prompt, 1, settings) for _ in range(repeats))
+        found[name] = floor * tokens / (best - first)
+    return found
+
+
+def _seconds(ours: Ours, prompt: dict, tokens: int, settings: dict) -> float:
+    synchronize(ours.device)
+    start = time.perf_counter()
+    ours.write(prompt, tokens, **settings)
+    synchronize(ours.device)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = arguments(__doc__, WORKLOADS)
+    parser.add_argument("--batch", type=int, default=8, help="clips that are answered together")
+    parser.add_argument("--batches", type=int, default=2, help="that stand for all batches of a workload")
+    options = parser.parse_args()
+    setup = Setup(options, WORKLOADS)
+    found = Found(setup.describe(), f"{options.batches} batches of {options.batch} answers of {RESPONSE} tokens")
+    for group in setup.contestants():
+        for workload in options.workload:
+            jobs = {name_of(one): answers(one, workload, options.batch, options.batches) for one in group}
+            for name, seconds in take_turns(jobs, options.rounds, setup.device).items():
+                found.add(name, workload, seconds)
+        for one in group:
+            if type(one) is Ours:
+                for name, seconds in take_turns(questions(one), options.rounds, setup.device).items():
+                    found.add(name, "questions", seconds)
+                found.more["limit"] = {"decode": decode_limit(one)}
+    reached = ", ".join(f"{way} cache {part:.0%}" for way, part in found.more["limit"]["decode"].items())
+    found.notes.append(f"Ours, decoding one answer, of the bandwidth's limit: {reached}.")
+    found.report(options)
+
+
+if __name__ == "__main__":
+    main()

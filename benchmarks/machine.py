@@ -1,0 +1,55 @@
+"""What the machine is and can do, measured."""
+
+import platform
+import time
+from datetime import date
+from pathlib import Path
+
+import psutil
+import torch
+
+from recipes.training.throughput import GIB
+
+
+def cpu_name() -> str:
+    """As Linux knows it, where `platform` does not."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({cpu_name()}, {torch.get_num_threads()} threads)"
+
+
+def describe(device: torch.device) -> str:
+    """The machine, what runs on it, and the day."""
+    return f"{device_name(device)}, torch {torch.__version__}, {date.today()}"
+
+
+def free_memory(device: torch.device) -> float:
+    """GiB that nobody has taken yet."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / GIB
+    return psutil.virtual_memory().available / GIB
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bandwidth(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes per second at which a large matrix is read to be multiplied with a vector: the best of ten."""
+    matrix = torch.ones(2**14, 2**14 if device.type == "cuda" else 2**12, device=device, dtype=dtype)
+    vector, best = torch.ones(matrix.shape[1], device=device, dtype=dtype), float("inf")
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        matrix @ vector
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return matrix.numel() * matrix.element_size() / best

@@ -1,0 +1,151 @@
+"""Whether speed costs anything: trainings with all of our levers and with none, in loss, seed by seed.
+
+    python -m benchmarks.same_loss --steps 200 --seeds 0 1 2 --json same_loss.json --plot same_loss.png
+
+The nano base learns from a self-powered set through `recipes/sft.py`. Without levers, rows come in random order, clips
+are padded to 30 s, every frame is projected for the Q-Former, every row reads its own beginning, and TRL's fused head
+computes the logits of all positions. Compared is the loss over the last quarter of the steps. Two seeds differ in the
+order of rows and in the projector's first weights; what the levers change must be lost in that.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from torch import nn
+from trl import ModelConfig, TrlParser
+
+import recipes.sft
+from benchmarks.contestants import CHUNK, project_frames
+from benchmarks.machine import describe
+from recipes.collator import SpeechResponseCollator
+from recipes.quickstart import CONFIGS, Quickstart
+from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
+from recipes.training.callbacks import LOG, read_lines
+from recipes.training.trainer import LsmTrainer
+
+ALL, ORDER, NONE = ARMS = ("all levers", "grouping alone", "none")
+FIRST = 20  # steps in which rounding cannot grow to anything
+
+
+@contextlib.contextmanager
+def without_levers() -> Iterator[None]:
+    """What no setting switches off, switched off."""
+    hear, load = SpeechResponseCollator._audio, recipes.sft.load_model
+
+    def padded(self, rows):
+        audio, samples = hear(self, rows)
+        return {name: nn.functional.pad(value, (0, CHUNK - value.shape[-1])) for name, value in audio.items()}, samples
+
+    def projecting(*args):
+        model, processor = load(*args)
+        project_frames(model)
+        return model, processor
+
+    with (
+        mock.patch.object(SpeechResponseCollator, "_audio", padded),
+        mock.patch.object(recipes.sft, "load_model", projecting),
+        mock.patch.object(LsmTrainer, "_needs_trl", lambda self: True),
+    ):
+        yield
+
+
+def prepare(folder: Path, clips: int, seed: int) -> Quickstart:
+    """The quickstart's corpus, base and self-powered set, smaller."""
+    settings = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text(encoding="utf-8"))
+    settings |= {"train_clips": clips, "validation_clips": 8, "test_clips": 8}
+    quickstart = Quickstart(folder, settings, seed)
+    quickstart.stages.run("corpus", quickstart.speak)
+    quickstart.stages.run("base", quickstart.compose)
+    quickstart.stages.run("self_powered", quickstart.answer)
+    return quickstart
+
+
+def train(quickstart: Quickstart, output: Path, steps: int, batch: int, seed: int, arm: str) -> list[float]:
+    """The loss of every step."""
+    levers, grouped = arm == ALL, arm != NONE
+    options = {
+        "config": CONFIGS / "nano_self_powered.yaml",
+        "model_name_or_path": quickstart.folder / "base",
+        "dataset_name": quickstart.folder / "self_powered",
+        "output_dir": output,
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "share_prefix": levers,
+        "train_sampling_strategy": "group_by_length" if grouped else "random",
+    }
+    flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    parser = TrlParser((LsmScriptArguments, LsmTrainingArguments, ModelConfig))
+    with contextlib.nullcontext() if levers else without_levers():
+        recipes.sft.main(*parser.parse_args_and_config(flags))
+    return [line["loss"] for line in read_lines(output / LOG) if "loss" in line]
+
+
+def last_quarter(losses: list[float]) -> float:
+    return statistics.mean(losses[-(len(losses) // 4) :])
+
+
+def plot(curves: dict[str, list[list[float]]], title: str, path: Path) -> None:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for color, (name, runs) in zip(("tab:blue", "tab:green", "tab:orange"), curves.items(), strict=True):
+        for index, losses in enumerate(runs):
+            smooth = [statistics.mean(losses[max(0, step - 9) : step + 1]) for step in range(len(losses))]
+            axes.plot(smooth, color=color, linewidth=1, label=name if index == 0 else None)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("loss, mean of ten steps")
+    axes.set_title(title, fontsize="small")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--clips", type=int, default=1500, help="of the corpus, each with two rows")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--plot", type=Path, help="file for the curves")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    curves: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in options.seeds:
+            quickstart = prepare(Path(folder) / str(seed), options.clips, seed)
+            for arm, runs in curves.items():
+                output = Path(folder) / f"{seed} {arm}"
+                runs.append(train(quickstart, output, options.steps, options.batch, seed, arm))
+    pairs = list(zip(curves[ALL], curves[ORDER], strict=True))
+    apart = max(abs(a - b) for ours, same in pairs for a, b in zip(ours[:FIRST], same[:FIRST], strict=True))
+    ends = {name: [last_quarter(losses) for losses in runs] for name, runs in curves.items()}
+    machine = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"Loss over the last quarter of {options.steps} steps of {options.batch} rows; {machine}.")
+    for name, losses in ends.items():
+        spread = f", standard deviation {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+        print(f"{name}: {', '.join(f'{loss:.3f}' for loss in losses)}; mean {statistics.mean(losses):.3f}{spread}")
+    print(f"{ALL} and {ORDER}, over the first {FIRST} steps: at most {apart:.1e} apart")
+    if options.json:
+        options.json.write_text(
+            json.dumps({"machine": machine, "ends": ends, "apart": apart, "curves": curves}), encoding="utf-8"
+        )
+    if options.plot:
+        plot(curves, machine, options.plot)
+
+
+if __name__ == "__main__":
+    main()

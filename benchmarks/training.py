@@ -1,0 +1,128 @@
+"""A training step of ours, of the original code's mode and of transformers' speech LLMs, side by side.
+
+    python -m benchmarks.training --threads 1 --json training.json --plot training.png
+    python -m benchmarks.training --threads 1 --only ours,original --workload librispeech   # under five minutes
+    python -m benchmarks.training --threads 1 --levers                                      # what each of ours is worth
+
+A step is forwards and backwards of a batch of 8 rows, in float32 on a CPU: with the paper's global batch of 384, the
+optimizer's step comes once in 48 of them. The encoder is frozen, all else learns. Everyone is given the same 400 rows
+in batches of its own making, and timed on some that stand for all: the middle ones of as many classes of length.
+
+For ours, what was reached of the machine's limit is given, stage by stage, on the middle batch: FLOPs of the useful
+work (unpadded encoder frames, unpadded tokens, labelled logits, nothing twice) over the time and over what a large
+matrix product reaches.
+"""
+
+import time
+
+import torch
+
+from benchmarks.comparing import Found, Setup, arguments, name_of, take_turns
+from benchmarks.contestants import Contestant, Ours
+from benchmarks.machine import synchronize
+from benchmarks.workloads import TEMPLATE, WORKLOADS, Row, draw_rows, representative
+from recipes.training.costs import Costs
+from recipes.training.objectives import predicts, response_loss
+from recipes.training.throughput import GIB, matmul_rate
+
+ROWS = 400
+
+
+def stages(ours: Ours, rows: list[Row], repeats: int) -> dict[str, tuple[float, float]]:
+    """FLOPs and seconds (the best of some) of each stage of a step."""
+    batch, model = ours.training_batch(rows), ours.model
+    costs, stored = Costs.of(model, "full"), Costs.of(model, "full", stored=True)
+    frames = torch.tensor([float(row.encoder_frames) for row in rows])
+    speech = (batch["input_ids"] == ours.audio_token_id).sum(1).float().cpu()
+    tokens, labels = batch["attention_mask"].sum(1).float().cpu(), batch["labels"]
+    features, mask = batch["input_features"], batch["input_features_mask"]
+    lengths = [(length + 1) // 2 for length in mask.sum(1).tolist()]
+    heard = model.model.audio_tower(features, mask).last_hidden_state
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(batch["input_ids"])
+        states = torch.randn_like(embeds)[predicts(labels)]
+    said = labels[:, 1:][labels[:, 1:] != -100]
+
+    def llm():
+        given = embeds.detach().requires_grad_(True)
+        shared = {"shared_prefix": TEMPLATE, "use_cache": False}
+        model.model(
+            inputs_embeds=given, attention_mask=batch["attention_mask"], **shared
+        ).last_hidden_state.sum().backward()
+
+    def head():
+        response_loss(model.lm_head(states.detach().requires_grad_(True)), said).backward()
+
+    work = {
+        "tower": (
+            (costs.row(frames, 0, 0, 0) - stored.row(frames, 0, 0, 0)).sum(),
+            lambda: model.model.audio_tower(features, mask),
+        ),
+        "projector": (
+            stored.row(frames, speech, 0, 0).sum(),
+            lambda: model.model.projector(heard, lengths).sum().backward(),
+        ),
+        "LLM": (costs.row(0 * frames, 0, tokens, 0).sum() - costs.not_read_again(TEMPLATE, len(rows)), llm),
+        "head": (costs.row(0 * frames, 0, 0, (labels != -100).sum(1).cpu()).sum(), head),
+        "step": (ours.flops(rows), lambda: ours.step(batch)),
+    }
+    found = {}
+    for name, (flops, run) in work.items():
+        best = float("inf")
+        for _ in range(repeats):
+            synchronize(ours.device)
+            start = time.perf_counter()
+            run()
+            synchronize(ours.device)
+            best = min(best, time.perf_counter() - start)
+            model.zero_grad()
+        found[name] = (float(flops), best)
+    return found
+
+
+def limits(ours: Ours, workload: str, batch_size: int, repeats: int) -> dict[str, float]:
+    """Of every stage, the fraction of the machine's matrix products that useful work came to."""
+    rate = matmul_rate(ours.device, ours.dtype)
+    [rows] = representative(ours.batches(draw_rows(workload, ROWS), batch_size), 1)
+    return {name: flops / seconds / rate for name, (flops, seconds) in stages(ours, rows, repeats).items()}
+
+
+def steps(contestant: Contestant, workload: str, batch_size: int, count: int) -> list:
+    chosen = representative(contestant.batches(draw_rows(workload, ROWS), batch_size), count)
+    made = [contestant.training_batch(rows) for rows in chosen]
+    return [lambda batch=batch: contestant.step(batch) for batch in made]
+
+
+def main() -> None:
+    parser = arguments(__doc__, WORKLOADS)
+    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
+    parser.add_argument("--batches", type=int, default=3, help="that stand for all batches of a workload")
+    options = parser.parse_args()
+    setup = Setup(options, WORKLOADS)
+    found = Found(setup.describe(), f"{options.batches} training steps of {options.batch} rows")
+    memory, reached = {}, {}
+    for group in setup.contestants():
+        for workload in options.workload:
+            jobs = {name_of(one): steps(one, workload, options.batch, options.batches) for one in group}
+            if setup.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            for name, seconds in take_turns(jobs, options.rounds, setup.device).items():
+                found.add(name, workload, seconds)
+                if setup.device.type == "cuda":
+                    memory.setdefault(name, {})[workload] = torch.cuda.max_memory_allocated() / GIB
+        for one in group:
+            if type(one) is Ours:
+                reached = {name: limits(one, name, options.batch, options.rounds) for name in options.workload}
+    found.more |= {"limit": reached} | ({"peak_memory_gib": memory} if memory else {})
+    found.notes += [
+        f"Ours, of the matrix-product rate, {workload}: "
+        + ", ".join(f"{stage} {fraction:.0%}" for stage, fraction in parts.items())
+        + "."
+        for workload, parts in reached.items()
+    ]
+    found.notes += [f"Peak memory, {name}: {max(by.values()):.1f} GiB." for name, by in memory.items()]
+    found.report(options)
+
+
+if __name__ == "__main__":
+    main()

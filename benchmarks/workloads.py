@@ -1,0 +1,106 @@
+"""What all contestants are given: clips as long as real corpora's, prompts and responses, model sizes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, WhisperConfig
+
+from configuration_lsm import num_encoder_frames, num_mel_frames
+from recipes.training.order import group
+
+RATE = 16_000
+MELS = 80
+
+# Of a prompt before the speech, 35 tokens are the same in every row: Vicuna's system message and "USER:" (LLaVA's image
+# tokens stand at 35 for that reason). An instruction follows, and after the speech " ASSISTANT:".
+TEMPLATE, INSTRUCTION, AFTER, RESPONSE = 35, 25, 5, 40
+
+# Shapes are ours, fitted to the mean and spread that the corpora's papers and cards give: LibriSpeech's clips pile up
+# below 17 s, where its segmentation stops (Panayotov et al., 2015); Common Voice's and GigaSpeech's are short.
+WORKLOADS = {
+    "librispeech": lambda random, count: 1.3 + 15.7 * random.beta(1.81, 0.77, count),  # mean 12.3 s
+    "common_voice": lambda random, count: random.gamma(9.8, 0.51, count).clip(1, 11),  # 5 s
+    "gigaspeech": lambda random, count: random.gamma(1.9, 2.1, count).clip(0.5, 20),  # 4 s
+}
+TEN_MINUTES = 600.0
+
+SIZES = {
+    # Whisper tiny's encoder, and an LLM that a CPU can train.
+    "tiny": (
+        WhisperConfig(d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, decoder_layers=1),
+        LlamaConfig(
+            hidden_size=512,
+            intermediate_size=1376,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            vocab_size=32_000,
+            max_position_embeddings=32_768,
+        ),
+    ),
+    # openai/whisper-large-v2 and lmsys/vicuna-7b-v1.5, which is LlamaConfig's default
+    "large": (
+        WhisperConfig(
+            d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120, decoder_layers=1
+        ),
+        LlamaConfig(max_position_embeddings=32_768),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clip and what is said about it.
+
+    Args:
+        seconds: of the clip.
+        seed: of the clip's features and of the tokens.
+    """
+
+    seconds: float
+    seed: int
+
+    @property
+    def samples(self) -> int:
+        return round(self.seconds * RATE)
+
+    @property
+    def mel_frames(self) -> int:
+        return num_mel_frames(self.samples)
+
+    @property
+    def encoder_frames(self) -> int:
+        return num_encoder_frames(self.mel_frames)
+
+    def features(self) -> torch.Tensor:
+        """`(mels, frames)` float32: noise, as what is heard does not change how long it takes."""
+        return torch.randn(MELS, self.mel_frames, generator=torch.Generator().manual_seed(self.seed))
+
+    def tokens(self, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
+        """What stands before the speech, what stands after it, and the response."""
+        random = np.random.default_rng(self.seed)
+        own = random.integers(100, vocabulary - 1, INSTRUCTION + RESPONSE).tolist()
+        return [*range(1, 1 + TEMPLATE), *own[:INSTRUCTION]], [*range(50, 50 + AFTER)], own[INSTRUCTION:]
+
+
+def draw_rows(workload: str, count: int, seed: int = 0) -> list[Row]:
+    """Rows of a workload, in random order."""
+    seconds = WORKLOADS[workload](np.random.default_rng(seed), count)
+    return [Row(float(length), index) for index, length in enumerate(seconds)]
+
+
+def static_batches(rows: list[Row], size: int) -> list[list[Row]]:
+    """Batches of rows as they come."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def grouped_batches(rows: list[Row], size: int) -> list[list[Row]]:
+    """Batches as the recipe makes them: of rows of like cost, which with texts of one length is the clip's length."""
+    order = group([row.seconds for row in rows], size, np.random.default_rng(0))
+    return [[rows[index] for index in order[start : start + size]] for start in range(0, len(order), size)]
+
+
+def representative(batches: list[list[Row]], count: int) -> list[list[Row]]:
+    """Some batches that stand for all of them: sorted by their longest clip, the middle one of every `count`th."""
+    ranked = sorted(batches, key=lambda batch: max(row.seconds for row in batch))
+    return [ranked[int((index + 0.5) * len(ranked) / count)] for index in range(count)]
