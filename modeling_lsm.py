@@ -163,6 +163,7 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
             type(linear) is nn.Linear
             and linear.weight.shape == (linear.out_features, linear.in_features)
             and linear.weight.device == frames.device
+            and not hasattr(linear.weight, "placements")
             for linear in (self.key, self.value)
         )
 
@@ -384,6 +385,7 @@ class LsmModel(LsmPreTrainedModel):
         if shared_prefix:
             if past_key_values is not None or use_cache:
                 raise ValueError("A `shared_prefix` is read into a cache of its own: leave the cache out.")
+            self._check_prefix(shared_prefix, input_ids, inputs_embeds, attention_mask)
             return self._read_prefix_once(inputs_embeds, attention_mask, position_ids, shared_prefix, **kwargs)
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -394,6 +396,20 @@ class LsmModel(LsmPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
+
+    @staticmethod
+    def _check_prefix(length: int, input_ids, inputs_embeds, attention_mask) -> None:
+        if not 0 < length < inputs_embeds.shape[1]:
+            raise ValueError(
+                f"`shared_prefix` must be between 0 and the {inputs_embeds.shape[1]} tokens, got {length}."
+            )
+        beginning = inputs_embeds[:, :length] if input_ids is None else input_ids[:, :length]
+        padded = attention_mask is not None and not attention_mask[:, :length].all()
+        if padded or not (beginning == beginning[:1]).all():
+            raise ValueError(
+                f"The rows do not share their first {length} tokens, or are padded there: `shared_prefix` is for rows "
+                "that begin alike and are padded on the right."
+            )
 
     def _read_prefix_once(self, inputs_embeds, attention_mask, position_ids, length: int, **kwargs):
         """Read what all rows begin with in one row; the others find it in the cache, gradients included."""

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.contestants import CONTESTANTS, LEVERS, PEERS, Contestant
-from benchmarks.machine import describe, synchronize
+from benchmarks.machine import describe
 from benchmarks.workloads import SIZES
+from recipes.training.throughput import synchronize
 
 Job = Callable[[], object]
 

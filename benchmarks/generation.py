@@ -15,8 +15,9 @@ import torch
 
 from benchmarks.comparing import Found, Setup, arguments, name_of, take_turns
 from benchmarks.contestants import Contestant, Ours
-from benchmarks.machine import bandwidth, synchronize
+from benchmarks.machine import bandwidth
 from benchmarks.workloads import RESPONSE, WORKLOADS, Row, draw_rows, representative
+from recipes.training.throughput import synchronize
 
 QUESTIONS, CLIP = 16, 30.0
 

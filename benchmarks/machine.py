@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from recipes.training.throughput import GIB
+from recipes.training.throughput import GIB, synchronize
 
 
 def cpu_name() -> str:
@@ -35,11 +35,6 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / GIB
     return psutil.virtual_memory().available / GIB
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def bandwidth(device: torch.device, dtype: torch.dtype) -> float:

@@ -19,11 +19,10 @@ import torch
 
 from benchmarks.comparing import Found, Setup, arguments, name_of, take_turns
 from benchmarks.contestants import Contestant, Ours
-from benchmarks.machine import synchronize
 from benchmarks.workloads import TEMPLATE, WORKLOADS, Row, draw_rows, representative
 from recipes.training.costs import Costs
 from recipes.training.objectives import predicts, response_loss
-from recipes.training.throughput import GIB, matmul_rate
+from recipes.training.throughput import GIB, matmul_rate, synchronize
 
 ROWS = 400
 

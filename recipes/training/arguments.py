@@ -106,8 +106,8 @@ class LsmTrainingArguments(SFTConfig):
     share_prefix: bool = field(
         default=True,
         metadata={
-            "help": "Read what all rows of a batch begin with (a system message, ...) once; needs "
-            "--gradient_checkpointing false."
+            "help": "Read what all rows of a batch begin with (a system message, ...) once: where the LLM is whole on "
+            "each device, and with --gradient_checkpointing false."
         },
     )
     # A NaN is shown and stops the training, where transformers would log the average of the losses before it.

@@ -18,15 +18,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     left, right = torch.randn(2, size, size, generator=own, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(20):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         left @ right
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

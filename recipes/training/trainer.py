@@ -51,10 +51,15 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         if self.is_fsdp_enabled:
             prepare_for_fsdp2(self.model, self.accelerator)
         self.teacher = self._prepare_teacher(teacher)
-        may_share = self.args.share_prefix and not self.args.gradient_checkpointing
-        self.data_collator.share = may_share and can_share_prefix(self.model)
+        self.data_collator.share = self._may_share_prefix()
         self.throughput = Throughput(costs, self.model.config.audio_token_id, self.args.peak_tflops)
         self.add_callback(_Clockwork(self))
+
+    def _may_share_prefix(self) -> bool:
+        """Processes that hold parts of one LLM must call it equally often, whatever their batches begin with."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        wanted = self.args.share_prefix and not self.args.gradient_checkpointing
+        return wanted and not sharded and can_share_prefix(self.model)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
