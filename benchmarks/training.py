@@ -95,7 +95,7 @@ def steps(contestant: Contestant, workload: str, batch_size: int, count: int) ->
 def main() -> None:
     parser = arguments(__doc__, WORKLOADS)
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
-    parser.add_argument("--batches", type=int, default=3, help="that stand for all batches of a workload")
+    parser.add_argument("--batches", type=int, default=2, help="that stand for all batches of a workload")
     options = parser.parse_args()
     setup = Setup(options, WORKLOADS)
     found = Found(setup.describe(), f"{options.batches} training steps of {options.batch} rows")
