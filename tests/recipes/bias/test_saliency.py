@@ -154,7 +154,7 @@ def test_a_row_weighs_the_same_beside_a_longer_one(open_llm, answered):
 
     alone, records = gradients(answered[2:3]), gradients(answered)
     for layer in (0, 1):
-        torch.testing.assert_close(records[layer, 2], alone[layer, 0], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(records[layer, 2], alone[layer, 0], atol=5e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "hear"), [("lsm", "audio"), ("text", "transcript")])
