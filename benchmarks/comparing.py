@@ -22,9 +22,7 @@ from recipes.training.throughput import synchronize
 Job = Callable[[], object]
 
 
-def arguments(
-    description: str, workloads: Iterable[str], only: Iterable[str] = tuple(PEERS)
-) -> argparse.ArgumentParser:
+def arguments(description: str, workloads: Iterable[str]) -> argparse.ArgumentParser:
     """The options that all comparisons have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     commas = {"type": lambda text: text.split(",")}
