@@ -4,7 +4,6 @@ import argparse
 import gc
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from benchmarks.contestants import CONTESTANTS, LEVERS, PEERS, Contestant
 from benchmarks.machine import describe
 from benchmarks.workloads import SIZES
-from recipes.training.throughput import synchronize
+from recipes.training.throughput import seconds_of
 
 Job = Callable[[], object]
 
@@ -103,12 +102,7 @@ def take_turns(jobs: dict[str, list[Job]], rounds: int, device: torch.device) ->
     names, seconds = list(jobs), {name: [] for name in jobs}
     for turn in tqdm(range(rounds), desc="rounds", leave=False):
         for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
-            synchronize(device)
-            start = time.perf_counter()
-            for job in jobs[name]:
-                job()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(lambda own=jobs[name]: [job() for job in own], device))
     return seconds
 
 

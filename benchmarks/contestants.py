@@ -26,11 +26,19 @@ from transformers import (
     VoxtralEncoderConfig,
     VoxtralForConditionalGeneration,
 )
-from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention
 
-from benchmarks.workloads import MELS, SIZES, TEMPLATE, Row, grouped_batches, static_batches
+from benchmarks.workloads import (
+    MELS,
+    SIZES,
+    TEMPLATE,
+    Row,
+    draw_rows,
+    grouped_batches,
+    representative,
+    static_batches,
+)
 from configuration_lsm import LsmConfig, num_audio_tokens
-from modeling_lsm import LsmForConditionalGeneration
+from modeling_lsm import LsmForConditionalGeneration, LsmWindowAttention
 from recipes.training.costs import Costs
 from recipes.training.objectives import predicts, response_loss
 
@@ -79,6 +87,10 @@ class Contestant:
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         shapes = {name: getattr(self.llama, name) for name in (*names, "max_position_embeddings")}
         return llm(**shapes, num_key_value_heads=self.llama.num_attention_heads, **more)
+
+    def some_batches(self, workload: str, size: int, count: int) -> list[list[Row]]:
+        """Those of its batches that stand for all of a workload."""
+        return representative(self.batches(draw_rows(workload), size), count)
 
     def training_batch(self, rows: Sequence[Row]) -> dict:
         """Prompts, each with its response, padded on the right, with labels."""
@@ -192,12 +204,11 @@ class Ours(Contestant):
         return costs.row(frames, speech, tokens, len(response)).sum().item() - costs.not_read_again(TEMPLATE, len(rows))
 
 
-class ProjectsFrames(Blip2QFormerMultiHeadAttention):
-    """The Q-Former's attention as transformers and the original code have it."""
+class ProjectsFrames(LsmWindowAttention):
+    """The Q-Former's attention as transformers and the original code have it: what ours falls back on."""
 
-    def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, **kwargs):
-        queries = hidden_states.expand(encoder_hidden_states.shape[0], -1, -1)
-        return super().forward(queries, attention_mask, encoder_hidden_states, **kwargs)
+    def _has_weights_at(self, frames: torch.Tensor) -> bool:
+        return False
 
 
 def project_frames(model: LsmForConditionalGeneration) -> None:

@@ -9,22 +9,19 @@ and tokens of one answer, as the fraction of what the bandwidth allows if every 
 (`limit.decode`), with the cache as it comes, with a static one, and on a GPU with compiled decoding.
 """
 
-import time
-
 import torch
 
 from benchmarks.comparing import Found, Setup, arguments, name_of, take_turns
 from benchmarks.contestants import Contestant, Ours
 from benchmarks.machine import bandwidth
-from benchmarks.workloads import RESPONSE, WORKLOADS, Row, draw_rows, representative
-from recipes.training.throughput import synchronize
+from benchmarks.workloads import RESPONSE, WORKLOADS, Row
+from recipes.training.throughput import seconds_of
 
 QUESTIONS, CLIP = 16, 30.0
 
 
 def answers(contestant: Contestant, workload: str, batch_size: int, count: int) -> list:
-    chosen = representative(contestant.batches(draw_rows(workload, 400), batch_size), count)
-    made = [contestant.prompts(rows) for rows in chosen]
+    made = [contestant.prompts(rows) for rows in contestant.some_batches(workload, batch_size, count)]
     return [lambda batch=batch: contestant.write(batch, RESPONSE) for batch in made]
 
 
@@ -61,18 +58,15 @@ def decode_limit(ours: Ours, tokens: int = 64, repeats: int = 3) -> dict[str, fl
     found = {}
     for name, settings in ways.items():
         ours.write(prompt, 1 + tokens, **settings)
-        best = min(_seconds(ours, prompt, 1 + tokens, settings) for _ in range(repeats))
-        first = min(_seconds(ours, prompt, 1, settings) for _ in range(repeats))
-        found[name] = floor * tokens / (best - first)
+        whole, first = (
+            min(
+                seconds_of(lambda count=count, settings=settings: ours.write(prompt, count, **settings), ours.device)
+                for _ in range(repeats)
+            )
+            for count in (1 + tokens, 1)
+        )
+        found[name] = floor * tokens / (whole - first)
     return found
-
-
-def _seconds(ours: Ours, prompt: dict, tokens: int, settings: dict) -> float:
-    synchronize(ours.device)
-    start = time.perf_counter()
-    ours.write(prompt, tokens, **settings)
-    synchronize(ours.device)
-    return time.perf_counter() - start
 
 
 def main() -> None:

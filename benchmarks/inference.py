@@ -18,7 +18,7 @@ KNOWN = [*WORKLOADS, TEN]
 def clips(workload: str, count: int) -> list[Row]:
     if workload == TEN:
         return [Row(TEN_MINUTES, 0)]
-    return [row for [row] in representative(static_batches(draw_rows(workload, 400), 1), count)]
+    return [row for [row] in representative(static_batches(draw_rows(workload), 1), count)]
 
 
 def first_tokens(contestant: Contestant, rows: list[Row]) -> list:

@@ -1,14 +1,13 @@
 """What the machine is and can do, measured."""
 
 import platform
-import time
 from datetime import date
 from pathlib import Path
 
 import psutil
 import torch
 
-from recipes.training.throughput import GIB, synchronize
+from recipes.training.throughput import GIB, seconds_of
 
 
 def cpu_name() -> str:
@@ -40,11 +39,6 @@ def free_memory(device: torch.device) -> float:
 def bandwidth(device: torch.device, dtype: torch.dtype) -> float:
     """Bytes per second at which a large matrix is read to be multiplied with a vector: the best of ten."""
     matrix = torch.ones(2**14, 2**14 if device.type == "cuda" else 2**12, device=device, dtype=dtype)
-    vector, best = torch.ones(matrix.shape[1], device=device, dtype=dtype), float("inf")
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        matrix @ vector
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
+    vector = torch.ones(matrix.shape[1], device=device, dtype=dtype)
+    best = min(seconds_of(lambda: matrix @ vector, device) for _ in range(10))
     return matrix.numel() * matrix.element_size() / best

@@ -13,18 +13,14 @@ work (unpadded encoder frames, unpadded tokens, labelled logits, nothing twice) 
 matrix product reaches.
 """
 
-import time
-
 import torch
 
 from benchmarks.comparing import Found, Setup, arguments, name_of, take_turns
 from benchmarks.contestants import Contestant, Ours
-from benchmarks.workloads import TEMPLATE, WORKLOADS, Row, draw_rows, representative
+from benchmarks.workloads import TEMPLATE, WORKLOADS, Row
 from recipes.training.costs import Costs
 from recipes.training.objectives import predicts, response_loss
-from recipes.training.throughput import GIB, matmul_rate, synchronize
-
-ROWS = 400
+from recipes.training.throughput import GIB, matmul_rate, seconds_of
 
 
 def stages(ours: Ours, rows: list[Row], repeats: int) -> dict[str, tuple[float, float]]:
@@ -44,10 +40,8 @@ def stages(ours: Ours, rows: list[Row], repeats: int) -> dict[str, tuple[float, 
 
     def llm():
         given = embeds.detach().requires_grad_(True)
-        shared = {"shared_prefix": TEMPLATE, "use_cache": False}
-        model.model(
-            inputs_embeds=given, attention_mask=batch["attention_mask"], **shared
-        ).last_hidden_state.sum().backward()
+        settings = {"attention_mask": batch["attention_mask"], "shared_prefix": TEMPLATE, "use_cache": False}
+        model.model(inputs_embeds=given, **settings).last_hidden_state.sum().backward()
 
     def head():
         response_loss(model.lm_head(states.detach().requires_grad_(True)), said).backward()
@@ -67,28 +61,20 @@ def stages(ours: Ours, rows: list[Row], repeats: int) -> dict[str, tuple[float, 
     }
     found = {}
     for name, (flops, run) in work.items():
-        best = float("inf")
-        for _ in range(repeats):
-            synchronize(ours.device)
-            start = time.perf_counter()
-            run()
-            synchronize(ours.device)
-            best = min(best, time.perf_counter() - start)
-            model.zero_grad()
-        found[name] = (float(flops), best)
+        found[name] = (float(flops), min(seconds_of(run, ours.device) for _ in range(repeats)))
+        model.zero_grad()
     return found
 
 
 def limits(ours: Ours, workload: str, batch_size: int, repeats: int) -> dict[str, float]:
     """Of every stage, the fraction of the machine's matrix products that useful work came to."""
     rate = matmul_rate(ours.device, ours.dtype)
-    [rows] = representative(ours.batches(draw_rows(workload, ROWS), batch_size), 1)
+    [rows] = ours.some_batches(workload, batch_size, 1)
     return {name: flops / seconds / rate for name, (flops, seconds) in stages(ours, rows, repeats).items()}
 
 
 def steps(contestant: Contestant, workload: str, batch_size: int, count: int) -> list:
-    chosen = representative(contestant.batches(draw_rows(workload, ROWS), batch_size), count)
-    made = [contestant.training_batch(rows) for rows in chosen]
+    made = [contestant.training_batch(rows) for rows in contestant.some_batches(workload, batch_size, count)]
     return [lambda batch=batch: contestant.step(batch) for batch in made]
 
 

@@ -16,8 +16,8 @@ MELS = 80
 # tokens stand at 35 for that reason). An instruction follows, and after the speech " ASSISTANT:".
 TEMPLATE, INSTRUCTION, AFTER, RESPONSE = 35, 25, 5, 40
 
-# Shapes are ours, fitted to the mean and spread that the corpora's papers and cards give: LibriSpeech's clips pile up
-# below 17 s, where its segmentation stops (Panayotov et al., 2015); Common Voice's and GigaSpeech's are short.
+# The means are the corpora's; shapes and spreads are ours: LibriSpeech's clips pile up below 17 s, where the
+# segmentation of its training sets stops, Common Voice's and GigaSpeech's are short with a tail.
 WORKLOADS = {
     "librispeech": lambda random, count: 1.3 + 15.7 * random.beta(1.81, 0.77, count),  # mean 12.3 s
     "common_voice": lambda random, count: random.gamma(9.8, 0.51, count).clip(1, 11),  # 5 s
@@ -83,7 +83,7 @@ class Row:
         return [*range(1, 1 + TEMPLATE), *own[:INSTRUCTION]], [*range(50, 50 + AFTER)], own[INSTRUCTION:]
 
 
-def draw_rows(workload: str, count: int, seed: int = 0) -> list[Row]:
+def draw_rows(workload: str, count: int = 400, seed: int = 0) -> list[Row]:
     """Rows of a workload, in random order."""
     seconds = WORKLOADS[workload](np.random.default_rng(seed), count)
     return [Row(float(length), index) for index, length in enumerate(seconds)]

@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -16,18 +17,19 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     own = torch.Generator(device)  # a training's random numbers must not depend on when it is measured
     left, right = torch.randn(2, size, size, generator=own, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(20):
-        synchronize(device)
-        start = time.perf_counter()
-        left @ right
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return 2 * size**3 / min(seconds_of(lambda: left @ right, device) for _ in range(20))
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """How long `run` takes, until the device has done what it was given."""
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
