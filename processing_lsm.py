@@ -229,7 +229,7 @@ class LsmProcessor(ProcessorMixin):
         """Lay out one exchange, for [`apply_chat_template`](ProcessorMixin.apply_chat_template).
 
         Args:
-            instruction: what is asked of the speech.
+            instruction: what is asked of the speech; an empty text where nothing is asked.
             audio: the clip for the student, anything that `__call__` takes.
             transcript: the text for the teacher, in the slot where the student has the clip.
             response: the answer, as the assistant's message.
@@ -242,7 +242,8 @@ class LsmProcessor(ProcessorMixin):
         """
         if audio is not None and transcript is not None:
             raise ValueError("Give the audio or the transcript, not both: one slot holds one of them.")
-        content = [{"type": "text", "text": instruction}]
+        alone = audio is None and transcript is None
+        content = [{"type": "text", "text": instruction}] if instruction or alone else []
         if audio is not None:
             content.append({"type": "audio", "audio": audio})
         elif transcript is not None:

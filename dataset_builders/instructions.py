@@ -19,8 +19,14 @@ POOL_PATH = Path(__file__).with_name("instructions.yaml")
 TRANSCRIPTION = "transcription"
 SELF_POWERED_TASKS = ("continuation", "repetition", "keyword", "intent", "sentiment", "translation")
 
-REQUIRED_KEYS = {"description", "seen", "held_out"}
-SWITCHES = {"held_out_task": False, "ends_like_a_sentence": True, "may_copy_transcript": False}
+LINES = {"seen", "held_out"}
+REQUIRED_KEYS = {"description", *LINES}
+SWITCHES = {
+    "held_out_task": False,
+    "ends_like_a_sentence": True,
+    "may_copy_transcript": False,
+    "without_instruction": False,
+}
 OPTIONAL_KEYS = {*SWITCHES, "slots"}
 
 
@@ -35,6 +41,7 @@ class Task:
     held_out_task: bool = False  # never in the training mix: it measures an unseen task
     ends_like_a_sentence: bool = True  # whether a response must
     may_copy_transcript: bool = False  # whether a response may
+    without_instruction: bool = False  # the LLM replies to the speech alone: its only wording is the empty one
     slots: tuple[tuple[str, tuple[str, ...]], ...] = ()  # names and values, which the paraphrases were filled with
 
 
@@ -71,7 +78,7 @@ def load_pool(path: str | Path = POOL_PATH, slots: Mapping[str, Sequence[str]] |
     found: dict[str, str] = {}  # paraphrase -> where it was first found
     for task in pool.values():
         lines = [("seen", line) for line in task.seen] + [("held_out", line) for line in task.held_out]
-        for split, line in lines:
+        for split, line in lines if not task.without_instruction else ():
             here = f"{task.name}.{split}"
             if first := found.get(line.casefold()):
                 raise ValueError(f"{path}: task {task.name!r}: {line!r} is a duplicate, in {first} and {here}")
@@ -88,7 +95,7 @@ def _read_task(name: str, fields: object, slots: Mapping[str, Sequence[str]], pa
     values = {slot: slots.get(slot, given) for slot, given in fields.get("slots", {}).items()}
     fillings = [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
     lines = {
-        split: tuple(line.strip().format(**filling) for line in fields[split] for filling in fillings)
+        split: tuple(line.strip().format(**filling) for line in fields.get(split, [""]) for filling in fillings)
         for split in ("seen", "held_out")
     }
     switches = {key: fields.get(key, default) for key, default in SWITCHES.items()}
@@ -105,7 +112,10 @@ def _trouble(fields: object) -> str | None:
     """What is wrong with one task's block, or None."""
     if not isinstance(fields, dict):
         return f"expected a mapping with the keys {sorted(REQUIRED_KEYS)}, got {fields!r}"
-    if missing := sorted(REQUIRED_KEYS - set(fields)):
+    silent = fields.get("without_instruction") is True
+    if silent and (named := sorted(set(fields) & {*LINES, "slots"})):
+        return f"`without_instruction` is true, so `{named[0]}` has no meaning; leave one of them out"
+    if missing := sorted(REQUIRED_KEYS - set(fields) - (LINES if silent else set())):
         return f"missing key {missing[0]!r}; a task needs {sorted(REQUIRED_KEYS)}"
     if unknown := sorted(map(str, set(fields) - REQUIRED_KEYS - OPTIONAL_KEYS)):
         return f"unknown key {unknown[0]!r}; known: {sorted(REQUIRED_KEYS | OPTIONAL_KEYS)}"
@@ -117,7 +127,8 @@ def _trouble(fields: object) -> str | None:
     slots = fields.get("slots", {})
     if trouble := _trouble_in_slots(slots):
         return trouble
-    return next(filter(None, (_trouble_in_lines(split, fields[split], slots) for split in ("seen", "held_out"))), None)
+    written = [split for split in ("seen", "held_out") if split in fields]
+    return next(filter(None, (_trouble_in_lines(split, fields[split], slots) for split in written)), None)
 
 
 def _trouble_in_slots(slots: object) -> str | None:

@@ -13,7 +13,8 @@ from itertools import permutations
 from dataset_builders.nano_grammar import Sentence, lexicon
 
 FOLLOWING_TASKS = ("continuation", "repetition", "keyword", "intent", "sentiment", "translation")
-QUESTION_TASKS = ("question_who", "question_what", "question_circumstance")
+# Kinds that no training row of an LSM has. `spanish_who` asks for an answer in another language, `numbered` for a form.
+UNSEEN_TASKS = ("question_who", "question_what", "question_circumstance", "question_deed", "spanish_who", "numbered")
 
 
 def normalize(text: str) -> str:
@@ -69,6 +70,20 @@ def _translation(s: Sentence) -> list[str]:
     return [_capitalized(*parts)]
 
 
+def _reply(s: Sentence) -> list[str]:
+    passive, turned = _repetition(s)
+    return [f"So {restated[0].lower()}{restated[1:]}" for restated in (passive, turned)]
+
+
+def _spanish_who(s: Sentence) -> list[str]:
+    spanish, gender = lexicon().subjects[s.subject]
+    return [_capitalized("el" if gender == "m" else "la", spanish)]
+
+
+def _numbered(s: Sentence) -> list[str]:
+    return [f"1. {a}, 2. {b}, 3. {c}." for a, b, c in permutations(s.keywords)]
+
+
 def _question_what(s: Sentence) -> list[str]:
     return [_capitalized("the", s.object), _capitalized("the", s.adjective, s.object)]
 
@@ -81,7 +96,11 @@ _ANSWERS: dict[str, Callable[[Sentence], list[str]]] = {
     "sentiment": lambda s: [f"The sentiment is {s.sentiment}."],
     "translation": _translation,
     "transcription": lambda s: [str(s)],
+    "reply": _reply,
     "question_who": lambda s: [_capitalized("the", s.subject)],
     "question_what": _question_what,
     "question_circumstance": lambda s: [_capitalized(s.circumstance)],
+    "question_deed": lambda s: [_capitalized(s.verb, "the", s.object)],
+    "spanish_who": _spanish_who,
+    "numbered": _numbered,
 }

@@ -287,6 +287,16 @@ def test_an_instruction_may_stand_alone(processor):
     assert messages == [{"role": "user", "content": [{"type": "text", "text": "Hello."}]}]
 
 
+@pytest.mark.parametrize("instruction_first", [True, False])
+def test_without_an_instruction_the_speech_stands_alone(lsm_dir, clip, instruction_first):
+    own, waveform = LsmProcessor.from_pretrained(lsm_dir, instruction_first=instruction_first), clip(1)
+    assert own.conversation("", audio=waveform) == [{"role": "user", "content": [{"type": "audio", "audio": waveform}]}]
+    student, teacher = own.conversation("", audio=True), own.conversation("", transcript="hello")
+    alone = own.conversation("hello")  # no line is left for what is not asked
+    assert own.apply_chat_template(teacher) == own.apply_chat_template(alone)
+    assert own.apply_chat_template(student) == own.apply_chat_template(alone).replace("hello", AUDIO_TOKEN)
+
+
 def test_one_slot_holds_one_thing(processor, clip):
     with pytest.raises(ValueError, match="not both"):
         processor.conversation("Hello.", audio=clip(1), transcript="hello")

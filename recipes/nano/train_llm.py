@@ -1,10 +1,12 @@
 """Train the nano chat LLM: a 2 M parameter Llama that follows instructions about sentences of the nano language.
 
     python -m recipes.nano.train_llm --output assets/nano/llm
+    python -m recipes.nano.train_llm --start assets/nano/llm --learning-rate 1e-3 --steps 900 --output assets/nano/llm
 
-It learns the six tasks and three plain questions on sentences of the `train` split and on the
-`seen` paraphrases alone; evaluation uses `test` sentences and `held_out` paraphrases. Everything is drawn from
-`--seed`. Saved as an ordinary `LlamaForCausalLM` with a BPE tokenizer and a chat template.
+It learns all tasks of the pool, also those that no LSM is ever trained on, on sentences of the `train` split and on the
+`seen` paraphrases alone, with the instruction before the sentence or after it; evaluation uses `test` sentences and
+`held_out` paraphrases. Everything is drawn from `--seed`. Saved as an ordinary `LlamaForCausalLM` with a BPE tokenizer
+and a chat template.
 """
 
 import argparse
@@ -18,9 +20,14 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
 
-from dataset_builders.instructions import TRANSCRIPTION, Task, load_pool
+from dataset_builders.instructions import Task, load_pool
 from dataset_builders.nano_grammar import sample_sentence
 from dataset_builders.nano_tasks import answers, is_correct, normalize
 
@@ -36,16 +43,8 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
 
 
-def load_tasks() -> dict[str, Task]:
-    """The pool's tasks but transcription: a text LLM has a transcript before it and is not asked to write it down.
-
-    What an LSM does when told to transcribe it thus learns from speech alone, as an LLM off the Hub would.
-    """
-    return {name: task for name, task in load_pool().items() if name != TRANSCRIPTION}
-
-
 def sample_example(rng: random.Random, pool: dict[str, Task], split: str, paraphrases: str) -> dict[str, str]:
-    """One conversation: task, instruction, transcript and a right answer."""
+    """One conversation: task, instruction, transcript, a right answer, and whether the instruction comes first."""
     task = rng.choice(list(pool))
     transcript = str(sample_sentence(rng, split))
     right = answers(task, transcript)
@@ -55,26 +54,41 @@ def sample_example(rng: random.Random, pool: dict[str, Task], split: str, paraph
         "instruction": rng.choice(getattr(pool[task], paraphrases)),
         "transcript": transcript,
         "response": response,
+        "instruction_first": rng.random() < 0.5,
     }
 
 
 def decisive_words(pool: dict[str, Task]) -> dict[str, set[str]]:
-    """The words that occur in one task's seen lines alone, by task: `Spanish`, `sentiment`, `keywords`, ..."""
-    words = {name: {word for line in task.seen for word in normalize(line).split()} for name, task in pool.items()}
-    counts = Counter(word for found in words.values() for word in found)
-    return {name: {word for word in found if counts[word] == 1} for name, found in words.items()}
+    """The words that tell a task from the others, by task: those that its seen lines alone have (`sentiment`,
+    `keywords`, ...), and `Spanish`, which every line of two tasks has."""
+    lines = {name: [set(normalize(line).split()) for line in task.seen] for name, task in pool.items()}
+    counts = Counter(word for spoken in lines.values() for word in set.union(*spoken))
+    return {
+        name: {word for word in set.union(*spoken) if counts[word] == 1}
+        | {word for word in set.intersection(*spoken) if counts[word] == 2}
+        for name, spoken in lines.items()
+    }
 
 
-def vary(instruction: str, decisive: set[str], rng: random.Random) -> str:
-    """Drop words, change their order and the punctuation: a wording that no pool lists must work by what it speaks of.
+def filler_words(pool: dict[str, Task]) -> list[str]:
+    """The words of seen lines that tell no task from the others."""
+    decisive = set().union(*decisive_words(pool).values())
+    return sorted({word for task in pool.values() for line in task.seen for word in normalize(line).split()} - decisive)
+
+
+def vary(instruction: str, decisive: set[str], fillers: list[str], rng: random.Random) -> str:
+    """Drop words, put others in, change their order and the punctuation: a wording that no pool lists must work by what
+    it speaks of.
 
     Without this, a 2 M parameter model keys on how the known lines begin and end, and answers `In Spanish, how do you
     express what is said?` as if it were a question about the text. Decisive words stay, or the task would be a guess.
     """
-    if rng.random() < 0.2:
+    if not instruction or rng.random() < 0.2:
         return instruction
     words = instruction.rstrip(".?:").split()
     words = [word for word in words if normalize(word) in decisive or rng.random() > 0.35] or words
+    for _ in range(rng.choice((0, 0, 1, 2, 3))):
+        words.insert(rng.randrange(len(words) + 1), rng.choice(fillers))
     order = rng.random()
     if order < 0.3:
         rng.shuffle(words)
@@ -91,7 +105,7 @@ def train_tokenizer(pool: dict[str, Task], seed: int) -> PreTrainedTokenizerFast
 
     def texts() -> Iterator[str]:
         for task in pool.values():
-            yield from [*task.seen] * 20
+            yield from [line for line in task.seen if line] * 20
         for _ in range(20_000):
             example = sample_example(rng, pool, "train", "seen")
             yield f"\n{example['transcript']}\n{example['response']}"
@@ -106,13 +120,19 @@ def train_tokenizer(pool: dict[str, Task], seed: int) -> PreTrainedTokenizerFast
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
+    return chat_tokenizer(tokenizer)
+
+
+def chat_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE
     )
 
 
 def user_turn(example: dict[str, str]) -> list[dict[str, str]]:
-    return [{"role": "user", "content": f"{example['instruction']}\n{example['transcript']}"}]
+    """The user's message, as `LsmProcessor.conversation` lays it out."""
+    parts = [part for part in (example["instruction"], example["transcript"]) if part]
+    return [{"role": "user", "content": "\n".join(parts if example["instruction_first"] else reversed(parts))}]
 
 
 def collate(examples: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
@@ -123,7 +143,7 @@ def collate(examples: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) 
         prompt = tokenizer(prompt).input_ids
         prompts.append(len(prompt))
         rows.append(prompt + tokenizer(example["response"]).input_ids + [tokenizer.eos_token_id])
-    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     for labels, length in zip(batch["labels"], prompts, strict=True):
         labels[:length] = -100
@@ -150,13 +170,8 @@ def evaluate(model, tokenizer, pool: dict[str, Task], rows: int, seed: int) -> d
     return {task: sum(hits) / max(1, len(hits)) for task, hits in right.items()}
 
 
-def train(args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
-    pool, rng = load_tasks(), random.Random(args.seed)
-    decisive = decisive_words(pool)
-    tokenizer = train_tokenizer(pool, args.seed)
-    config = LlamaConfig(
+def configuration(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=2048,
         hidden_size=192,
         intermediate_size=512,
@@ -168,8 +183,21 @@ def train(args: argparse.Namespace) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    pool, rng = load_pool(), random.Random(args.seed)
+    decisive, fillers = decisive_words(pool), filler_words(pool)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LlamaForCausalLM(config).to(device)
+    if args.start:
+        tokenizer = chat_tokenizer(Tokenizer.from_file(str(Path(args.start) / "tokenizer.json")))
+        model = LlamaForCausalLM.from_pretrained(args.start).to(device)
+        rng = random.Random(args.seed + 1)
+    else:
+        tokenizer = train_tokenizer(pool, args.seed)
+        model = LlamaForCausalLM(configuration(tokenizer)).to(device)
     logger.info("%.2f M parameters, %d tokens", model.num_parameters() / 1e6, len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, 200, args.steps)
@@ -178,7 +206,7 @@ def train(args: argparse.Namespace) -> None:
     for step in progress:
         examples = [sample_example(rng, pool, "train", "seen") for _ in range(args.batch_size)]
         for example in examples:
-            example["instruction"] = vary(example["instruction"], decisive[example["task"]], rng)
+            example["instruction"] = vary(example["instruction"], decisive[example["task"]], fillers, rng)
         batch = collate(examples, tokenizer).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
             loss = model(**batch).loss
@@ -193,15 +221,17 @@ def train(args: argparse.Namespace) -> None:
             logger.info("step %d %s", step, {task: round(score, 3) for task, score in scores.items()})
             model.save_pretrained(output)
             tokenizer.save_pretrained(output)
-    settings = {key: value for key, value in vars(args).items() if key != "output"}
-    report = {"settings": settings, "accuracy": scores}
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "start")}
+    before = json.loads((Path(args.start) / "training.json").read_text())["settings"] if args.start else []
+    report = {"settings": [*before, settings], "accuracy": scores}
     (output / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--start", help="go on from this folder, with other sentences, instead of from nothing")
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--eval-every", type=int, default=500)

@@ -18,10 +18,12 @@ from dataset_builders.instructions import (
     load_pool,
     parse_weights,
 )
+from dataset_builders.nano_tasks import UNSEEN_TASKS
 
 POOL = load_pool()
 TRAINED = ["continuation", "repetition", "keyword", "intent", "sentiment", "translation", "transcription"]
-QUESTIONS = ["question_who", "question_what", "question_circumstance"]
+REPLY = "reply"  # the one task that asks nothing
+ASKED = [*TRAINED, *UNSEEN_TASKS]
 DECISIVE = {
     "continuation": r"next|continu",
     "repetition": r"other words|another form|new form|rephrase|restate|own way",
@@ -30,7 +32,15 @@ DECISIVE = {
     "sentiment": r"sentiment|mood|feeling",
     "translation": r"spanish",
     "transcription": r"transcri|word for word|\bdown\b",
+    "question_who": r"\bwho\b|\bperson\b",
+    "question_what": r"\bthing\b|\bobject\b",
+    "question_circumstance": r"\bwhere or when\b|\bplace or time\b",
+    "question_deed": r"\bdeed\b",
+    "spanish_who": r"\bcharacter\b",
+    "numbered": r"\bnumber",
 }
+# It asks for an answer in Spanish, as a translation is asked for; what it asks for tells it apart.
+DECISIVE_OF_OTHERS = {"spanish_who": {"translation"}}
 STOPWORDS = set(
     re.findall(r"\w+", "a an the and or of in to at for with it its is are was do does did i you me that what")
 )
@@ -45,23 +55,27 @@ def lines_of(task):
 
 
 def test_the_pool_has_the_agreed_tasks_and_sizes():
-    assert list(POOL) == TRAINED + QUESTIONS
-    for name, task in POOL.items():
-        assert (len(task.seen), len(task.held_out)) == ((6, 3) if name in QUESTIONS else (18, 6))
-        assert task.held_out_task == (name in QUESTIONS)
+    assert list(POOL) == [*ASKED, REPLY]
+    for name in ASKED:
+        task = POOL[name]
+        assert (len(task.seen), len(task.held_out)) == ((6, 3) if name in UNSEEN_TASKS else (18, 6))
+        assert task.held_out_task == (name in UNSEEN_TASKS)
+    assert POOL[REPLY].seen == POOL[REPLY].held_out == ("",)
+    assert not POOL[REPLY].held_out_task
     assert min(len(lines_of(task)) for task in TRAINED) >= 20
 
 
 def test_the_switches_of_the_shipped_pool_are_the_ones_its_filters_need():
     assert [name for name, task in POOL.items() if task.may_copy_transcript] == ["repetition"]
     free = [name for name, task in POOL.items() if not task.ends_like_a_sentence]
-    assert free == ["keyword", "intent", "sentiment"]
+    assert free == ["keyword", "intent", "sentiment", "numbered"]
+    assert [name for name, task in POOL.items() if task.without_instruction] == [REPLY]
     assert {name: task.slots for name, task in POOL.items() if task.slots} == {
         "translation": (("language", ("Spanish",)),)
     }
 
 
-@pytest.mark.parametrize("task", POOL)
+@pytest.mark.parametrize("task", ASKED)
 def test_a_line_is_one_short_sentence_about_the_speech(task):
     for line in lines_of(task):
         assert line[0].isupper() and line[-1] in ".?:", line
@@ -70,21 +84,22 @@ def test_a_line_is_one_short_sentence_about_the_speech(task):
 
 
 def test_seen_and_held_out_are_disjoint_and_no_line_is_shared_by_tasks():
-    lines = [line.lower() for task in POOL for line in lines_of(task)]
+    lines = [line.lower() for task in ASKED for line in lines_of(task)]
     assert len(lines) == len(set(lines))
 
 
-@pytest.mark.parametrize("task", POOL)
+@pytest.mark.parametrize("task", ASKED)
 def test_a_held_out_line_has_no_new_content_word(task):
     seen = set().union(*map(content_words, POOL[task].seen))
     for line in POOL[task].held_out:
         assert content_words(line) <= seen, f"{line}: {content_words(line) - seen}"
 
 
-@pytest.mark.parametrize("task", TRAINED)
+@pytest.mark.parametrize("task", ASKED)
 def test_every_line_holds_the_decisive_word_of_its_task_and_of_no_other(task):
     for line in lines_of(task):
-        assert [name for name, words in DECISIVE.items() if re.search(words, line.lower())] == [task], line
+        found = {name for name, words in DECISIVE.items() if re.search(words, line.lower())}
+        assert found == {task, *DECISIVE_OF_OTHERS.get(task, ())}, line
 
 
 def test_draws_are_the_same_everywhere_and_always():
@@ -265,6 +280,14 @@ GOOD = {"description": "d", "seen": ["Sing."], "held_out": ["Do sing."]}
         (GOOD | {"held_out": ["Sing."]}, "duplicate, in song.seen and song.held_out"),
         (GOOD | {"held_out_task": "yes please"}, "`held_out_task` must be true or false"),
         (GOOD | {"may_copy_transcript": 1}, "`may_copy_transcript` must be true or false, got 1"),
+        (GOOD | {"without_instruction": "no"}, "`without_instruction` must be true or false, got 'no'"),
+        (GOOD | {"without_instruction": True}, "`without_instruction` is true, so `held_out` has no meaning"),
+        (
+            {"description": "d", "without_instruction": True, "slots": {"key": ["C"]}},
+            "`without_instruction` is true, so `slots` has no meaning; leave one of them out",
+        ),
+        ({"without_instruction": True}, "missing key 'description'"),
+        ({"description": "d", "without_instruction": False}, "missing key 'held_out'"),
         (None, "expected a mapping"),
         # Slots
         (GOOD | {"slots": {"key": ["C"]}}, "`seen` holds 'Sing.', which lacks the slot {key} of this task"),
@@ -335,6 +358,16 @@ def test_a_users_own_task_works_without_code(songs):
     assert (song.ends_like_a_sentence, song.may_copy_transcript, song.held_out_task) == (False, False, False)
     asked = {line for id in IDS[:200] for _, line in Draw(pool, {"song": 1}).of(id)}
     assert asked == set(song.seen)
+
+
+def test_a_task_without_an_instruction_asks_nothing_wherever_it_is_drawn(tmp_path):
+    blocks = {name: {"description": "d", "without_instruction": True} for name in ("reply", "sigh")}
+    (tmp_path / "silent.yaml").write_text(yaml.safe_dump({"tasks": {"song": GOOD, **blocks}}))
+    pool = load_pool(tmp_path / "silent.yaml")  # two that ask nothing are no duplicates
+    for paraphrases in ("seen", "held_out"):
+        draw = Draw(pool, {"reply": 1, "song": 1}, 2, paraphrases=paraphrases)
+        for id in IDS[:50]:
+            assert dict(draw.of(id)) == {"reply": "", "song": GOOD[paraphrases][0]}
 
 
 def test_every_line_is_said_with_every_value_of_its_slots(songs):

@@ -6,9 +6,9 @@ import random
 import pytest
 
 from dataset_builders.nano_grammar import SPLITS, sample_sentence
-from dataset_builders.nano_tasks import FOLLOWING_TASKS, QUESTION_TASKS, answers, is_correct, normalize
+from dataset_builders.nano_tasks import FOLLOWING_TASKS, UNSEEN_TASKS, answers, is_correct, normalize
 
-TASKS = [*FOLLOWING_TASKS, "transcription", *QUESTION_TASKS]
+TASKS = [*FOLLOWING_TASKS, "transcription", "reply", *UNSEEN_TASKS]
 SPOKEN = "the farmer proudly repaired the old clock in the attic"
 
 
@@ -28,9 +28,13 @@ def test_every_task_by_example():
         "sentiment": "The sentiment is positive.",
         "translation": "El granjero reparó orgullosamente el reloj viejo en el ático.",
         "transcription": SPOKEN,
+        "reply": "So the old clock was proudly repaired by the farmer in the attic.",
         "question_who": "The farmer.",
         "question_what": "The clock.",
         "question_circumstance": "In the attic.",
+        "question_deed": "Repaired the clock.",
+        "spanish_who": "El granjero.",
+        "numbered": "1. farmer, 2. clock, 3. attic.",
     }
 
 
@@ -77,6 +81,22 @@ def test_keywords_may_come_in_any_order_but_all_of_them():
     assert is_correct("keyword", SPOKEN, "Keywords: attic, farmer, clock.")
     assert not is_correct("keyword", SPOKEN, "Keywords: attic, farmer.")
     assert not is_correct("keyword", SPOKEN, "Keywords: attic, attic, farmer.")
+
+
+def test_a_numbered_list_may_come_in_any_order_but_counts_from_one_to_three():
+    assert is_correct("numbered", SPOKEN, "1. attic, 2. farmer, 3. clock.")
+    assert not is_correct("numbered", SPOKEN, "farmer, clock, attic.")
+    assert not is_correct("numbered", SPOKEN, "1. attic, 3. farmer, 2. clock.")
+
+
+def test_the_person_in_spanish_has_the_article_of_its_gender():
+    assert answers("spanish_who", "the nurse sold the red lamp yesterday") == ["La enfermera."]
+    assert not is_correct("spanish_who", "the nurse sold the red lamp yesterday", "El enfermera.")
+
+
+def test_a_reply_is_a_restatement_that_begins_with_so():
+    replies = answers("reply", SPOKEN)
+    assert [reply.removeprefix("So ").capitalize() for reply in replies] == answers("repetition", SPOKEN)
 
 
 def test_no_adverb_is_neutral():

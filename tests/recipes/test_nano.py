@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dataset_builders.instructions import load_pool
 from dataset_builders.nano_grammar import lexicon, sample_sentence, split_of
 from dataset_builders.nano_tasks import is_correct
 from recipes.nano import train_encoder, train_llm
 from recipes.nano.train_encoder import labels_of, read_words, spec_augment, trainable_tower
-from recipes.nano.train_llm import decisive_words, load_tasks, sample_example, train_tokenizer, user_turn, vary
+from recipes.nano.train_llm import decisive_words, filler_words, sample_example, train_tokenizer, user_turn, vary
 
 ASSETS = Path(__file__).parents[2] / "assets" / "nano"
-POOL = load_tasks()
+POOL = load_pool()
 
 
 # The LLM
@@ -63,15 +64,32 @@ def test_another_role_is_refused(tokenizer):
         tokenizer.apply_chat_template([{"role": "system", "content": "Be kind."}], tokenize=False)
 
 
-def test_a_varied_wording_keeps_what_decides_its_task():
-    rng, decisive = random.Random(0), decisive_words(POOL)
-    assert "spanish" in decisive["translation"] and "sentiment" in decisive["sentiment"]
+def test_a_prompt_is_laid_out_as_an_lsm_lays_it_out():
+    example = {"instruction": "Say it.", "transcript": "the king slept", "instruction_first": True}
+    assert user_turn(example)[0]["content"] == "Say it.\nthe king slept"
+    assert user_turn(example | {"instruction_first": False})[0]["content"] == "the king slept\nSay it."
+    assert user_turn(example | {"instruction": ""})[0]["content"] == "the king slept"
+
+
+def test_every_line_has_a_word_that_tells_its_task_from_the_others():
+    decisive = decisive_words(POOL)
+    assert "spanish" in decisive["translation"] & decisive["spanish_who"] and "sentiment" in decisive["sentiment"]
+    for name, task in POOL.items():
+        for line in filter(None, task.seen + task.held_out):
+            assert decisive[name] & set(train_llm.normalize(line).split()), line
+
+
+def test_a_varied_wording_keeps_what_decides_its_task_and_gets_nothing_of_another():
+    rng, decisive, fillers = random.Random(0), decisive_words(POOL), filler_words(POOL)
+    assert not set(fillers) & set().union(*decisive.values())
     for task in POOL:
-        for line in POOL[task].seen:
+        for line in filter(None, POOL[task].seen):
             spoken = set(train_llm.normalize(line).split())
-            varied = [set(train_llm.normalize(vary(line, decisive[task], rng)).split()) for _ in range(20)]
-            assert all(words and spoken & decisive[task] <= words <= spoken for words in varied)
+            variants = [vary(line, decisive[task], fillers, rng) for _ in range(20)]
+            varied = [set(train_llm.normalize(text).split()) for text in variants]
+            assert all(words and spoken & decisive[task] <= words <= spoken | set(fillers) for words in varied)
             assert any(words < spoken for words in varied)
+    assert vary("", set(), fillers, rng) == ""
 
 
 # The encoder
@@ -188,10 +206,10 @@ def test_what_is_saved_recognises_as_before(tower, clips, tmp_path):
 def test_the_shipped_llm_follows_unseen_wordings_about_unseen_sentences():
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "llm")
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "llm")
-    shares = train_llm.evaluate(model, tokenizer, POOL, rows=600, seed=2)
+    shares = train_llm.evaluate(model, tokenizer, POOL, rows=840, seed=2)
     assert set(shares) == set(POOL)
     assert min(shares.values()) >= 0.90, shares
-    assert sum(shares.values()) / len(shares) >= 0.95, shares
+    assert sum(shares.values()) / len(shares) >= 0.98, shares
 
 
 @pytest.mark.nano
@@ -205,4 +223,5 @@ def test_the_shipped_encoder_understands_unseen_sentences_in_unheard_voices():
 def test_what_is_shipped_is_small_and_says_how_it_was_made():
     assert sum(file.stat().st_size for file in ASSETS.rglob("*.safetensors")) <= 40 * 2**20
     for part in ("encoder", "llm"):
-        assert "seed" in json.loads((ASSETS / part / "training.json").read_text())["settings"]
+        runs = json.loads((ASSETS / part / "training.json").read_text())["settings"]
+        assert all("seed" in run for run in (runs if isinstance(runs, list) else [runs]))
