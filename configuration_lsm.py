@@ -87,6 +87,11 @@ class LsmConfig(PretrainedConfig):
         queries_per_window (`int`, defaults to 1): speech tokens per window.
         audio_padding (`str`, defaults to `"longest"`): `"longest"` pads to the longest clip of the batch and masks
             the padding; `"max_length"` pads with silence to Whisper's 30 s and attends to it, as Whisper was trained.
+        normalize_speech (`bool`, defaults to `True`): whether every speech token is a unit vector times one learned
+            gain, which starts at the mean norm of the LLM's input embeddings: speech is then as loud as text.
+            `False` is the plain linear map of the paper and of the original code.
+        projector_trained (`bool`, defaults to `False`): whether the projector has learned anything yet. If not,
+            `recipes/sft.py` aligns it with the LLM before it trains it.
         audio_token_id (`int`, *optional*): id of the placeholder that speech embeddings replace.
         lm_head_bias (`bool`, defaults to `False`): whether the LLM's head has a bias (Phi-1, Phi-2).
         responder (`dict`, *optional*): which LLM is inside, `{"model", "revision", "template"}`: the id, the commit
@@ -109,6 +114,8 @@ class LsmConfig(PretrainedConfig):
         window_mode="fixed",
         queries_per_window=1,
         audio_padding="longest",
+        normalize_speech=True,
+        projector_trained=False,
         audio_token_id=None,
         lm_head_bias=False,
         responder=None,
@@ -132,6 +139,8 @@ class LsmConfig(PretrainedConfig):
         self.window_mode = window_mode
         self.queries_per_window = queries_per_window
         self.audio_padding = audio_padding
+        self.normalize_speech = normalize_speech
+        self.projector_trained = projector_trained
         self.audio_token_id = audio_token_id
         self.lm_head_bias = lm_head_bias
         self.responder = _validate_responder(responder)

@@ -61,6 +61,8 @@ class LsmPreTrainedModel(PreTrainedModel):
         if isinstance(module, LsmProjector):
             # Unit variance: queries of 0.02 all but vanish beside the windows and the projector stays on a plateau.
             init.normal_(module.queries, mean=0.0, std=1.0)
+            if module.config.normalize_speech:
+                init.ones_(module.gain)
 
 
 class LsmAudioTower(WhisperEncoder):
@@ -169,7 +171,8 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
 
 
 class LsmProjector(LsmPreTrainedModel):
-    """LayerNorm, windows, a Q-Former that reads each window with learned queries, and a linear map to the LLM."""
+    """LayerNorm, windows, a Q-Former that reads each window with learned queries, and a linear map to the LLM, whose
+    length is the LLM's own (`normalize_speech`)."""
 
     def __init__(self, config: LsmConfig):
         super().__init__(config)
@@ -185,6 +188,8 @@ class LsmProjector(LsmPreTrainedModel):
             if layer.has_cross_attention:
                 layer.crossattention.attention = LsmWindowAttention(self.qformer.config, is_cross_attention=True)
         self.linear = nn.Linear(qformer_config.hidden_size, config.text_config.hidden_size)
+        if config.normalize_speech:
+            self.gain = nn.Parameter(torch.ones(1))  # not a scalar: FSDP2 shards no scalars
         self.post_init()
 
     def get_input_embeddings(self):
@@ -227,7 +232,8 @@ class LsmProjector(LsmPreTrainedModel):
             encoder_attention_mask=mask,
             return_dict=True,
         )
-        return self.linear(read.last_hidden_state).flatten(0, 1)
+        speech = self.linear(read.last_hidden_state).flatten(0, 1)
+        return self.gain * nn.functional.normalize(speech, dim=-1) if self.config.normalize_speech else speech
 
 
 class LsmModel(LsmPreTrainedModel):
@@ -431,8 +437,15 @@ class LsmModel(LsmPreTrainedModel):
             past_key_values=cache,
             **read,
         )
-        shared = prefix.last_hidden_state.expand(inputs_embeds.shape[0], -1, -1)
-        return BaseModelOutputWithPast(last_hidden_state=torch.cat([shared, rest.last_hidden_state], dim=1))
+
+        def whole(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            return torch.cat([first.expand(second.shape[0], -1, -1), second], dim=1)
+
+        layers = zip(prefix.hidden_states or (), rest.hidden_states or (), strict=True)
+        return BaseModelOutputWithPast(
+            last_hidden_state=whole(prefix.last_hidden_state, rest.last_hidden_state),
+            hidden_states=tuple(whole(*layer) for layer in layers) or None,
+        )
 
 
 class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):

@@ -37,6 +37,7 @@ def compose(
     window_mode: str = "fixed",
     queries_per_window: int = 1,
     audio_padding: str = "longest",
+    normalize_speech: bool = True,
     qformer_layers: int = 2,
     qformer_hidden: int = 768,
     qformer_heads: int = 12,
@@ -54,7 +55,7 @@ def compose(
             lacks gets a default: a pad token is the EOS token; a chat template is `DEFAULT_CHAT_TEMPLATE`; and where
             the template takes no system message, `FOLD_SYSTEM` puts that into the user's first (`processing_lsm.py`).
         output: folder to save model, processor, code and card to, if given.
-        window_frames, window_mode, queries_per_window, audio_padding: as in [`LsmConfig`].
+        window_frames, window_mode, queries_per_window, audio_padding, normalize_speech: as in [`LsmConfig`].
         qformer_layers, qformer_hidden, qformer_heads: size of the Q-Former.
         qformer_ffn: width of its feed-forward layers, four times its hidden size if None.
         instruction_first: whether the prompt has the instruction before the speech.
@@ -86,6 +87,7 @@ def compose(
             window_mode=window_mode,
             queries_per_window=queries_per_window,
             audio_padding=audio_padding,
+            normalize_speech=normalize_speech,
             audio_token_id=audio_token_id,
             lm_head_bias=llm.get_output_embeddings().bias is not None,
         )
@@ -162,7 +164,17 @@ def _assemble(config: LsmConfig, whisper: WhisperModel, llm: PreTrainedModel) ->
     model.model.language_model = llm.get_decoder()
     model.lm_head = llm.get_output_embeddings()
     model.generation_config = llm.generation_config
+    if config.normalize_speech and llm.device.type != "meta":
+        model.model.projector.gain.data.fill_(mean_norm(model.get_input_embeddings()))
     return model.eval()
+
+
+@torch.no_grad()
+def mean_norm(embeddings: torch.nn.Module, most: int = 10_000) -> float:
+    """Mean length of what the LLM's embeddings give for its first `most` tokens, with the scaling that some (Gemma 3)
+    have in them."""
+    ids = torch.arange(min(most, embeddings.weight.shape[0]), device=embeddings.weight.device)
+    return float(embeddings(ids).float().norm(dim=-1).mean())
 
 
 def main() -> None:
@@ -174,6 +186,12 @@ def main() -> None:
     parser.add_argument("--window-mode", default="fixed", choices=["fixed", "proportional"])
     parser.add_argument("--queries-per-window", type=int, default=1, help="speech tokens per window")
     parser.add_argument("--audio-padding", default="longest", choices=["longest", "max_length"])
+    parser.add_argument(
+        "--normalize-speech",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="give every speech token the length of the LLM's embeddings",
+    )
     parser.add_argument("--qformer-layers", type=int, default=2)
     parser.add_argument("--qformer-hidden", type=int, default=768)
     parser.add_argument("--qformer-heads", type=int, default=12)

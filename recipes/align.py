@@ -1,0 +1,121 @@
+"""Align an LSM's projector with its LLM's own embeddings, which is all that a first conversation about speech takes.
+
+    # On the clips of a self-powered set, or of an ASR corpus, before any response is written
+    python -m recipes.align --model_name_or_path checkpoints/base --dataset_name data/self_powered \
+        --output_dir checkpoints/aligned
+    python -m recipes.align --model_name_or_path checkpoints/base --corpus librispeech \
+        --dataset_train_split train.clean.100 --output_dir checkpoints/aligned
+
+    # What it wrote answers already, and is what `recipes.sft` goes on from.
+    python -m recipes.chat --model checkpoints/aligned --audio clip.wav
+
+The transcript's word pieces are learned with CTC against the LLM's input embeddings (`recipes/training/alignment.py`);
+the LLM is never run. `recipes.sft --align_steps 1500` is this and the training in one. An interrupted alignment goes on
+with the same command.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# `accelerate launch recipes/align.py` puts this file's folder on the path, not the checkout.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accelerate import PartialState
+from datasets import Audio, Dataset
+from transformers import set_seed
+from trl import ModelConfig, TrlParser
+
+from dataset_builders.asr_corpora import open_corpus
+from dataset_builders.corpus import FEATURES
+from recipes.model_card import base_models_of, write_trained_card
+from recipes.sft import store_features
+from recipes.training.alignment import FOLDER, STEPS, align, validation_rows
+from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
+from recipes.training.callbacks import LOG, read_lines
+from recipes.training.models import compose_base, load_model
+from recipes.training.rows import load_rows
+
+
+@dataclass
+class AlignArguments(LsmScriptArguments):
+    """Which LSM is aligned, on which clips."""
+
+    corpus: str | None = field(
+        default=None,
+        metadata={
+            "help": "ASR corpus, as `dataset_builders.self_powered build` takes it; instead of a `dataset_name`."
+        },
+    )
+
+    def __post_init__(self):
+        if self.corpus is not None and self.dataset_name is not None:
+            raise ValueError(f"--corpus {self.corpus} and --dataset_name {self.dataset_name} are two sets; name one.")
+        self.dataset_name = self.dataset_name or self.corpus
+        self.llm = "frozen"
+        super().__post_init__()
+
+
+def load_clips(args: AlignArguments, seed: int) -> Dataset:
+    """The clips with their transcripts.
+
+    Raises:
+        ValueError: as in `load_rows`, or an utterance of the corpus that cannot be used.
+    """
+    if args.corpus is None:
+        args.allow_foreign_responses = True  # responses are not learned here
+        return load_rows(args, seed, None)
+    clips = Dataset.from_generator(
+        _utterances, features=FEATURES, gen_kwargs={"corpus": args.corpus, "split": args.dataset_train_split}
+    )
+    return clips.cast_column("audio", Audio(16_000, decode=False))
+
+
+def _utterances(corpus: str, split: str):
+    yield from open_corpus(corpus, split)
+
+
+def main(script_args: AlignArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
+    main_process, output = PartialState().is_main_process, Path(training_args.output_dir)
+    training_args.align_steps = training_args.align_steps or STEPS  # an alignment of no steps is not what was asked
+    set_seed(training_args.seed)
+    if script_args.text is not None:
+        model_args.model_name_or_path = compose_base(script_args, training_args, model_args)
+    model, processor = load_model(script_args, model_args)
+    store = None
+    with PartialState().main_process_first():
+        clips = load_clips(script_args, training_args.seed)
+        if script_args.audio_feature_store:
+            store, clips = store_features(script_args.audio_feature_store, clips, model, processor)
+    align(
+        model,
+        processor,
+        clips,
+        training_args,
+        store=store,
+        validation=validation_rows(script_args, store),
+        validation_steps=script_args.following_steps,
+        identity={"model_name_or_path": model_args.model_name_or_path, "dataset_name": script_args.dataset_name},
+        main_process=main_process,
+    )
+    if main_process:
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
+        write_trained_card(
+            output,
+            title=output.name,
+            base_models=base_models_of(model_args.model_name_or_path) or [model_args.model_name_or_path],
+            datasets=[script_args.dataset_name],
+            rows={"alignment": len(clips)},
+            settings=given(script_args, training_args, model_args),
+            log=[line for line in read_lines(output / FOLDER / LOG) if "loss" in line],
+            following=[],
+            adapter_of=None,
+        )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    main(*TrlParser((AlignArguments, LsmTrainingArguments, ModelConfig)).parse_args_and_config())
+    PartialState().destroy_process_group()

@@ -1,0 +1,306 @@
+"""Alignment: the projector learns to say transcripts in the LLM's own embeddings, by CTC, before the LLM is run."""
+
+import io
+import itertools
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from datasets import Audio, Dataset
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from recipes import align as command
+from recipes.compose import mean_norm
+from recipes.speech_llm import Lsm
+from recipes.training.alignment import (
+    AlignmentCollator,
+    AlignmentModel,
+    AlignmentTrainer,
+    CtcReader,
+    Slot,
+    alignment_rows,
+    ctc_loss,
+    known_pieces,
+    needs_alignment,
+    piece_counts,
+    speech_tokens_needed,
+)
+from recipes.training.callbacks import read_lines
+from recipes.training.checkpoints import last_checkpoint
+
+SAID = ["the speech says", "what is said", "what is asked", "so be it", "the sea", "nothing", "a bell", "is it asked"]
+
+
+@pytest.fixture(scope="module")
+def aligned_dir(tmp_path_factory, compose_tiny, whisper_dir, llm_dir):
+    """An LSM of 25 speech tokens per second: the tiny tokenizer spells most words in bytes."""
+    folder = tmp_path_factory.mktemp("lsm") / "tiny"
+    compose_tiny(str(whisper_dir), str(llm_dir), str(folder), window_frames=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_lsm(aligned_dir):
+    return AutoModelForCausalLM.from_pretrained(aligned_dir, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def processor(aligned_dir):  # of `small_lsm`
+    return AutoProcessor.from_pretrained(aligned_dir, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def words_dir(tmp_path_factory):
+    """A corpus of eight clips of a second and more, each with a few words."""
+    rows = []
+    for index, said in enumerate(SAID):
+        wav = io.BytesIO()
+        noise = np.random.default_rng(index).normal(0, 0.1, 20_000 + 800 * index)
+        soundfile.write(wav, noise, 16_000, format="WAV", subtype="PCM_16")
+        rows.append({"id": f"utt-{index}", "audio": {"bytes": wav.getvalue(), "path": None}, "transcript": said})
+    folder = tmp_path_factory.mktemp("corpora") / "words"
+    folder.mkdir()
+    Dataset.from_list(rows).to_parquet(str(folder / "train.parquet"))
+    return folder
+
+
+@pytest.fixture
+def clips():
+    return clips_of(SAID, 1.2)
+
+
+def clips_of(transcripts, seconds):
+    rows = []
+    for index, said in enumerate(transcripts):
+        wav = io.BytesIO()
+        noise = np.random.default_rng(index).normal(0, 0.1, int(16_000 * seconds))
+        soundfile.write(wav, noise, 16_000, format="WAV", subtype="PCM_16")
+        audio = {"bytes": wav.getvalue(), "path": None}
+        rows.append({"audio": audio, "transcript": said, "duration": seconds, "source": "words/train"})
+    return Dataset.from_list(rows).cast_column("audio", Audio(16_000, decode=False))
+
+
+@pytest.fixture
+def run(aligned_dir, words_dir, tmp_path, parts_of):
+    """`run(align_steps=2, ...)` is the command, on the corpus; returns its folder."""
+
+    def go(**options):
+        defaults = {"model_name_or_path": str(aligned_dir), "output_dir": str(tmp_path / "out"), "use_cpu": True}
+        defaults |= {"align_batch_size": 4, "align_steps": 2, "logging_steps": 1, "save_steps": 1, "disable_tqdm": True}
+        options = {**defaults, **options}
+        _, training_args, model_args = parts_of(options | {"dataset_name": "-"})
+        command.main(command.AlignArguments(corpus=str(words_dir)), training_args, model_args)
+        return Path(options["output_dir"])
+
+    return go
+
+
+def losses(folder):
+    return [line["loss"] for line in read_lines(folder / "alignment" / "log.jsonl") if "loss" in line]
+
+
+# The loss
+
+
+def test_the_loss_is_that_of_all_ways_to_say_the_pieces():
+    """Every sequence of 4 speech tokens that reads as the pieces 1, 2 once repeats are merged and blanks dropped."""
+    torch.manual_seed(0)
+    log_probs = torch.randn(4, 3).log_softmax(-1)
+
+    def reads_as(path):
+        return [piece for piece, _ in itertools.groupby(path) if piece != 0]
+
+    paths = [path for path in itertools.product(range(3), repeat=4) if reads_as(path) == [1, 2]]
+    total = torch.stack([log_probs[range(4), list(path)].sum() for path in paths]).logsumexp(0)
+    found = ctc_loss(log_probs, torch.tensor([4]), torch.tensor([1, 2]), torch.tensor([2]))
+    assert found == pytest.approx(-total.item() / 2, rel=1e-5)
+
+
+def test_a_clips_loss_does_not_depend_on_its_neighbours():
+    torch.manual_seed(0)
+    log_probs = torch.randn(9, 4).log_softmax(-1)
+    alone = [
+        ctc_loss(log_probs[:3], torch.tensor([3]), torch.tensor([1]), torch.tensor([1])),
+        ctc_loss(log_probs[3:], torch.tensor([6]), torch.tensor([2, 3]), torch.tensor([2])),
+    ]
+    together = ctc_loss(log_probs, torch.tensor([3, 6]), torch.tensor([1, 2, 3]), torch.tensor([1, 2]))
+    assert together == pytest.approx(sum(map(float, alone)) / 2, rel=1e-5)
+
+
+def test_speech_that_is_an_embedding_is_read_as_its_piece_whatever_the_lengths():
+    torch.manual_seed(0)
+    pieces, reader = torch.randn(5, 8), CtcReader(8)
+    speech = torch.stack([7.0 * pieces[3], 0.1 * pieces[1], reader.blank.detach()])
+    assert reader(speech, pieces).argmax(-1).tolist() == [4, 2, 0]
+    torch.testing.assert_close(reader(speech, pieces), reader(3 * speech, 0.5 * pieces))
+    with torch.no_grad():
+        reader.blank_bias.fill_(100.0)
+    assert reader(speech, pieces).argmax(-1).tolist() == [0, 0, 0]
+
+
+def test_a_reading_merges_repeats_and_drops_blanks(small_lsm, processor, monkeypatch):
+    pieces = known_pieces(processor, 300)
+    model = AlignmentModel(small_lsm, pieces)
+    places = torch.tensor([0, 5, 5, 0, 5, 7, 7])
+    monkeypatch.setattr(model, "log_probs", lambda among, **audio: torch.nn.functional.one_hot(places, 9).float())
+    assert model.read(torch.tensor([4, 3])) == [[int(pieces[4])], [int(pieces[4]), int(pieces[6])]]
+
+
+# The rows
+
+
+@pytest.mark.parametrize("instruction_first", [True, False])
+def test_the_pieces_are_those_of_the_prompt(processor, instruction_first, monkeypatch):
+    monkeypatch.setattr(processor, "instruction_first", instruction_first)
+    for said, ids in zip(SAID, Slot(processor).pieces(SAID), strict=True):
+        assert processor.tokenizer.decode(ids) == said
+    assert Slot(processor).pieces(["  "]) == [[]]
+
+
+def test_no_piece_is_a_special_token(processor):
+    pieces = set(known_pieces(processor, 300).tolist())
+    special = {*processor.tokenizer.all_special_ids, processor.audio_token_id}
+    assert not pieces & special and len(pieces) == len(processor.tokenizer) - len(special)
+
+
+def test_two_pieces_that_are_the_same_need_a_blank_between_them():
+    assert speech_tokens_needed([4, 4, 5, 4]) == 5
+    assert speech_tokens_needed([4]) == 1
+
+
+def test_clips_that_cannot_be_aligned_are_counted_and_said(processor, caplog):
+    dataset = clips_of(["the speech says", "the speech says", "!?" * 40], 1.0)
+    with caplog.at_level(logging.WARNING):
+        rows = alignment_rows(dataset, processor, 300)
+    assert rows["transcript"] == ["the speech says"]  # once: its two rows are of one clip, as far as one can tell
+    assert "1 of 2 clips have more word pieces than speech tokens" in caplog.text
+    with pytest.raises(ValueError, match=r"none of 1 clips can be aligned.*smaller --window-frames"):
+        alignment_rows(dataset.select([2]), processor, 300)
+
+
+def test_a_step_chooses_among_its_own_pieces_and_others_of_the_set(processor, clips):
+    rows = alignment_rows(clips, processor, 300)
+    pieces = known_pieces(processor, 300)
+    counts = piece_counts(rows, pieces, 300)
+    assert counts[pieces].min() == 1 and counts.sum() == len(pieces) + sum(map(len, rows["pieces"]))
+    collate = AlignmentCollator(processor, counts=counts, others=20)
+    batch = collate(list(rows.select([0, 1])))
+    own = batch["labels"].unique() - 1
+    assert own.tolist() == list(range(len(own))) and len(batch["pieces"]) == len(own) + 20
+    assert len(batch["pieces"].unique()) == len(batch["pieces"]) and set(batch["pieces"].tolist()) <= set(
+        pieces.tolist()
+    )
+    said = batch["pieces"][batch["labels"] - 1].split(batch["label_lengths"].tolist())
+    assert [ids.tolist() for ids in said] == rows["pieces"][:2]
+    assert batch["speech_lengths"].tolist() == rows["speech_tokens"][:2]
+    assert torch.equal(batch["pieces"], collate(list(rows.select([0, 1])))["pieces"])
+    assert not torch.equal(batch["pieces"][-20:], collate(list(rows.select([2, 3])))["pieces"][-20:])
+
+
+def test_a_small_vocabulary_is_chosen_from_as_a_whole(processor, clips):
+    rows, pieces = alignment_rows(clips, processor, 300), known_pieces(processor, 300)
+    batch = AlignmentCollator(processor, counts=piece_counts(rows, pieces, 300))(list(rows))
+    assert sorted(batch["pieces"].tolist()) == pieces.tolist()
+
+
+# The training
+
+
+def test_the_projector_alone_moves_and_what_is_written_answers(run, small_lsm):
+    output = run(align_steps=2)
+    model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).eval()
+    before = dict(small_lsm.named_parameters())
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith("model.projector.") for name in moved)
+    assert "model.projector.linear.weight" in moved
+    processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)
+    row = {"instruction": "Listen.", "audio": clips_of(SAID[:1], 1.0)[0]["audio"]}
+    assert len(Lsm(model, processor).respond([row], max_new_tokens=2, progress=False)) == 1
+    assert len(losses(output)) == 2 and "alignment" in (output / "README.md").read_text()
+
+
+def test_it_learns(run):
+    found = losses(run(align_steps=60, align_learning_rate=1e-2, align_batch_size=8, save_steps=60))
+    assert sum(found[-5:]) < 0.5 * sum(found[:5])
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_stopped_at_any_step_it_gives_the_same_curve(run, tmp_path, stop, monkeypatch):
+    whole = losses(run(align_steps=6, save_steps=3, output_dir=str(tmp_path / "whole")))
+    original = AlignmentTrainer.training_step
+
+    def stopping(self, *args, **kwargs):
+        if self.state.global_step + 1 == stop:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(AlignmentTrainer, "training_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(align_steps=6, save_steps=3)
+    monkeypatch.setattr(AlignmentTrainer, "training_step", original)
+    assert losses(run(align_steps=6, save_steps=3)) == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_whole_alignment_is_not_done_again(run, monkeypatch):
+    before = losses(run())
+    monkeypatch.setattr(AlignmentTrainer, "training_step", lambda *args, **kwargs: pytest.fail("learned again"))
+    assert losses(run()) == before
+
+
+def test_another_alignment_in_the_same_folder_is_refused(run):
+    run()
+    with pytest.raises(ValueError, match=r"other settings \(learning_rate: 0.001 then, 0.01 now"):
+        run(align_learning_rate=1e-2)
+
+
+def test_a_projector_that_has_learned_is_left_alone(run, small_lsm, parts_of, defaults):
+    for model, asked, steps in ((small_lsm, None, 1500), (small_lsm, 0, 0), (small_lsm, 7, 7)):
+        args = parts_of({**defaults, "align_steps": asked})[1]
+        assert needs_alignment(model, args) == (steps > 0) and args.align_steps == steps
+    learned = AutoModelForCausalLM.from_pretrained(run(), trust_remote_code=True)
+    assert learned.config.projector_trained and not small_lsm.config.projector_trained
+    assert not needs_alignment(learned, parts_of({**defaults, "align_steps": None})[1])
+
+
+def test_a_training_begins_with_it(train, tmp_path, monkeypatch):
+    """On the shared set, whose clips are too short for their transcripts: here, each says one piece."""
+    monkeypatch.setattr(Slot, "pieces", lambda self, transcripts: [[100] for _ in transcripts])
+    output = train(align_steps=2, align_batch_size=4, llm="frozen", save_steps=1)
+    assert len(losses(output)) == 2 and last_checkpoint(output / "alignment").name == "checkpoint-2"
+    assert AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).config.projector_trained
+    with pytest.raises(ValueError, match="--align_steps 2 needs all clips at once"):
+        train(align_steps=2, dataset_streaming=True, tasks=["transcription"], output_dir=str(tmp_path / "stream"))
+
+
+def test_settings_that_cannot_be_are_refused(parts_of, defaults):
+    for name, value in {"align_steps": -1, "align_batch_size": 0}.items():
+        with pytest.raises(ValueError, match=f"--{name} {value}"):
+            parts_of({**defaults, name: value})
+
+
+# The length of speech
+
+
+def test_speech_has_the_length_of_the_llms_embeddings(small_lsm, processor, clips):
+    batch = AlignmentCollator(processor, counts=torch.ones(300))(list(alignment_rows(clips, processor, 300)))
+    audio = {name: value for name, value in batch.items() if name.startswith("input_features")}
+    lengths = small_lsm.get_audio_features(**audio).pooler_output.norm(dim=-1)
+    expected = small_lsm.get_input_embeddings().weight[:10_000].norm(dim=-1).mean()
+    torch.testing.assert_close(lengths, expected.expand_as(lengths))
+
+
+def test_the_scaling_of_embeddings_counts():
+    class Scaled(torch.nn.Embedding):  # as Gemma 3's
+        def forward(self, ids):
+            return super().forward(ids) * 5
+
+    embeddings = Scaled(10, 4)
+    assert mean_norm(embeddings) == pytest.approx(5 * embeddings.weight.norm(dim=-1).mean().item(), rel=1e-5)
+
+
+def test_a_plain_map_has_no_gain(compose_tiny, whisper_dir, llm_dir):
+    model, _ = compose_tiny(str(whisper_dir), str(llm_dir), normalize_speech=False)
+    assert not hasattr(model.model.projector, "gain")
