@@ -73,7 +73,7 @@ def train(quickstart: Quickstart, output: Path, steps: int, batch: int, seed: in
     """The loss of every step."""
     levers, grouped = arm == ALL, arm != NONE
     options = {
-        "config": CONFIGS / "nano_self_powered.yaml",
+        "config": CONFIGS / "nano_paper.yaml",
         "model_name_or_path": quickstart.folder / "base",
         "dataset_name": quickstart.folder / "self_powered",
         "output_dir": output,

@@ -1,6 +1,8 @@
 """From rows of a self-powered set to a training batch: the one prompt layout, with labels on the response alone."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 
@@ -57,6 +59,8 @@ class SpeechResponseCollator:
         store: of the clips' features.
         teacher: add the same rows as the text LLM reads them, each with its transcript in the slot, as
             `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels` and `teacher_shared_prefix`.
+        response_tasks: rows of these tasks are learned without a teacher. In a batch that has some, the teacher reads
+            the others alone, which `teacher_rows` `(batch,)` bool names.
         share: whether the model may read what rows begin with once, which needs a cache.
     """
 
@@ -64,6 +68,7 @@ class SpeechResponseCollator:
     store: AudioFeatureStore | None = None
     teacher: bool = False
     share: bool = False
+    response_tasks: Collection[str] = ()
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         heard = [row["audio" if self.store is None else "audio_key"] is not None for row in rows]
@@ -75,8 +80,18 @@ class SpeechResponseCollator:
         prompts = [speech if hears else text for speech, text, hears in zip(spoken, read, heard, strict=True)]
         batch = self._pad(self.processor.expand_audio_tokens(prompts, num_samples), responses)
         if self.teacher:
-            batch |= {f"teacher_{name}": value for name, value in self._pad(read, responses).items()}
+            taught = [row.get("task") not in self.response_tasks for row in rows]
+            batch |= {f"teacher_{name}": value for name, value in self._taught(read, responses, taught).items()}
         return {**batch, **audio}
+
+    def _taught(self, prompts: list[str], responses: list[str], taught: list[bool]) -> dict[str, torch.Tensor]:
+        """What the teacher reads. One row it always reads, if for no label: processes that hold parts of one LLM must
+        call it equally often, whatever their batches hold."""
+        read = taught if any(taught) else [True, *taught[1:]]
+        batch = self._pad(list(compress(prompts, read)), list(compress(responses, read)))
+        if not any(taught):
+            batch["labels"].fill_(-100)
+        return batch if all(taught) else {**batch, "rows": torch.tensor(taught)}
 
     def _pad(self, prompts: list[str], responses: list[str]) -> dict[str, torch.Tensor]:
         """Prompts, each followed by its response, as a batch. A response has the same tokens after any prompt."""

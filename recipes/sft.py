@@ -10,7 +10,8 @@
     accelerate launch recipes/sft.py --config recipes/configs/whisper_large_v2_vicuna_7b.yaml \
         --text Qwen/Qwen2.5-7B-Instruct --dataset_name YOU/self-powered-qwen --llm lora --output_dir checkpoints/qwen
 
-The audio tower stays frozen, the projector is trained, the LLM is trained (`--llm full`), adapted (`lora`, `qlora`) or
+The training may begin with an alignment of the projector (`--align_steps 1500`; `recipes.align` is that alone). The
+audio tower stays frozen, the projector is trained, the LLM is trained (`--llm full`), adapted (`lora`, `qlora`) or
 left alone (`frozen`). An interrupted training goes on with the same command.
 """
 
@@ -29,13 +30,14 @@ from dataset_builders.text_llm import context_of
 from recipes.audio_features import AudioFeatureStore, audio_key
 from recipes.collator import SpeechResponseCollator
 from recipes.model_card import base_models_of
+from recipes.training.alignment import align, needs_alignment, validation_rows
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
 from recipes.training.callbacks import FollowingCallback, LogCallback
 from recipes.training.checkpoints import find_checkpoint, naming_last_checkpoint, settings_of
 from recipes.training.costs import Costs
 from recipes.training.models import compose_base, load_model, load_teacher
 from recipes.training.preflight import preflight
-from recipes.training.rows import Ruler, count_tasks, load_rows, stream_rows
+from recipes.training.rows import Ruler, check_response_tasks, count_tasks, load_rows, stream_rows
 from recipes.training.trainer import LsmTrainer
 
 
@@ -85,6 +87,7 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
     )
 
     # Dataset
+    check_response_tasks(training_args.response_tasks, script_args)
     store = row_costs = None
     if script_args.dataset_streaming:
         batch = training_args.per_device_train_batch_size * PartialState().num_processes
@@ -97,6 +100,25 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
                 store, dataset = store_features(script_args.audio_feature_store, dataset, model, processor)
 
     # Training
+    if checkpoint is None and needs_alignment(model, training_args):
+        if script_args.dataset_streaming:
+            raise ValueError(
+                f"--align_steps {training_args.align_steps} needs all clips at once, which --dataset_streaming has "
+                "not: align with recipes.align first, on a part of the set, and train from what it wrote; or train "
+                "without alignment (--align_steps 0)."
+            )
+        align(
+            model,
+            processor,
+            dataset,
+            training_args,
+            store=store,
+            validation=validation_rows(script_args, store),
+            validation_steps=script_args.following_steps,
+            identity={name: settings[name] for name in ("model_name_or_path", "dataset_name", "audio", "text")},
+            main_process=main_process,
+        )
+    model.config.projector_trained = True
     trainer = LsmTrainer(
         model=model,
         args=training_args,

@@ -24,7 +24,12 @@ class LsmScriptArguments(ScriptArguments):
     composition: dict | None = field(
         default=None, metadata={"help": "What else `recipes.compose.compose` is told (YAML: `window_frames: 17`, ...)."}
     )
-    llm: str = field(default="full", metadata={"help": "What becomes of the LLM: full, lora, qlora or frozen."})
+    llm: str = field(
+        default="frozen",
+        metadata={
+            "help": "How the LLM is trained: frozen (it stays as it is; the projector alone learns), lora, qlora, full."
+        },
+    )
     dataset_config: str = field(default="all", metadata={"help": "Configuration of the set: a task, or `all`."})
     tasks: list[str] | None = field(
         default=None,
@@ -83,10 +88,38 @@ class LsmTrainingArguments(SFTConfig):
     """TRL's, with the defaults that speech needs."""
 
     objective: str = field(
-        default="response",
-        metadata={"help": "response: cross-entropy on the rows' responses. distill: KL to the LLM that reads them."},
+        default="distill",
+        metadata={
+            "help": "distill: KL to the same LLM reading the transcript. response: cross-entropy on the rows' "
+            "responses, as in the paper."
+        },
     )
     temperature: float = field(default=2.0, metadata={"help": "Of both distributions, for `distill`."})
+    distill_top_k: int | None = field(
+        default=None,
+        metadata={"help": "For `distill`: the reader's so many likeliest tokens, and all others as one; all if unset."},
+    )
+    response_tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "With `distill`: tasks whose rows are learned as by `response` all the same."},
+    )
+    hidden_weight: float = field(
+        default=0.0,
+        metadata={"help": "With `distill`: weight of 1 - cosine to the hidden states of the LLM that reads."},
+    )
+    on_policy: float = field(
+        default=0.0,
+        metadata={"help": "With `distill`: share of steps that learn from the LSM's own answers, by the reverse KL."},
+    )
+    align_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps of the alignment that the training begins with: the projector learns to say the transcript "
+            "in the LLM's own embeddings (CTC). 0 for none; if unset, 1500 for a projector that was never trained."
+        },
+    )
+    align_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the alignment."})
+    align_batch_size: int = field(default=32, metadata={"help": "Clips on each device in a step of the alignment."})
     global_batch_size: int | None = field(
         default=None,
         metadata={
@@ -116,8 +149,12 @@ class LsmTrainingArguments(SFTConfig):
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
             raise ValueError(f"--objective {self.objective!r} is unknown; expected one of {', '.join(OBJECTIVES)}.")
+        for name, least in {"align_steps": 0, "align_batch_size": 1}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"--{name} {value} must be {least} or more.")
         if not self.temperature > 0:
             raise ValueError(f"--temperature {self.temperature} must be more than 0.")
+        self._check_distillation()
         self.max_length = None  # a cut prompt has fewer placeholders than its clip has tokens
         self.remove_unused_columns = False  # the collator reads them
         self.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -128,6 +165,20 @@ class LsmTrainingArguments(SFTConfig):
                 self.global_batch_size, self.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
             )
         super().__post_init__()
+
+    def _check_distillation(self) -> None:
+        if self.distill_top_k is not None and self.distill_top_k < 1:
+            raise ValueError(f"--distill_top_k {self.distill_top_k} must be 1 or more; leave it out for all tokens.")
+        if not 0 <= self.hidden_weight < math.inf:
+            raise ValueError(f"--hidden_weight {self.hidden_weight} must be 0 or more, and finite.")
+        if not 0 <= self.on_policy <= 1:
+            raise ValueError(f"--on_policy {self.on_policy} is a share of the steps; expected 0 to 1.")
+        for name in ("distill_top_k", "response_tasks", "hidden_weight", "on_policy"):
+            if getattr(self, name) and self.objective != "distill":
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} is for distillation, but --objective is {self.objective}; choose "
+                    f"distill, or leave --{name} out."
+                )
 
 
 def accumulation(global_batch_size: int, per_device: int, devices: int) -> int:

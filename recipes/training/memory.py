@@ -9,6 +9,7 @@ from accelerate import PartialState
 from modeling_lsm import LsmForConditionalGeneration
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import count
+from recipes.training.objectives import CHUNK
 
 GIB = 2**30
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -109,7 +110,11 @@ def estimate(
     layers = text.num_hidden_layers
     activations = layers * kept + layer if training_args.gradient_checkpointing else layers * layer
     heard = batch * row["frames"] * model.config.audio_config.d_model * 12 * size
-    vocabulary = batch * row["labels"] * text.vocab_size * 4 * (6 if training_args.objective == "distill" else 3)
+    logits = batch * row["labels"] * text.vocab_size
+    vocabulary = 3 * 4 * logits
+    if training_args.objective == "distill":  # of both LLMs in their own dtype, and of a chunk in float32
+        copies = 5 if training_args.distill_top_k is None else 4
+        vocabulary = copies * size * logits + 6 * 4 * CHUNK * text.vocab_size
     found = {
         "weights": (weights + frozen + teacher) / everything,
         "gradients": gradients / grads,

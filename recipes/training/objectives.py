@@ -2,10 +2,20 @@
 
 The second is KL to its own distribution over the response, given the transcript: the objective of Ultravox and, on
 hidden states, of BLSP-KD (arXiv 2405.19041). The same LLM is on both sides, so it is `self-powered` all the same.
+
+Logits stay in the model's own dtype. Their copies in float32, which are twice as large or more, exist for one chunk of
+positions at a time: backward computes each chunk again.
 """
+
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 256  # positions whose logits are in float32 at one time
+NEVER = -1e30  # a logit of probability 0; of -inf, gradients would be NaN
 
 
 def predicts(labels: torch.Tensor) -> torch.Tensor:
@@ -16,17 +26,78 @@ def predicts(labels: torch.Tensor) -> torch.Tensor:
 
 def response_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Sum over positions of the cross-entropy of `logits` `(positions, vocabulary)` and the `tokens` `(positions,)`."""
-    return nn.functional.cross_entropy(logits.float(), tokens, reduction="sum")
+    return _in_chunks(_cross_entropy, logits, tokens)
 
 
-def distillation_loss(logits: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
+def distillation_loss(
+    logits: torch.Tensor,
+    wanted: torch.Tensor,
+    temperature: float,
+    tokens: torch.Tensor | None = None,
+    reverse: bool = False,
+) -> torch.Tensor:
     """Sum over positions of KL(wanted ‖ given), both at `temperature`, times its square (Hinton et al., 2015, arXiv
     1503.02531: so that gradients do not shrink with the temperature).
 
     Args:
         logits: `(positions, vocabulary)` of the model that learns.
-        wanted: the same of the model that it learns from.
+        wanted: the same of the model that it learns from; or what [`most_likely`] keeps of it.
+        tokens: `(positions, k)` int64, of [`most_likely`]; None if `wanted` has the whole vocabulary.
+        reverse: KL(given ‖ wanted) instead.
     """
+    divergence = partial(_divergence, temperature=temperature, reverse=reverse)
+    return _in_chunks(divergence, logits, wanted, *([] if tokens is None else [tokens]))
+
+
+def most_likely(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` most likely tokens of every position, and all the others as one.
+
+    Args:
+        logits: `(positions, vocabulary)`.
+
+    Returns:
+        Logits `(positions, k + 1)` float32, the last one of all other tokens together, and the tokens `(positions, k)`.
+    """
+    tokens = logits.topk(k, dim=-1).indices
+    chunks = zip(logits.split(CHUNK), tokens.split(CHUNK), strict=True)
+    return torch.cat([_gather(*chunk, temperature) for chunk in chunks]), tokens
+
+
+def at_layers(hidden_states: Sequence[torch.Tensor], mask: torch.Tensor) -> list[torch.Tensor]:
+    """Of an LLM of N layers, the hidden states `(positions, width)` of `mask` at layers 0, N/4, N/2, 3N/4 and N."""
+    last = len(hidden_states) - 1
+    return [hidden_states[layer][mask] for layer in sorted({last * part // 4 for part in range(5)})]
+
+
+def hidden_loss(given: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum over positions of 1 - cosine between hidden states `(positions, width)`, the mean over layers."""
+    layers = zip(given, wanted, strict=True)
+    cosines = [nn.functional.cosine_similarity(one.float(), other.float(), dim=-1) for one, other in layers]
+    return (1 - torch.stack(cosines)).mean(0).sum()
+
+
+def _in_chunks(loss: Callable[..., torch.Tensor], *parts: torch.Tensor) -> torch.Tensor:
+    """The sum of `loss` over chunks of the positions of `parts`, none of whose intermediate results are kept."""
+    chunks = zip(*(part.split(CHUNK) for part in parts), strict=True)
+    return sum(checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
+
+
+def _cross_entropy(logits, tokens) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits.float(), tokens, reduction="sum")
+
+
+def _divergence(logits, wanted, tokens=None, *, temperature: float, reverse: bool) -> torch.Tensor:
+    if tokens is not None:
+        logits = _gather(logits, tokens, temperature)
     given = nn.functional.log_softmax(logits.float() / temperature, dim=-1)
     wanted = nn.functional.log_softmax(wanted.float() / temperature, dim=-1)
+    if reverse:
+        given, wanted = wanted, given
     return nn.functional.kl_div(given, wanted, reduction="sum", log_target=True) * temperature**2
+
+
+def _gather(logits, tokens, temperature: float) -> torch.Tensor:
+    """Logits of `tokens` and, last, of all others as one: at `temperature` its probability is the sum of theirs."""
+    logits = logits.float()
+    others = logits.scatter(-1, tokens, NEVER) / temperature
+    return torch.cat([logits.gather(-1, tokens), temperature * others.logsumexp(-1, keepdim=True)], dim=-1)

@@ -25,7 +25,7 @@ from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import Costs, count
 from recipes.training.memory import Target, estimate
 from recipes.training.models import check_vocabulary, prepare, without_ears
-from recipes.training.rows import Ruler, check_row, open_stream, refuse_foreign, task_names
+from recipes.training.rows import Ruler, check_response_tasks, check_row, open_stream, refuse_foreign, task_names
 from recipes.training.throughput import GIB
 from recipes.training.trainer import LsmTrainer
 
@@ -146,6 +146,7 @@ class Preflight:
         """The first rows, without loading the rest: columns, responses, and who wrote them."""
         args, self.rows, totals = self.script_args, [], []
         tasks = task_names(args)
+        check_response_tasks(self.training_args.response_tasks, args)
         for task in tasks:  # one by one: a stream of all begins with one of them
             for row in open_stream(args, task).take(max(1, PEEKED // len(tasks))):
                 self.rows.append(check_row(row))

@@ -260,6 +260,15 @@ def task_names(args: LsmScriptArguments) -> list[str]:
     return [name for name in config_names(args.dataset_name) if name != "all"]
 
 
+def check_response_tasks(response_tasks: Sequence[str] | None, args: LsmScriptArguments) -> None:
+    """Refuse tasks that no row is of."""
+    if response_tasks and (unknown := set(response_tasks) - set(task_names(args))):
+        raise ValueError(
+            f"--response_tasks {' '.join(sorted(unknown))}: no row that is learned is of such a task; expected some of "
+            f"{', '.join(sorted(task_names(args)))}."
+        )
+
+
 def open_stream(args: LsmScriptArguments, task: str) -> IterableDataset:
     """One task's rows, as they come; their columns checked."""
     stream = load_self_powered(args.dataset_name, task, args.dataset_train_split, streaming=True)

@@ -3,20 +3,31 @@
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import MethodType
 
 import torch
+from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import nn
 from transformers import TrainerCallback
 from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
+from dataset_builders.instructions import draw_fraction
 from processing_lsm import LsmProcessor
 from recipes.model_card import write_trained_card
 from recipes.training.callbacks import FOLLOWING, LOG, read_lines
 from recipes.training.checkpoints import WholeCheckpoints
 from recipes.training.costs import Costs
 from recipes.training.models import can_share_prefix
-from recipes.training.objectives import distillation_loss, predicts, response_loss
+from recipes.training.objectives import (
+    at_layers,
+    distillation_loss,
+    hidden_loss,
+    most_likely,
+    predicts,
+    response_loss,
+)
+from recipes.training.on_policy import with_own_answers
 from recipes.training.order import EpochSampler
 from recipes.training.sharding import as_before_sharding, prepare_for_fsdp2, refuse_pretence
 from recipes.training.throughput import Throughput
@@ -50,10 +61,25 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         refuse_pretence(self.accelerator)
         if self.is_fsdp_enabled:
             prepare_for_fsdp2(self.model, self.accelerator)
+        self._check_objective()
         self.teacher = self._prepare_teacher(teacher)
         self.data_collator.share = self._may_share_prefix()
+        self.data_collator.response_tasks = frozenset(self.args.response_tasks or ())
         self.throughput = Throughput(costs, self.model.config.audio_token_id, self.args.peak_tflops)
         self.add_callback(_Clockwork(self))
+
+    def _check_objective(self) -> None:
+        vocabulary, top_k = self.model.config.text_config.vocab_size, self.args.distill_top_k
+        if top_k is not None and top_k > vocabulary:
+            raise ValueError(
+                f"--distill_top_k {top_k} is more than the {vocabulary} tokens of the LLM; leave it out to learn from "
+                "all of them."
+            )
+        if self.args.on_policy and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"--on_policy {self.args.on_policy} needs the whole LLM on each device, to answer with: leave it out "
+                "under FSDP2 and DeepSpeed, or launch without them (--llm lora, qlora and frozen take less memory)."
+            )
 
     def _may_share_prefix(self) -> bool:
         """Processes that hold parts of one LLM must call it equally often, whatever their batches begin with."""
@@ -127,18 +153,27 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
 
         Args:
             teacher: inputs of the LLM that reads, whose distribution is to be learned; empty to learn the response.
+                Its `rows` `(batch,)` bool says which rows these are, if not all.
         """
+        rows, on_policy = teacher.pop("rows", None), bool(teacher) and self._is_on_policy()
+        if on_policy:
+            unwrapped, num_items_in_batch = self.accelerator.unwrap_model(model), None
+            inputs, teacher = with_own_answers(unwrapped, self.processor, inputs, teacher, rows)
         labels = inputs["labels"]
         tokens = labels[:, 1:][labels[:, 1:] != -100]
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        wanted = self._read(model, **teacher) if teacher else None
-        logits = model(**inputs, logits_to_keep=predicts(labels), use_cache=False).logits
-        if wanted is None:
+        read = self._read(model, **teacher) if teacher else None
+        logits, layers = self._ask(model, **inputs)
+        if read is None:
             loss = response_loss(logits, tokens)
+        elif rows is None:
+            loss = self._distance(logits, layers, *read, reverse=on_policy)
         else:
-            loss = distillation_loss(logits, wanted, self.args.temperature)
-        count = len(tokens) if num_items_in_batch is None else num_items_in_batch
-        loss = loss / torch.as_tensor(count).clamp(min=1)
+            taught = rows[predicts(labels).nonzero()[:, 0]]  # of each position
+            loss = self._distance(logits[taught], [layer[taught] for layer in layers], *read, reverse=on_policy)
+            loss = loss + response_loss(logits[~taught], tokens[~taught])
+        # How many tokens the model's own answers have on other devices and in other batches of a step, nobody knows.
+        count = len(tokens) * (self.current_gradient_accumulation_steps if on_policy else 1)
+        loss = loss / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         mode = "train" if self.model.training else "eval"
@@ -147,11 +182,30 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         self._metrics[mode]["mean_token_accuracy"].append(right / max(1, seen))
         return loss
 
+    def _is_on_policy(self) -> bool:
+        """Whether the model answers in this step: on every device and in every batch of it, or in none."""
+        drawn = draw_fraction(self.args.seed, "on policy", str(self.state.global_step))
+        return self.model.training and drawn < self.args.on_policy
+
+    def _ask(self, model, labels, **inputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits `(positions, vocabulary)` where a label is predicted, and for `hidden_weight` hidden states there."""
+        mask, wish = predicts(labels), {"output_hidden_states": True} if self.args.hidden_weight else {}
+        outputs = model(**inputs, **wish, logits_to_keep=mask, use_cache=False)
+        return outputs.logits, at_layers(outputs.hidden_states, mask) if wish else []
+
     @torch.no_grad()
-    def _read(self, model, labels, **inputs) -> torch.Tensor:
-        """`(positions, vocabulary)`: what the LLM that reads would say at the labelled positions."""
+    def _read(self, model, **inputs) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """What the LLM that reads would say at the labelled positions: logits, of which tokens, and `_ask`'s states."""
         with self._reader(model) as reader:
-            return reader(**inputs, logits_to_keep=predicts(labels), use_cache=False).logits
+            logits, layers = self._ask(reader, **inputs)
+        if self.args.distill_top_k is None:
+            return logits, None, layers
+        return *most_likely(logits, self.args.distill_top_k, self.args.temperature), layers
+
+    def _distance(self, logits, layers, wanted, tokens, wanted_layers, reverse: bool) -> torch.Tensor:
+        """Sum over positions of what is between the model and the LLM that reads."""
+        loss = distillation_loss(logits, wanted, self.args.temperature, tokens, reverse)
+        return loss + self.args.hidden_weight * hidden_loss(layers, wanted_layers) if layers else loss
 
     @contextlib.contextmanager
     def _reader(self, model):
@@ -196,11 +250,24 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         super().log(logs, start_time)
 
 
+def _keep_dtype(model: nn.Module) -> None:
+    """accelerate turns what half precision gives into float32, all logits included; the losses do so in chunks."""
+    wrapper = getattr(model.forward, "__wrapped__", None)
+    if isinstance(wrapper, ConvertOutputsToFp32):
+        bound = hasattr(model.forward, "__func__")
+        model.forward = MethodType(wrapper.model_forward, model) if bound else wrapper.model_forward
+
+
 class _Clockwork(TrainerCallback):
-    """Keeps the order's epoch and the throughput's clock."""
+    """Keeps the logits' dtype, the order's epoch and the throughput's clock."""
 
     def __init__(self, trainer: LsmTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for model in (self.trainer.model, self.trainer.teacher):
+            if model is not None:
+                _keep_dtype(self.trainer.accelerator.unwrap_model(model))
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # accelerate tells samplers too, but not one under two wrappers, as after a resumption on several devices

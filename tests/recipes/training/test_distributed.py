@@ -10,6 +10,7 @@ import pytest
 from recipes.training.callbacks import FOLLOWING, LOG, read_lines
 
 ROOT = Path(__file__).parents[3]
+DISTILL = {"response_tasks": ["transcription"], "hidden_weight": 0.5, "distill_top_k": 20}
 
 
 @pytest.fixture
@@ -19,7 +20,8 @@ def launch(defaults, tmp_path):
 
     def run(processes: int, **options) -> Path:
         options = {**defaults, **options}
-        flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+        flags = [part for name, value in values.items() for part in (f"--{name}", *map(str, value))]
         torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, "-m", *torchrun, "recipes/sft.py", *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
@@ -35,7 +37,7 @@ def launch(defaults, tmp_path):
     [
         {"llm": "full"},
         # rows of like cost go together: one process often hears nothing while the other does
-        {"llm": "lora", "objective": "distill", "text_ratio": 1.0},
+        {"llm": "lora", "objective": "distill", "text_ratio": 1.0, **DISTILL},
     ],
     ids=["full", "distill with text rows"],
 )
@@ -56,6 +58,7 @@ def test_two_processes_give_the_losses_of_one(launch, train, losses, tmp_path, m
 def test_two_processes_go_on_where_they_were_stopped(launch, losses, tmp_path):
     """In the third epoch, where the order of rows is another one than in the first."""
     options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+    options |= {"objective": "distill", "on_policy": 0.75}  # in the last step, too
     whole = launch(2, **options, output_dir=str(tmp_path / "whole"))
     stopped = tmp_path / "stopped"
     stopped.mkdir()

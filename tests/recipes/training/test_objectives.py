@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3NextConfig
 from trl import ModelConfig
 
@@ -12,7 +14,15 @@ from recipes.collator import SpeechResponseCollator
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.callbacks import LOG, read_lines
 from recipes.training.models import can_share_prefix, load_teacher
-from recipes.training.objectives import distillation_loss, predicts
+from recipes.training.objectives import (
+    CHUNK,
+    at_layers,
+    distillation_loss,
+    hidden_loss,
+    most_likely,
+    predicts,
+    response_loss,
+)
 from recipes.training.trainer import LsmTrainer
 
 
@@ -22,6 +32,115 @@ def test_the_loss_is_kl_at_a_temperature():
     expected = (taught * (taught / given).log()).sum() * 9
     torch.testing.assert_close(distillation_loss(logits, wanted, 3.0), expected)
     assert distillation_loss(wanted, wanted, 3.0).abs() < 1e-5
+
+
+def test_the_reverse_is_kl_from_the_other_side():
+    logits, wanted = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0))
+    forward = distillation_loss(wanted, logits, 3.0)
+    torch.testing.assert_close(distillation_loss(logits, wanted, 3.0, reverse=True), forward)
+
+
+# The teacher's likeliest tokens
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_likeliest_tokens_and_all_others_as_one(reverse):
+    logits, wanted = torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    given, taught = nn.functional.softmax(logits / 2, -1), nn.functional.softmax(wanted / 2, -1)
+    order = taught.argsort(-1, descending=True)
+    given, taught = (
+        torch.cat([chances.gather(-1, order)[:, :3], chances.gather(-1, order)[:, 3:].sum(-1, keepdim=True)], -1)
+        for chances in (given, taught)
+    )
+    one, other = (given, taught) if reverse else (taught, given)
+    expected = (one * (one / other).log()).sum() * 4
+    kept, tokens = most_likely(wanted.detach(), 3, 2.0)
+    found = distillation_loss(logits, kept, 2.0, tokens, reverse)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_as_many_as_the_vocabulary_are_all():
+    logits, wanted = torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    every = distillation_loss(logits, wanted.detach(), 2.0)
+    kept, tokens = most_likely(wanted.detach(), 11, 2.0)
+    bucketed = distillation_loss(logits, kept, 2.0, tokens)
+    torch.testing.assert_close(bucketed, every)
+    torch.testing.assert_close(*[torch.autograd.grad(loss, logits)[0] for loss in (bucketed, every)])
+
+
+# Memory
+
+
+@pytest.mark.parametrize("positions", [0, 1, CHUNK, 2 * CHUNK + 3])
+def test_chunks_of_positions_give_the_gradient_of_all_at_once(positions):
+    logits, wanted = torch.randn(2, positions, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    wanted, tokens = wanted.detach(), torch.arange(positions) % 7
+    log_softmax = nn.functional.log_softmax
+    whole = {
+        "distill": nn.functional.kl_div(
+            log_softmax(logits, -1), log_softmax(wanted, -1), reduction="sum", log_target=True
+        ),
+        "response": -log_softmax(logits, -1).gather(1, tokens[:, None]).sum(),
+    }
+    for name, found in {
+        "distill": distillation_loss(logits, wanted, 1.0),
+        "response": response_loss(logits, tokens),
+    }.items():
+        torch.testing.assert_close(found, whole[name])
+        torch.testing.assert_close(*[torch.autograd.grad(loss, logits)[0] for loss in (found, whole[name])])
+
+
+class LargestFloat32(TorchDispatchMode):
+    """The most numbers that a float32 tensor had."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if torch.is_tensor(tensor) and tensor.dtype == torch.float32:
+                self.numbers = max(self.numbers, tensor.numel())
+        return found
+
+
+@pytest.mark.parametrize("objective", ["response", "all tokens", "some tokens", "reverse"])
+def test_half_precision_logits_are_in_float32_for_a_chunk_at_a_time(objective):
+    logits, wanted = torch.randn(2, 4 * CHUNK, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits.requires_grad_()
+    saved = []
+
+    def save(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with LargestFloat32() as largest, saved_tensors_hooks(save, lambda tensor: tensor):
+        if objective == "response":
+            loss = response_loss(logits, torch.zeros(4 * CHUNK, dtype=torch.long))
+        elif objective == "some tokens":
+            kept, tokens = most_likely(wanted, 3, 2.0)
+            loss = distillation_loss(logits, kept, 2.0, tokens)
+        else:
+            loss = distillation_loss(logits, wanted, 2.0, reverse=objective == "reverse")
+        loss.backward()
+    assert 0 < largest.numbers <= CHUNK * 40
+    assert sum(tensor.numel() for tensor in saved if tensor.dtype == torch.float32) < CHUNK * 40
+
+
+def test_logits_reach_the_loss_in_the_dtype_that_they_were_computed_in(train, monkeypatch):
+    seen = set()
+
+    def look(logits, wanted, *rest):
+        seen.update((logits.dtype, wanted.dtype))
+        return distillation_loss(logits, wanted, *rest)
+
+    monkeypatch.setattr("recipes.training.trainer.distillation_loss", look)
+    train(objective="distill", llm="full", bf16=True, max_steps=1, peak_tflops=1.0)
+    assert seen == {torch.bfloat16}
+
+
+# Which positions, of which rows
 
 
 def test_a_label_is_predicted_one_position_before_it():
@@ -46,21 +165,96 @@ def test_the_teacher_reads_the_same_rows_and_answers_with_the_same_tokens(proces
         assert row["transcript"] in text and processor.audio_token not in text
 
 
-@pytest.mark.parametrize("llm", ["frozen", "lora", "full"])
-def test_a_model_that_only_reads_has_nothing_to_learn(train, losses, llm, defaults, monkeypatch):
+def test_the_teacher_reads_only_what_is_learned_from_it(processor, answered):
+    rows = [
+        row | {"task": task} for row, task in zip(answered, ("quiz", "transcription", "quiz", "count"), strict=True)
+    ]
+    batch = SpeechResponseCollator(processor, teacher=True, response_tasks={"transcription", "count"})(rows)
+    assert batch["teacher_rows"].tolist() == [True, False, True, False]
+    assert len(batch["labels"]) == 4 and len(batch["teacher_labels"]) == 2
+    for index, row in enumerate((rows[0], rows[2])):
+        assert row["transcript"] in processor.tokenizer.decode(batch["teacher_input_ids"][index])
+    nothing = SpeechResponseCollator(processor, teacher=True, response_tasks={"quiz"})([rows[0], rows[2]])
+    assert not nothing["teacher_rows"].any() and (nothing["teacher_labels"] == -100).all()
+    assert "teacher_rows" not in SpeechResponseCollator(processor, teacher=True, response_tasks={"count"})(rows[:3])
+
+
+def test_every_row_has_the_loss_of_its_task(train, losses, rows, processor, tmp_path):
+    options = {"per_device_train_batch_size": 16, "max_steps": 1}
+    tasks = sorted({row["task"] for row in rows} - {"transcription"})
+    heard = train(tasks=["transcription"], objective="response", output_dir=str(tmp_path / "heard"), **options)
+    read = train(tasks=tasks, objective="distill", output_dir=str(tmp_path / "read"), **options)
+    options |= {"objective": "distill", "response_tasks": ["transcription"]}
+    both = train(output_dir=str(tmp_path / "both"), **options)
+    tokens = {True: 0, False: 0}
+    for row in rows:
+        labels = SpeechResponseCollator(processor)([row])["labels"]
+        tokens[row["task"] == "transcription"] += int((labels != -100).sum())
+    expected = losses(heard)[0] * tokens[True] + losses(read)[0] * tokens[False]
+    assert losses(both)[0] == pytest.approx(expected / sum(tokens.values()), abs=1e-4)
+
+
+def test_with_a_response_to_learn_in_every_row_nothing_is_distilled(train, losses, rows, tmp_path):
+    tasks = sorted({row["task"] for row in rows})
+    found = train(objective="distill", response_tasks=tasks, output_dir=str(tmp_path / "distill"))
+    assert losses(found) == pytest.approx(losses(train(output_dir=str(tmp_path / "response"))), abs=1e-5)
+
+
+def test_a_task_without_rows_is_refused(train):
+    with pytest.raises(ValueError, match="--response_tasks transcriptoin: no row .* of such a task; expected some of"):
+        train(objective="distill", response_tasks=["transcriptoin"])
+
+
+def test_more_tokens_than_there_are_is_refused(train, lsm):
+    vocabulary = lsm.config.text_config.vocab_size
+    with pytest.raises(ValueError, match=f"--distill_top_k {vocabulary + 1} is more than the {vocabulary} tokens"):
+        train(objective="distill", distill_top_k=vocabulary + 1)
+
+
+# Hidden states
+
+
+def test_hidden_states_are_compared_by_their_angle():
+    given = [torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0]])]
+    wanted = [torch.tensor([[3.0, 0.0], [1.0, -1.0]]), torch.tensor([[0.0, 5.0], [0.0, 1.0]])]
+    assert hidden_loss(given, wanted).item() == pytest.approx((0 + 1) / 2 + (1 + 0) / 2)
+
+
+@pytest.mark.parametrize(("layers", "chosen"), [(2, [0, 1, 2]), (12, [0, 3, 6, 9, 12]), (30, [0, 7, 15, 22, 30])])
+def test_the_layers_are_a_quarter_of_the_llm_apart(layers, chosen):
+    states, mask = [torch.full((1, 2, 1), float(layer)) for layer in range(layers + 1)], torch.tensor([[False, True]])
+    assert [state.item() for state in at_layers(states, mask)] == chosen
+
+
+# Trainings
+
+
+@pytest.mark.parametrize(
+    ("llm", "options"),
+    [("frozen", {}), ("lora", {"on_policy": 1.0}), ("full", {"hidden_weight": 1.0, "distill_top_k": 5})],
+)
+def test_a_model_that_only_reads_has_nothing_to_learn(train, losses, llm, options, monkeypatch):
     """Teacher and student are the same LLM: given the same prompts, the divergence is zero."""
     monkeypatch.setattr("recipes.collator.SpeechResponseCollator._audio", lambda self, rows: ({}, []))
     monkeypatch.setattr(
         "recipes.collator.SpeechResponseCollator.__call__",
         lambda self, rows, call=SpeechResponseCollator.__call__: call(self, [row | {"audio": None} for row in rows]),
     )
-    first = losses(train(llm=llm, objective="distill", max_steps=1))[0]
+    first = losses(train(llm=llm, objective="distill", max_steps=1, **options))[0]
     assert first == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize("llm", ["frozen", "lora", "full"])
-def test_the_divergence_gets_smaller(train, losses, llm):
-    options = {"objective": "distill", "per_device_train_batch_size": 16, "learning_rate": 1e-2, "warmup_steps": 2}
+@pytest.mark.parametrize(
+    ("llm", "options"),
+    [
+        ("frozen", {"distill_top_k": 5}),
+        ("lora", {"on_policy": 0.5}),
+        ("full", {"hidden_weight": 1.0, "response_tasks": ["transcription"]}),
+        ("full", {}),
+    ],
+)
+def test_the_divergence_gets_smaller(train, losses, llm, options):
+    options |= {"objective": "distill", "per_device_train_batch_size": 16, "learning_rate": 1e-2, "warmup_steps": 2}
     found = losses(train(llm=llm, max_steps=12, **options))
     assert found[-1] < 0.9 * found[0]
 
@@ -76,21 +270,28 @@ def test_only_a_full_training_keeps_a_second_llm(lsm_dir, llm, copies, defaults)
         assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_accumulated_batches_give_the_loss_of_one(train, losses, tmp_path):
-    """Both objectives are means over all response tokens of a step, however it is cut."""
-    for objective in ("response", "distill"):
-        options = {"objective": objective, "train_sampling_strategy": "sequential", "max_steps": 3}
-        one = train(per_device_train_batch_size=8, output_dir=str(tmp_path / f"{objective}-one"), **options)
-        cut = train(
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=4,
-            output_dir=str(tmp_path / f"{objective}-cut"),
-            **options,
-        )
-        assert losses(cut) == pytest.approx(losses(one), abs=1e-4)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"objective": "distill"},
+        {"objective": "distill", "response_tasks": ["transcription"], "hidden_weight": 0.5, "distill_top_k": 5},
+    ],
+    ids=["response", "distill", "both"],
+)
+def test_accumulated_batches_give_the_loss_of_one(train, losses, tmp_path, options):
+    """All objectives are means over all response tokens of a step, however it is cut."""
+    options = {**options, "train_sampling_strategy": "sequential", "max_steps": 3}
+    one = train(per_device_train_batch_size=8, output_dir=str(tmp_path / "one"), **options)
+    cut = train(
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, output_dir=str(tmp_path / "cut"), **options
+    )
+    assert losses(cut) == pytest.approx(losses(one), abs=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"objective": "distill", "llm": "full"}, {"llm": "lora"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"objective": "distill", "llm": "full", "hidden_weight": 1.0}, {"llm": "lora"}]
+)
 def test_reading_what_rows_begin_with_once_changes_no_loss(train, losses, options, tmp_path, monkeypatch):
     shared, count = [], SpeechResponseCollator._shared
     monkeypatch.setattr("recipes.collator.LEAST_SHARED", 8)

@@ -103,13 +103,27 @@ def test_sharded_over_two_processes_the_losses_are_those_of_one(lsm_dir, process
     assert "sharded" in done.stdout
 
 
-@pytest.mark.parametrize("mode", [{"llm": "full"}, {"llm": "lora", "objective": "distill", "text_ratio": 1.0}])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"llm": "full"},
+        {
+            "llm": "lora",
+            "objective": "distill",
+            "text_ratio": 1.0,
+            "response_tasks": ["transcription"],
+            "hidden_weight": 0.5,
+            "distill_top_k": 20,
+        },
+    ],
+)
 def test_the_recipe_under_accelerates_fsdp2(train, losses, defaults, tmp_path, mode, lsm):
     mode = {**mode, "max_steps": 3, "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 2}
     expected = losses(train(**mode, per_device_train_batch_size=4, output_dir=str(tmp_path / "one")))
     options = {**defaults, **mode, "per_device_train_batch_size": 2, "output_dir": str(tmp_path / "two")}
     options["bf16"] = False
-    flags = [part for name, value in options.items() if name != "use_cpu" for part in (f"--{name}", str(value))]
+    options = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    flags = [part for name, value in options.items() if name != "use_cpu" for part in (f"--{name}", *map(str, value))]
     launch = ["accelerate.commands.launch", "--config_file", "recipes/configs/accelerate/fsdp2.yaml"]
     launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_TORCH_DEVICE": "cpu"}
