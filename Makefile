@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-oldest lint format clean
+.PHONY: quickstart study test test-oldest lint format clean
 
 # $(call install,CONSTRAINTS) makes the environment that the target names. torch first and alone: what follows then finds
 # it installed and no CUDA build is resolved beside it.
@@ -22,6 +22,10 @@ endef
 
 quickstart: .venv
 	$(BIN)/python -m recipes.quickstart
+
+# Hours; it goes on where it stopped, and runs/study/study.md is there after the first row.
+study: .venv
+	$(BIN)/python -m recipes.study --config recipes/configs/study.yaml --output runs/study
 
 test: .venv lint
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -1,16 +1,19 @@
 """The nano corpus: sentences of the nano language, spoken by espeak-ng.
 
     python -m dataset_builders.nano_speech --output runs/quickstart/corpus --train 6000 --test 1200
+    python -m dataset_builders.nano_speech --output runs/noisy --test 300 --snr 10
 
 Row i of a split is a function of (seed, split, i) alone. Splits share no sentence (`nano_grammar.split_of`) and the
 test voices' variants are never heard in training. A voice is a language with a variant; pitch and speed vary on top.
-Written as `OUTPUT/SPLIT.parquet`, loadable with `load_dataset`.
+With `--snr` every clip lies in white noise, which is drawn from (seed, split, i), too: at another ratio it is the same
+noise, louder or softer. Written as `OUTPUT/SPLIT.parquet`, loadable with `load_dataset`.
 """
 
 import argparse
 import functools
 import io
 import logging
+import math
 import os
 import pickle
 import random
@@ -102,18 +105,30 @@ def sample_utterance(seed: int, split: str, index: int, most_words: int | None =
     return {"transcript": transcript, "voice": voice, "audio": audio}
 
 
-def row_id(seed: int, split: str, index: int) -> str:
-    return f"nano-{split}-{seed}-{index:06d}"
+def in_noise(audio: np.ndarray, snr: float, seed: int, split: str, index: int) -> np.ndarray:
+    """The clip `(samples,)` with white noise whose power over the whole clip is `snr` dB below the clip's own; the sum
+    is made softer where it would leave [-1, 1]."""
+    noise = np.random.default_rng(list(f"nano noise {seed} {split} {index}".encode())).normal(size=len(audio))
+    power = np.mean(audio.astype(float) ** 2) / np.mean(noise**2)
+    mixed = audio + np.sqrt(power / 10 ** (snr / 10)) * noise
+    return (mixed / max(1.0, np.abs(mixed).max())).astype(np.float32)
 
 
-def row(seed: int, split: str, index: int) -> dict:
-    """Utterance `index` of `split` as a row of `FEATURES`, its audio as the bytes of a FLAC file."""
+def row_id(seed: int, split: str, index: int, snr: float | None = None) -> str:
+    return f"nano-{split}-{seed}-{index:06d}" + ("" if snr is None else f"-{snr:g}dB")
+
+
+def row(seed: int, split: str, index: int, snr: float | None = None) -> dict:
+    """Utterance `index` of `split` as a row of `FEATURES`, its audio as the bytes of a FLAC file, with noise at a
+    signal-to-noise ratio of `snr` dB if that is given."""
     import soundfile
 
     utterance = sample_utterance(seed, split, index)
+    if snr is not None:
+        utterance["audio"] = in_noise(utterance["audio"], snr, seed, split, index)
     flac = io.BytesIO()
     soundfile.write(flac, utterance["audio"], SAMPLING_RATE, format="FLAC", subtype="PCM_16")
-    id = row_id(seed, split, index)
+    id = row_id(seed, split, index, snr)
     return {
         "id": id,
         "audio": {"bytes": flac.getvalue(), "path": f"{id}.flac"},
@@ -166,12 +181,14 @@ def serve(seed: int, split: str) -> None:
         sys.stdout.buffer.flush()
 
 
-def _rows(indices: list[int], seed: int, split: str) -> Iterator[dict]:
+def _rows(indices: list[int], seed: int, split: str, snr: float | None) -> Iterator[dict]:
     for index in indices:
-        yield row(seed, split, index)
+        yield row(seed, split, index, snr)
 
 
-def build(output: str | Path, sizes: dict[str, int], seed: int = 0, num_proc: int = 1) -> Path:
+def build(
+    output: str | Path, sizes: dict[str, int], seed: int = 0, num_proc: int = 1, snr: float | None = None
+) -> Path:
     """Write `OUTPUT/SPLIT.parquet` for every split in `sizes`; a split that is already whole is kept.
 
     Args:
@@ -179,9 +196,10 @@ def build(output: str | Path, sizes: dict[str, int], seed: int = 0, num_proc: in
         sizes: rows per split.
         seed: of every draw.
         num_proc: worker processes; the rows do not depend on it.
+        snr: signal-to-noise ratio in dB of every clip; no noise if None.
 
     Raises:
-        ValueError: unknown split or a size below 1.
+        ValueError: unknown split, a size below 1, or a ratio that is no number.
         OSError: the disk has no room for the corpus.
     """
     output = Path(output)
@@ -190,6 +208,8 @@ def build(output: str | Path, sizes: dict[str, int], seed: int = 0, num_proc: in
             raise ValueError(
                 f"cannot build {size} rows of split {split!r}; expected at least 1 row of one of {SPLITS}."
             )
+    if snr is not None and not math.isfinite(snr):
+        raise ValueError(f"a signal-to-noise ratio of {snr} dB cannot be; expected a number, or None for no noise.")
     output.mkdir(parents=True, exist_ok=True)
     needed, free = sum(sizes.values()) * _BYTES_PER_CLIP * 2, shutil.disk_usage(output).free
     if free < needed:
@@ -199,23 +219,23 @@ def build(output: str | Path, sizes: dict[str, int], seed: int = 0, num_proc: in
         )
     for split, size in sizes.items():
         target = output / f"{split}.parquet"
-        if _is_whole(target, split, size, seed):
+        if _is_whole(target, split, size, seed, snr):
             logger.info("%s is complete", target)
             continue
-        _build_split(target, split, size, seed, num_proc)
+        _build_split(target, split, size, seed, num_proc, snr)
     return output
 
 
-def _is_whole(target: Path, split: str, size: int, seed: int) -> bool:
+def _is_whole(target: Path, split: str, size: int, seed: int, snr: float | None) -> bool:
     if not target.exists():
         return False
     ids = pq.read_table(target, columns=["id"])["id"].to_pylist()
-    return ids == [row_id(seed, split, index) for index in range(size)]
+    return ids == [row_id(seed, split, index, snr) for index in range(size)]
 
 
-def _build_split(target: Path, split: str, size: int, seed: int, num_proc: int) -> None:
+def _build_split(target: Path, split: str, size: int, seed: int, num_proc: int, snr: float | None) -> None:
     dataset = Dataset.from_generator(
-        functools.partial(_rows, seed=seed, split=split),
+        functools.partial(_rows, seed=seed, split=split, snr=snr),
         gen_kwargs={"indices": list(range(size))},
         features=FEATURES,
         num_proc=min(num_proc, size),
@@ -234,10 +254,11 @@ def main() -> None:
         parser.add_argument(f"--{split}", type=int, default=0, metavar="ROWS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-proc", type=int, default=os.cpu_count())
+    parser.add_argument("--snr", type=float, metavar="DB", help="white noise at this signal-to-noise ratio")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     sizes = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
-    build(args.output, sizes, args.seed, args.num_proc)
+    build(args.output, sizes, args.seed, args.num_proc, args.snr)
 
 
 if __name__ == "__main__":

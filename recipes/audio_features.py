@@ -1,5 +1,11 @@
-"""Frozen audio tower output, computed once: the tower never changes, so epochs and models may share what it hears."""
+"""Frozen audio tower output, computed once: the tower never changes, so epochs and models may share what it hears.
 
+    python -m recipes.audio_features --model checkpoints/base --corpus CORPUS --splits train test --output features
+
+`--audio_feature_store` of `recipes.sft` and `--audio-feature-store` of `recipes.evaluate` read the folder.
+"""
+
+import argparse
 import hashlib
 import json
 import os
@@ -12,6 +18,8 @@ import torch
 from tqdm import tqdm
 
 from configuration_lsm import num_encoder_frames
+from dataset_builders.asr_corpora import open_corpus
+from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor, load_audio
 
 INDEX, FRAMES = "index.json", "hidden_states.f16"
@@ -121,3 +129,23 @@ def _encode(file, clips: dict, span: dict[str, np.ndarray], model, processor: Ls
             file.write(states[:frames].to(torch.float16).numpy().tobytes())
             clips[key] = [start, frames, len(span[key])]
             start += frames
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="an LSM with the tower: folder or Hub id")
+    parser.add_argument("--corpus", required=True, help="as dataset_builders.self_powered build takes it")
+    parser.add_argument("--splits", nargs="+", default=["train"], help="of the corpus")
+    parser.add_argument("--output", required=True, help="folder of the store")
+    parser.add_argument("--batch-size", type=int, default=32, help="clips at a time")
+    args = parser.parse_args()
+    model = LsmForConditionalGeneration.from_pretrained(args.model).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    clips = (utterance["audio"] for split in args.splits for utterance in open_corpus(args.corpus, split))
+    processor = LsmProcessor.from_pretrained(args.model)
+    store = AudioFeatureStore.build(args.output, model, processor, clips, args.batch_size)
+    print(f"{args.output}: {len(store.clips)} clips, {len(store.frames)} frames")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,10 +7,10 @@
 
 `--model` is an LSM or another speech LLM of transformers. `--tasks` are names or groups of `evaluation/tasks.yaml`;
 `--data librispeech_clean=DIR` says where a corpus is if not on the Hub. Beside the model stand baselines (`--systems`):
-the text LLM (`--base`; else the checkpoint itself) that reads the transcript, a cascade, a vanilla LSM; and controls:
-the clips shuffled, silence, the instruction of another task. Writes every answer (`predictions.parquet`),
-`results.json`, `results.md`, `model_index.yaml` for the model card, and `report.html`. Interrupted, the same command
-goes on where it stopped.
+the text LLM (`--base`; else the checkpoint itself) that reads the transcript, a cascade, a vanilla LSM and one trained
+as in the paper; and controls: the clips shuffled, silence, the instruction of another task. Writes every answer
+(`predictions.parquet`), `results.json`, `results.md`, `model_index.yaml` for the model card, and `report.html`.
+Interrupted, the same command goes on where it stopped.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Evaluation:
 
     Args:
         output: the folder.
-        checkpoints: `model` and, as far as they are there, `base`, `vanilla` and `asr`: folders or Hub ids.
+        checkpoints: `model` and, as far as they are there, `base`, `vanilla`, `paper` and `asr`: folders or Hub ids.
         tasks: what is asked.
         systems: who is asked; by default all for which there is a checkpoint.
         limit: utterances of a task at most; or of the tasks named.
@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--output")
     parser.add_argument("--base", help="the text LLM: as it was before it learned to listen")
     parser.add_argument("--vanilla", help="an LSM trained on transcription alone")
+    parser.add_argument("--paper", help="an LSM trained as in the paper: the LLM in full, with cross-entropy")
     parser.add_argument("--asr", help="the cascade's ASR model (a Whisper or a speech LLM); the model by default")
     parser.add_argument("--systems", nargs="+", default=[], metavar="NAME", help=f"among {', '.join(SYSTEMS)}")
     parser.add_argument("--data", nargs="+", default=[], metavar="TASK=PATH", help="where a task's corpus is")
@@ -267,6 +268,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="show all tasks and stop")
     parser.add_argument("--limit", type=int, help="utterances of a task at most")
     parser.add_argument("--control-limit", type=int, help="utterances that the controls are asked about, at most")
+    parser.add_argument("--audio-feature-store", help="what an LSM's tower hears, as recipes.audio_features keeps it")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--no-constrained", action="store_true", help="free answers alone, to closed questions too")
@@ -281,10 +283,10 @@ def main() -> None:
         parser.error("--model and --output are needed.")
     for name, settings in parse_overrides(args.data).items():
         tasks |= {task.name: override(task, settings) for task in choose_tasks([name], tasks)}
-    given = {"model": args.model, "base": args.base, "vanilla": args.vanilla, "asr": args.asr}
+    checkpoints = ("model", "base", "vanilla", "paper", "asr")
     run = Evaluation(
         output=args.output,
-        checkpoints={name: path for name, path in given.items() if path},
+        checkpoints={name: path for name in checkpoints if (path := getattr(args, name))},
         tasks=choose_tasks(args.tasks, tasks),
         systems=args.systems,
         limit=args.limit,
@@ -294,6 +296,7 @@ def main() -> None:
         constrained=not args.no_constrained,
         seed=args.seed,
         dtype=args.dtype,
+        store=AudioFeatureStore(args.audio_feature_store) if args.audio_feature_store else None,
     )
     found = run.run()
     print(tables.markdown(found))

@@ -5,6 +5,7 @@ the same files, byte for byte. A number that is missing (absent or None) is left
 """
 
 import itertools
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,8 +38,8 @@ LINES = {
     "text LLM": {"color": "#1b3a4b", "linestyle": "-", "marker": "o"},
     "self-powered": {"color": "#2a9d8f", "linestyle": "--", "marker": "s"},
     "vanilla": {"color": "#e9a23b", "linestyle": "-.", "marker": "^"},
-    "fourth": {"color": "#7a7a7a", "linestyle": ":", "marker": "D"},
-    "fifth": {"color": "#a8323e", "linestyle": (0, (5, 1)), "marker": "v"},
+    "paper": {"color": "#a8323e", "linestyle": (0, (5, 1)), "marker": "v"},
+    "fifth": {"color": "#7a7a7a", "linestyle": ":", "marker": "D"},
     "sixth": {"color": "#b5b5b5", "linestyle": "-", "marker": "x"},
 }
 MEASURES = {
@@ -214,6 +215,60 @@ def plot_bars(
     axes.set(ylabel=ylabel, title=title)
     axes.set_ylim(bottom=0)
     _legend(figure, axes, handle=1.6)
+    return save(figure, stem)
+
+
+@matplotlib.rc_context(PAPER)
+def plot_study(
+    summaries: Mapping[str, Mapping[str, dict | None]],
+    panels: Mapping[str, str],
+    stem: str | Path,
+    counts: Sequence[str] = (),
+    ceilings: Mapping[str, dict | None] | None = None,
+    layers: Mapping[str, Sequence[Mapping]] | None = None,
+) -> list[Path]:
+    """Rows of a study, one below the other: a panel of points with whiskers for every figure, and grey fields for what
+    the answer draws on, layer by layer.
+
+    Args:
+        summaries: row to figure to `value`, `low` and `high`.
+        panels: figure to title, from left to right.
+        stem: of the files, as in `save`.
+        counts: the figures that are no shares.
+        ceilings: figure to what is drawn as a line beside all rows.
+        layers: row to the `instruction` and `speech` shares of every layer.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not summaries:
+        raise ValueError("no row; expected at least one.")
+    traced = [part for part in ("instruction", "speech") if any((layers or {}).values())]
+    size = (2 * WIDTH, 0.7 + 0.17 * len(summaries))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(1, len(panels) + len(traced), sharey=True, squeeze=False)[0]
+    for axes, (name, title) in zip(grid, panels.items(), strict=False):
+        scale = 1 if name in counts else 100
+        for place, found in enumerate(summaries.values()):
+            if point := found.get(name):
+                value, low, high = (scale * point[key] for key in ("value", "low", "high"))
+                axes.plot([low, high], [place, place], color="#7a7a7a")
+                axes.plot(value, place, color="#1b3a4b", marker="o")
+        if ceiling := (ceilings or {}).get(name):
+            axes.axvline(scale * ceiling["value"], color="black", linewidth=0.5, linestyle=(0, (1, 2)))
+        axes.set_title(textwrap.fill(title if name in counts else f"{title} (%)", 14))
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.grid(axis="y", color="#e4e4e4", linewidth=0.4)
+    for axes, part in zip(grid[len(panels) :], traced, strict=True):
+        shares = [_column(layers.get(row), part) or [] for row in summaries]
+        values = np.full((len(shares), max(map(len, shares))), np.nan)
+        for row, some in zip(values, shares, strict=True):
+            row[: len(some)] = _numbers(some)
+        axes.imshow(values, cmap="Greys", vmin=0, aspect="auto", interpolation="nearest")
+        axes.set_title(f"{part},\nby layer\n(black: {100 * np.nanmax(values):.0f} %)")
+        axes.set_xticks([])
+    grid[0].set_yticks(range(len(summaries)), list(summaries))
+    grid[0].set_ylim(len(summaries) - 0.5, -0.5)
     return save(figure, stem)
 
 

@@ -1,26 +1,27 @@
-"""The whole story, in minutes, on a CPU: expand a text LLM to speech twice, and see which of the two listens.
+"""The whole story, in minutes, on a CPU: expand a text LLM to speech three times, and see which of the three listens.
 
     make quickstart            # or: python -m recipes.quickstart --output runs/quickstart
 
-A corpus is spoken, an LSM composed, the LLM inside it answers instructions over the transcripts, and two LSMs are
-trained for the same number of steps: `vanilla` on transcription rows alone, `self_powered` on the LLM's answers. Both
-are asked held-out instructions about held-out speech. Every stage appears under `--output` when it is whole, and the
-trainings keep checkpoints, so an interrupted run goes on where it stopped.
+A corpus is spoken, an LSM composed, the LLM inside it answers instructions over the transcripts, and three LSMs are
+trained: `vanilla` on transcription rows alone and `paper` on the LLM's answers, both as the paper trains (by
+cross-entropy, the LLM in full); and `self_powered` on the same rows as `paper`, but as we train: its projector is first
+aligned with the LLM's embeddings, the LLM that reads is its teacher, and its own LLM stays as it was. All are asked
+held-out instructions about held-out speech, of kinds that were trained and of kinds that never were. Every stage
+appears under `--output` when it is whole, and the trainings keep checkpoints, so an interrupted run goes on where it
+stopped.
 """
 
 import argparse
-import ctypes
 import dataclasses
-import fcntl
 import json
 import logging
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from dataset_builders import nano_speech
 from dataset_builders.asr_corpora import load_corpus, open_corpus
 from dataset_builders.building import build
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
+from dataset_builders.nano_tasks import UNSEEN_TASKS
 from dataset_builders.responders import LocalResponder
 from processing_lsm import load_audio
 from recipes.analyze_bias import analyze, behave, write
@@ -44,16 +46,18 @@ from recipes.compose import compose
 from recipes.evaluate import Evaluation
 from recipes.evaluation.questions import read_rows
 from recipes.evaluation.tasks import load_tasks, override
-from recipes.report import LABELS, NAMES, percent, scores_of, table, write_report
+from recipes.report import COMPARED, NAMES, SHORT, percent, scores_of, table, write_report
 from recipes.speech_llm import load
+from recipes.stages import alone_in, die_with_parent, write_whole
+from recipes.training.alignment import FOLDER as ALIGNMENT
 from recipes.training.callbacks import FOLLOWING, LOG, read_lines
 
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "configs"
 CHECKER = "dataset_builders.nano_tasks"
-MODELS = ("vanilla", "self_powered")
-TRACED = {"text_llm": "base", "vanilla": "training/vanilla", "self_powered": "training/self_powered"}
+MODELS = ("self_powered", "paper", "vanilla")  # the longest training first
+TRACED = {"text_llm": "base", **{name: f"training/{name}" for name in reversed(MODELS)}}
 NEEDED_BYTES = 4 * 2**30
 
 
@@ -79,9 +83,7 @@ class Stages:
         make(partial)
         os.replace(partial, target)
         self.seconds[name] = round(time.monotonic() - start, 1)
-        scratch = self.file.with_suffix(".partial")
-        scratch.write_text(json.dumps(self.seconds), encoding="utf-8")
-        os.replace(scratch, self.file)
+        write_whole(self.file, json.dumps(self.seconds))
         logger.info("%-14s %.0f s", name, self.seconds[name])
         return target
 
@@ -134,25 +136,24 @@ class Quickstart:
         AudioFeatureStore.build(folder, llm.model, llm.processor, audio)
 
     def train(self, folder: Path) -> None:
-        """Both trainings side by side, each on its share of the cores, under a live table."""
-        threads = max(1, (os.cpu_count() or 1) // len(MODELS))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        """The trainings, as many at a time as there are cores, under a live table."""
+        cores = os.cpu_count() or 1
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // len(MODELS)))}
         folder.mkdir(parents=True, exist_ok=True)
-        processes = {}
-        for name in MODELS:
+
+        def start(name: str) -> subprocess.Popen:
+            command = self.training_command(name, folder / name)
             with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
-                processes[name] = subprocess.Popen(
-                    self.training_command(name, folder / name),
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    preexec_fn=_die_with_parent,
+                return subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=die_with_parent
                 )
-        try:
-            _watch(processes, folder)
-        finally:
-            for process in processes.values():
-                process.kill()
+
+        run_trainings(start, cores, LiveTable(folder, {name: sum(self.steps_of(name).values()) for name in MODELS}))
+
+    def steps_of(self, name: str) -> dict[str, int]:
+        """`max_steps` of a training and, if it begins with an alignment, `align_steps`."""
+        config = yaml.safe_load((CONFIGS / f"nano_{name}.yaml").read_text(encoding="utf-8"))
+        return {key: self.steps or config[key] for key in ("max_steps", "align_steps") if config[key]}
 
     def training_command(self, name: str, output: Path) -> list[str]:
         options = {
@@ -168,28 +169,28 @@ class Quickstart:
             "seed": self.seed,
             "use_cpu": not torch.cuda.is_available(),
             "bf16": has_fast_bf16(),
+            **self.steps_of(name),
         }
-        if self.steps is not None:
-            options["max_steps"] = self.steps
         flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
         return [sys.executable, "-m", "recipes.sft", *flags]
 
     def tasks(self) -> list:
         """The nano tasks of `recipes.evaluate`, about this run's own corpus."""
         corpus = {"corpus": str(self.folder / "corpus"), "split": "test"}
-        return [override(load_tasks()[name], corpus) for name in ("nano", "nano_questions")]
+        return [override(load_tasks()[name], corpus) for name in ("nano", "nano_unseen")]
 
     def evaluate(self, folder: Path) -> None:
-        """Both LSMs, the text LLM, the self-powered LSM as a reader of text, and the controls: `recipes.evaluate`."""
+        """The LSMs, the text LLM, a cascade, the self-powered LSM as a reader of text, and the controls, by
+        `recipes.evaluate`."""
         Evaluation(
             output=folder,
             checkpoints={
                 "model": str(self.folder / "training" / "self_powered"),
-                "vanilla": str(self.folder / "training" / "vanilla"),
+                **{name: str(self.folder / "training" / name) for name in ("vanilla", "paper")},
                 "base": str(self.folder / "base"),
             },
             tasks=self.tasks(),
-            limit={"nano": self.settings["test_clips"], "nano_questions": self.settings["question_clips"]},
+            limit={"nano": self.settings["test_clips"], "nano_unseen": self.settings["unseen_clips"]},
             control_limit=self.settings["control_clips"],
             batch_size=128,
             max_new_tokens=self.settings["max_new_tokens"],
@@ -199,7 +200,7 @@ class Quickstart:
         ).run()
 
     def trace(self, folder: Path) -> None:
-        """Where the answers come from, in all three models: traced is what the text LLM answers."""
+        """Where the answers come from, in the text LLM and all LSMs: traced is what the text LLM answers."""
         store, answers = AudioFeatureStore(self.folder / "features"), self.answers()
         rows = read_rows(self.tasks()[0], self.settings["test_clips"], self.seed)
         traced = [
@@ -211,38 +212,40 @@ class Quickstart:
         biases: dict[str, dict] = {}
         for name, path in TRACED.items():
             llm, hear = load(self.folder / path), "transcript" if name == "text_llm" else "audio"
-            bias = analyze(llm, traced, hear, store if hear == "audio" else None)
+            compare = None if name == "self_powered" else False  # with what it reads: shown of ours alone
+            bias = analyze(llm, traced, hear, store if hear == "audio" else None, compare=compare)
             asked = [row for row in rows if (name, row["id"]) in answers]
             said = [answers[name, row["id"]]["response"] for row in asked]
             about = {"model": path, "data": "corpus", "source": rows[0]["source"], "hear": hear, "target": "response"}
-            biases[LABELS[name]] = bias | behave(asked, said, CHECKER) | about
-            write(folder / name, biases[LABELS[name]], LABELS[name], dict(list(biases.items())[:-1]))
+            biases[SHORT[name]] = bias | behave(asked, said, CHECKER) | about
+            write(folder / name, biases[SHORT[name]], SHORT[name], dict(list(biases.items())[:-1]))
 
     def answers(self) -> dict[tuple[str, str], dict]:
-        """What was answered to the nano tasks, by model and row."""
+        """What was answered, by model and row."""
         records = Dataset.from_parquet(str(self.folder / "predictions" / "predictions.parquet"))
         return {(NAMES.get(record["system"], record["system"]), record["id"]): record for record in records}
 
     def report(self) -> dict:
         """`report.json`, `report.md`, `report.html`, plots, `predictions.parquet` and `example.wav`."""
         results = json.loads((self.folder / "predictions" / "results.json").read_text(encoding="utf-8"))
-        report = {
-            NAMES.get(system, system): scores_of(found) for system, found in results["tasks"]["nano"]["systems"].items()
-        }
-        questions = results["tasks"]["nano_questions"]["systems"]
-        report["unseen_tasks"] = {
-            NAMES.get(name, name): scores_of(questions[name]) for name in ("text_llm", "vanilla", "model")
-        }
+        report, never = (
+            {NAMES.get(system, system): scores_of(found) for system, found in results["tasks"][task]["systems"].items()}
+            for task in ("nano", "nano_unseen")
+        )
+        report["unseen"] = {name: never[name]["right"] for name in COMPARED}
+        report["unseen_tasks"] = never
         records = [
             {key: record[key] for key in ("id", "instruction", "transcript", "response", "correct")}
             | {"model": name, "task": record["part"]}
             for (name, _), record in self.answers().items()
-            if record["task"] == "nano"
         ]
         Dataset.from_list(records).to_parquet(str(self.folder / "predictions.parquet"))
         training = self.folder / "training"
         report["steps"] = {name: read_lines(training / name / LOG)[-1]["step"] for name in MODELS}
-        report["rows"] = sum(r["model"] == "self_powered" and r["task"] in SELF_POWERED_TASKS for r in records)
+        report["steps"]["alignment"] = read_lines(training / "self_powered" / ALIGNMENT / LOG)[-1]["step"]
+        asked = Counter(record["task"] for record in records if record["model"] == "self_powered")
+        report["rows"] = sum(asked[task] for task in SELF_POWERED_TASKS)
+        report["unseen_rows"] = sum(asked[task] for task in UNSEEN_TASKS)
         report["stages"] = dict(self.stages.seconds)
         report["seconds"] = round(sum(self.stages.seconds.values()), 1)
         report["seed"] = self.seed
@@ -260,39 +263,66 @@ def has_fast_bf16() -> bool:
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
-def _die_with_parent() -> None:
-    """A killed quickstart must not leave trainings behind that write where the next run starts anew."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+class LiveTable:
+    """Progress bars with the time left, and a line of scores whenever a model has been tried on the validation clips.
+
+    Args:
+        folder: of the trainings, each in a folder of its name.
+        steps: of each, those of its alignment included.
+    """
+
+    def __init__(self, folder: Path, steps: dict[str, int]):
+        self.folder = folder
+        self.bars = {
+            name: tqdm(desc=name, position=row, unit="step", total=total)
+            for row, (name, total) in enumerate(steps.items())
+        }
+        self.shown: Counter[str] = Counter()
+
+    def show(self) -> None:
+        """Whatever is new."""
+        for name, bar in self.bars.items():
+            aligned, learned = (read_lines(self.folder / name / part / LOG) for part in (ALIGNMENT, ""))
+            bar.update(sum(log[-1]["step"] for log in (aligned, learned) if log) - bar.n)
+            looks = [row for row in aligned if "reading_wer" in row] + read_lines(self.folder / name / FOLLOWING)
+            for look in looks[self.shown[name] :]:
+                named = [key for key in ("reading_wer", "following", "transcript_copy", "wer") if key in look]
+                stage = f"{name}, alignment" if "reading_wer" in look else name
+                figures = "  ".join(f"{key} {percent(look[key]):>7}" for key in named)
+                bar.write(f"step {look['step']:>5}  {stage:<24} {figures}")
+            self.shown[name] = len(looks)
+
+    def close(self) -> None:
+        for bar in self.bars.values():
+            bar.close()
 
 
-def _watch(processes: dict[str, subprocess.Popen], folder: Path) -> None:
-    """Progress bars with time left, and a line of scores whenever a model has looked at the validation clips.
+def run_trainings(start: Callable[[str], subprocess.Popen], at_once: int, live: LiveTable) -> None:
+    """Run all trainings of the table, in its order and `at_once` at a time.
 
     Raises:
         RuntimeError: a training failed; says where its log is.
     """
-    bars = {name: tqdm(desc=name, position=row, unit="step") for row, name in enumerate(processes)}
-    seen = dict.fromkeys(processes, 0)
-    while True:
-        running = [name for name, process in processes.items() if process.poll() is None]
-        for name, bar in bars.items():
-            if log := read_lines(folder / name / LOG):
-                bar.total = log[-1]["max_steps"]
-                bar.update(log[-1]["step"] - bar.n)
-            for look in read_lines(folder / name / FOLLOWING)[seen[name] :]:
-                figures = (f"{key} {percent(look[key]):>7}" for key in ("following", "transcript_copy", "wer"))
-                bar.write(f"step {look['step']:>5}  {name:<13} {'  '.join(figures)}")
-                seen[name] += 1
-        for name, process in processes.items():
-            if process.returncode not in (None, 0):
-                log = (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
-                raise RuntimeError(f"training {name} failed (exit {process.returncode}):\n{log[-3000:]}")
-        if not running:
-            break
-        time.sleep(1)
-    for bar in bars.values():
-        bar.close()
+    waiting, processes = list(live.bars), {}
+    try:
+        while True:
+            running = [name for name, process in processes.items() if process.poll() is None]
+            while waiting and len(running) < at_once:
+                running.append(waiting.pop(0))
+                processes[running[-1]] = start(running[-1])
+            live.show()
+            for name, process in processes.items():
+                if process.returncode not in (None, 0):
+                    file = live.folder / f"{name}.log"
+                    log = file.read_text(encoding="utf-8", errors="replace")
+                    raise RuntimeError(f"training {name} failed (exit {process.returncode}, {file}):\n{log[-3000:]}")
+            if not running:
+                return
+            time.sleep(1)
+    finally:
+        for process in processes.values():
+            process.kill()
+        live.close()
 
 
 def keep_caches_in(folder: Path) -> None:
@@ -316,9 +346,7 @@ def check_folder(folder: Path, identity: dict) -> None:
                 f"{folder} has {free / 2**30:.1f} GiB free, the quickstart needs {NEEDED_BYTES / 2**30:.0f} GiB: free "
                 "some space or name another --output."
             )
-        scratch = file.with_suffix(".partial")
-        scratch.write_text(json.dumps(identity, indent=2), encoding="utf-8")
-        os.replace(scratch, file)
+        write_whole(file, json.dumps(identity, indent=2))
     elif json.loads(file.read_text(encoding="utf-8")) != identity:
         raise ValueError(f"{folder} holds a run with other settings ({file}): delete it or name another --output.")
 
@@ -327,7 +355,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/quickstart")
     parser.add_argument("--config", default=str(CONFIGS / "quickstart.yaml"))
-    parser.add_argument("--steps", type=int, help="of both trainings, instead of their configs'")
+    parser.add_argument("--steps", type=int, help="of every training, instead of its config's")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -336,15 +364,11 @@ def main() -> None:
     keep_caches_in(folder / ".cache")
     settings = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
     check_folder(folder, {**settings, "seed": args.seed, "steps": args.steps})
-    with open(folder / "lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit(f"another quickstart is at work in {folder}; wait for it or name another --output.")
-        try:
+    try:
+        with alone_in(folder):
             report = Quickstart(folder, settings, args.seed, args.steps).run()
-        except KeyboardInterrupt:
-            sys.exit("\ninterrupted; the same command goes on with what is whole.")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on with what is whole.")
     print(f"\n{table(report)}\n\nReport: {folder}/report.md, {report['seconds'] / 60:.1f} minutes. Talk to it:\n")
     print(f"  {sys.executable} -m recipes.chat --model {folder}/checkpoint --audio {folder}/example.wav")
 

@@ -16,9 +16,10 @@ import numpy as np
 import soundfile
 import torch
 import transformers
+from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BatchFeature
-from transformers.utils import is_mistral_common_available
+from transformers.utils import find_adapter_config_file, is_mistral_common_available
 
 from dataset_builders.exchange import Reply
 from dataset_builders.text_llm import make_room, text_processor
@@ -300,19 +301,28 @@ class Voxtral(SpeechLLM):
 FAMILIES: dict[str, type[SpeechLLM]] = {"lsm": Lsm, "granite_speech": GraniteSpeech, "voxtral": Voxtral}
 
 
+def base_of(source: str | Path) -> str | Path:
+    """What an adapter is for; any other checkpoint itself."""
+    is_adapter = find_adapter_config_file(str(source)) is not None
+    return PeftConfig.from_pretrained(source).base_model_name_or_path if is_adapter else source
+
+
 def load(source: str | Path, dtype: str = "auto") -> SpeechLLM:
     """Open a checkpoint, on the GPU if there is one.
 
     Args:
-        source: folder or Hub id of an LSM, a speech LLM or a text LLM.
+        source: folder or Hub id of an LSM, a speech LLM or a text LLM, or of an adapter for one of them.
         dtype: of its weights; `"auto"` is the checkpoint's.
     """
-    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+    base = base_of(source)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=True)
     speech = any(hasattr(config, name) for name in ("audio_token_id", "audio_token_index"))
     family = FAMILIES.get(config.model_type, SpeechLLM) if speech else TextLLM
     # The families are spread over several auto classes; a checkpoint of theirs says which class it is.
     auto = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
-    model = auto.from_pretrained(source, trust_remote_code=True, dtype=dtype)
+    model = auto.from_pretrained(base, trust_remote_code=True, dtype=dtype)
+    if base != source:
+        model = PeftModel.from_pretrained(model, source).merge_and_unload()
     if speech:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
     else:

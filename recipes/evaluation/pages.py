@@ -20,6 +20,7 @@ STYLES = {
     "cascade": ("cascade", "#5b7c8d", "\\\\"),
     "model": ("the model", "#2a9d8f", "//"),
     "vanilla": ("vanilla LSM (transcription only)", "#e9a23b", ".."),
+    "paper": ("LSM trained as in the paper", "#a8323e", "||"),
     "model_reading": ("the model reads", "#8ecfc5", "--"),
     "shuffled": ("another sentence's clip", "#cccccc", "xx"),
     "silence": ("silence", "#eeeeee", ""),

@@ -17,7 +17,7 @@ class System:
     Args:
         name: its key in results.
         label: what it is, for readers.
-        checkpoint: which one answers: `model`, `base` or `vanilla`.
+        checkpoint: which one answers: `model`, `base`, `vanilla` or `paper`.
         hear: `audio`, `silence` or `transcript`, as in `SpeechLLM.respond`.
         change: what is done to the rows beforehand: `shuffled` clips, `swapped` instructions, or `recognised`
             transcripts (written by an ASR model).
@@ -41,6 +41,7 @@ SYSTEMS = {
         System("cascade", "cascade: ASR, then the text LLM", "base", "transcript", "recognised"),
         System("model", "the model", "model", "audio"),
         System("vanilla", "vanilla LSM (trained on transcription alone)", "vanilla", "audio"),
+        System("paper", "LSM trained as in the paper (LLM in full, cross-entropy)", "paper", "audio"),
         System("model_reading", "the model, reads the transcript", "model", "transcript"),
         System("shuffled", "control: another sentence's clip", "model", "audio", "shuffled"),
         System("silence", "control: silence", "model", "silence"),

@@ -97,6 +97,42 @@ def test_a_whole_split_is_kept_and_one_of_other_rows_is_not(tmp_path, monkeypatc
     assert [line["id"] for line in read(tmp_path, "test")] == ["nano-test-1-000000", "nano-test-1-000001"]
 
 
+def samples_of(line):
+    return soundfile.read(io.BytesIO(line["audio"]["bytes"]))[0]
+
+
+@pytest.mark.parametrize("snr", [20, 0, -5])
+def test_noise_has_the_power_that_is_asked_for_and_is_the_same_each_time(snr):
+    clean, noisy = samples_of(row(0, "test", 3)), samples_of(row(0, "test", 3, snr))
+    assert row(0, "test", 3, snr) == row(0, "test", 3, snr)
+    loudness = (noisy @ clean) / (clean @ clean)  # less than 1 where the sum would have left [-1, 1]
+    noise = noisy / loudness - clean
+    assert 10 * np.log10((clean**2).mean() / (noise**2).mean()) == pytest.approx(snr, abs=0.2)
+    assert np.abs(noisy).max() <= 1
+
+
+def test_noise_differs_from_clip_to_clip_and_is_white():
+    silence = np.full(16_000, 1e-3, np.float32)
+    first, second = (nano_speech.in_noise(silence, -40, 0, "test", index) for index in (0, 1))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.03
+    spectrum = np.abs(np.fft.rfft(first)) ** 2
+    assert spectrum[:4000].mean() == pytest.approx(spectrum[4000:].mean(), rel=0.1)
+
+
+def test_a_noisy_corpus_is_not_taken_for_a_clean_one(tmp_path):
+    build(tmp_path, {"test": 2})
+    build(tmp_path, {"test": 2}, snr=10)
+    assert read(tmp_path, "test") == [row(0, "test", index, 10) for index in range(2)]
+    assert [line["id"] for line in read(tmp_path, "test")] == ["nano-test-0-000000-10dB", "nano-test-0-000001-10dB"]
+
+
+@pytest.mark.parametrize("snr", [float("nan"), float("inf")])
+def test_a_ratio_that_is_no_number_is_refused(tmp_path, snr):
+    with pytest.raises(ValueError, match="signal-to-noise ratio of (nan|inf) dB"):
+        build(tmp_path / "corpus", {"test": 1}, snr=snr)
+    assert not (tmp_path / "corpus").exists()
+
+
 @pytest.mark.parametrize("sizes", [{"dev": 3}, {"train": 0}, {"train": 2, "test": -1}])
 def test_sizes_that_cannot_be_are_refused_before_anything_is_written(tmp_path, sizes):
     with pytest.raises(ValueError, match=r"cannot build -?\d+ rows of split '(dev|train|test)'"):

@@ -7,6 +7,7 @@ import pytest
 import soundfile
 import torch
 
+from dataset_builders.asr_corpora import load_corpus
 from recipes import audio_features
 from recipes.audio_features import AudioFeatureStore, audio_key
 from recipes.collator import SpeechResponseCollator
@@ -115,3 +116,16 @@ def test_a_killed_build_leaves_nothing_that_passes_for_a_store(lsm, processor, r
     store = AudioFeatureStore.build(tmp_path / "features", lsm, processor, audio)
     assert len(store.clips) == 8
     assert sorted(file.name for file in tmp_path.iterdir()) == ["features"]
+
+
+def test_a_corpus_is_stored_by_one_command(lsm_dir, corpus_dir, store, tmp_path, monkeypatch):
+    output = tmp_path / "stored"
+    arguments = ["--model", lsm_dir, "--corpus", corpus_dir, "--splits", "train", "--output", output]
+    monkeypatch.setattr("sys.argv", ["audio_features", *map(str, arguments)])
+    audio_features.main()
+    keys = [audio_key(row["audio"]) for row in load_corpus(corpus_dir, "train")]
+    assert sorted(AudioFeatureStore(output).clips) == sorted(keys)
+    expected = store.batch(keys)["audio_hidden_states"]
+    torch.testing.assert_close(
+        AudioFeatureStore(output).batch(keys)["audio_hidden_states"], expected, atol=1e-2, rtol=0
+    )

@@ -15,7 +15,7 @@ import yaml
 from transformers import GenerationMixin
 
 from dataset_builders.exchange import Reply
-from dataset_builders.instructions import TRANSCRIPTION, load_pool
+from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, load_pool
 from dataset_builders.nano_tasks import answers
 from processing_lsm import load_audio
 from recipes import evaluate as recipe
@@ -64,11 +64,11 @@ def figure(found, task, system, name):
 def whole(lsm_dir, llm_dir, corpus_dir, tmp_path_factory):
     """The folder of one run of the command over two tasks and all systems, each in a few words."""
     folder = tmp_path_factory.mktemp("evaluation") / "out"
-    checkpoints = ["--model", lsm_dir, "--base", llm_dir, "--vanilla", lsm_dir]
-    data = [f"{task}{setting}" for task in ("nano", "nano_questions") for setting in (f"={corpus_dir}", ".split=train")]
+    checkpoints = ["--model", lsm_dir, "--base", llm_dir, "--vanilla", lsm_dir, "--paper", lsm_dir]
+    data = [f"{task}{setting}" for task in ("nano", "nano_unseen") for setting in (f"={corpus_dir}", ".split=train")]
     amount = ["--limit", 4, "--control-limit", 2, "--max-new-tokens", 3, "--batch-size", 4]
     with pytest.MonkeyPatch.context() as patch:
-        command(patch, *checkpoints, "--tasks", "nano", "nano_questions", "--data", *data, *amount, "--output", folder)
+        command(patch, *checkpoints, "--tasks", "nano", "nano_unseen", "--data", *data, *amount, "--output", folder)
     return folder
 
 
@@ -76,7 +76,7 @@ def test_a_run_leaves_answers_figures_a_card_and_a_page(whole):
     assert {file.name for file in whole.iterdir()} == {
         "answers",
         "model_index.yaml",
-        *(f"{task}.{kind}" for task in ("nano", "nano_questions") for kind in ("png", "svg")),
+        *(f"{task}.{kind}" for task in ("nano", "nano_unseen") for kind in ("png", "svg")),
         "predictions.parquet",
         "report.html",
         "results.json",
@@ -93,14 +93,14 @@ def test_every_system_answered_every_question(whole):
     counts = {name: {key: one["rows"] for key, one in task["systems"].items()} for name, task in tasks}
     controls = [name for name, system in SYSTEMS.items() if system.is_control]
     assert counts["nano"] == dict.fromkeys(SYSTEMS, 8) | dict.fromkeys(controls, 4)
-    assert counts["nano_questions"] == dict.fromkeys(SYSTEMS, 4) | dict.fromkeys(controls, 2)
+    assert counts["nano_unseen"] == dict.fromkeys(SYSTEMS, 4) | dict.fromkeys(controls, 2)
 
 
 def test_predictions_hold_every_answer_and_what_was_asked(whole, nano):
-    rows = {row["id"]: row for name in ("nano", "nano_questions") for row in read_rows(nano(name), limit=4)}
+    rows = {row["id"]: row for name in ("nano", "nano_unseen") for row in read_rows(nano(name), limit=4)}
     records = predictions(whole)
     assert list(records[0]) == list(FEATURES)
-    assert len(records) == 5 * 12 + 3 * 6
+    assert len(records) == 6 * 12 + 3 * 6
     for record in records:
         row = rows[record["id"]]
         assert (record["part"], record["transcript"]) == (row["task"], row["transcript"])
@@ -124,7 +124,7 @@ def test_the_card_and_the_tables_are_of_these_figures(whole, lsm_dir):
     metrics = {metric["name"]: metric["value"] for result in index[0]["results"] for metric in result["metrics"]}
     assert metrics["nano: following"] == figure(found, "nano", "model", "following")
     text = (whole / "results.md").read_text()
-    assert f"# {lsm_dir}" in text and "## nano_questions" in text
+    assert f"# {lsm_dir}" in text and "## nano_unseen" in text
     assert all(f"| {name} |" in text for name in SYSTEMS)
 
 
@@ -135,7 +135,7 @@ def test_the_card_and_the_tables_are_of_these_figures(whole, lsm_dir):
 def given(nano, lsm_dir, llm_dir, tmp_path, monkeypatch):
     """`given(system)`: for every row of three clips, by its id, the row and what the model's `generate` gets."""
     settings = {"batch_size": 1, "constrained": False}
-    checkpoints = {"model": str(lsm_dir), "base": str(llm_dir), "vanilla": str(lsm_dir)}
+    checkpoints = {"model": str(lsm_dir), "base": str(llm_dir), "vanilla": str(lsm_dir), "paper": str(lsm_dir)}
     task = nano("nano")
     evaluation = Evaluation(tmp_path / "out", checkpoints, [task], **settings)
     taken, asked = [], []
@@ -186,12 +186,13 @@ def test_the_model_hears_the_clip_and_reads_no_transcript(given, processor):
         assert row["instruction"] in text and row["transcript"] not in text
 
 
-def test_the_vanilla_lsm_is_given_what_the_model_is_given(given):
-    model, vanilla = given("model"), given("vanilla")
-    assert set(model) == set(vanilla)
+@pytest.mark.parametrize("name", ["vanilla", "paper"])
+def test_the_lsms_beside_the_model_are_given_what_it_is_given(given, name):
+    model, other = given("model"), given(name)
+    assert set(model) == set(other)
     for key, (row, inputs) in model.items():
-        assert vanilla[key][0] == row
-        assert torch.equal(vanilla[key][1]["input_features"], inputs["input_features"])
+        assert other[key][0] == row
+        assert torch.equal(other[key][1]["input_features"], inputs["input_features"])
 
 
 def test_audio_shuffled_and_silence_differ_in_the_clip_alone(given, processor):
@@ -249,7 +250,8 @@ def test_a_cascade_has_every_clip_transcribed_and_the_text_llm_reads_that(given,
 class Scripted:
     """A checkpoint that knows the nano language: it answers what it hears, and is asked, as its folder's name says.
 
-    `good` does as it is told, `parrot` transcribes whatever it is told; silence is nothing to either.
+    `good` does as it is told, `parrot` transcribes whatever it is told, and `drilled` does so unless it is told one of
+    the tasks that LSMs are trained on; silence is nothing to any.
     """
 
     heard = None  # transcripts by clip
@@ -275,7 +277,9 @@ class Scripted:
         if hear == "silence":
             return "I hear nothing."
         said = row["transcript"] if hear == "transcript" else self.heard[row["audio"]["bytes"]]
-        task = TRANSCRIPTION if self.path == "parrot" else TASK_OF[row["instruction"]]
+        task = TASK_OF[row["instruction"]]
+        if self.path == "parrot" or (self.path == "drilled" and task not in SELF_POWERED_TASKS):
+            task = TRANSCRIPTION
         return answers(task, said)[0]
 
 
@@ -294,8 +298,8 @@ def scripted(heard, monkeypatch):
 def evaluation(scripted, nano, tmp_path):
     """`evaluation(task, …)`: one of scripted checkpoints, in the test's one folder."""
 
-    def make(*names, model="good", base="good", vanilla="parrot", **settings):
-        checkpoints = {"model": model, "base": base, "vanilla": vanilla}
+    def make(*names, model="good", base="good", vanilla="parrot", paper="drilled", **settings):
+        checkpoints = {"model": model, "base": base, "vanilla": vanilla, "paper": paper}
         given = {name: path for name, path in checkpoints.items() if path}
         return Evaluation(tmp_path / "out", given, [nano(name) for name in names or ("nano",)], **settings)
 
@@ -305,13 +309,20 @@ def evaluation(scripted, nano, tmp_path):
 def test_who_listens_and_obeys_gets_all_right_and_nothing_where_that_is_taken_away(evaluation):
     found = evaluation().run()
     following = {name: figure(found, "nano", name, "following") for name in SYSTEMS}
-    assert {name: following[name] for name in ("text_llm", "cascade", "model", "model_reading")} == dict.fromkeys(
-        ("text_llm", "cascade", "model", "model_reading"), 1.0
-    )
+    obedient = ("text_llm", "cascade", "model", "paper", "model_reading")
+    assert {name: following[name] for name in obedient} == dict.fromkeys(obedient, 1.0)
     assert following["vanilla"] == following["silence"] == following["swapped"] == 0.0
     assert following["shuffled"] < 0.5  # the sentiment of another sentence may be the same
     assert figure(found, "nano", "vanilla", "transcript_copy") == 1.0
     assert found["tasks"]["nano"]["comparisons"]["forgetting"]["value"] == 0.0
+
+
+def test_kinds_that_were_never_trained_tell_who_was_drilled_from_who_does_as_it_is_told(evaluation):
+    found = evaluation("nano_unseen", systems=["text_llm", "model", "paper"]).run()
+    systems = found["tasks"]["nano_unseen"]["systems"]
+    rates = {name: {key: one["value"] for key, one in systems[name]["figures"].items()} for name in systems}
+    assert rates["text_llm"] == rates["model"] == {"right": 1.0, "transcript_copy": 0.0}
+    assert rates["paper"] == {"right": 0.0, "transcript_copy": 1.0}
 
 
 def test_the_figures_are_those_of_the_predictions(evaluation, tmp_path):
@@ -356,7 +367,7 @@ def test_controls_are_asked_about_as_many_clips_as_they_are_granted(evaluation):
 
 
 def test_without_a_base_the_model_is_its_own_text_llm(evaluation, scripted):
-    found = evaluation(base=None, vanilla=None).run()
+    found = evaluation(base=None, vanilla=None, paper=None).run()
     assert list(found["systems"]) == ["text_llm", "cascade", "model", "shuffled", "silence", "swapped"]
     assert {path for path, *_ in scripted.asked} == {"good"}
 
@@ -505,6 +516,7 @@ def test_a_model_and_a_folder_are_needed(monkeypatch, capsys, arguments):
     [
         (["--systems", "modell"], "unknown system 'modell'; there are .*'text_llm', .*'swapped'"),
         (["--systems", "model", "vanilla"], "the system 'vanilla' needs --vanilla"),
+        (["--systems", "model", "paper"], "the system 'paper' needs --paper"),
         (["--tasks", "nanno"], "no task or group 'nanno'; there are"),
         (["--data", "nano"], "cannot read --data 'nano'; expected TASK=PATH or TASK.SETTING=VALUE"),
         (["--data", "=clips"], "cannot read --data '=clips'"),
@@ -566,7 +578,7 @@ def check_peer(output, systems):
 
 def test_another_speech_llm_is_evaluated_by_the_same_command(checkpoints, corpus_dir, tmp_path, monkeypatch):
     command(monkeypatch, *peer_arguments(checkpoints["qwen2_audio"], corpus_dir, tmp_path / "out"))
-    check_peer(tmp_path / "out", set(SYSTEMS) - {"vanilla", "model_reading"})
+    check_peer(tmp_path / "out", set(SYSTEMS) - {"vanilla", "paper", "model_reading"})
 
 
 def test_granite_speech_too(corpus_dir, tmp_path):

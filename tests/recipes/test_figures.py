@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 
 from recipes import figures
 from recipes.evaluation.pages import STYLES
-from recipes.figures import LINES, PARTS, plot_bars, plot_composition, plot_layers, plot_similarity
+from recipes.figures import LINES, PARTS, plot_bars, plot_composition, plot_layers, plot_similarity, plot_study
 
 
 def bias(layers=4, instruction=0.2):
@@ -270,3 +270,40 @@ def test_bars_that_cannot_be_drawn_are_refused():
         bars("stem", {"whisper": {}})
     with pytest.raises(ValueError, match="no score for keyword; expected some of intent, copies"):
         bars("stem", order=["keyword"])
+
+
+# A study
+
+STUDY = {
+    "ours": {"trained": {"value": 0.97, "low": 0.95, "high": 0.99}, "steps": {"value": 125, "low": 100, "high": 150}},
+    "vanilla": {"trained": {"value": 0.0, "low": 0.0, "high": 0.02}, "steps": None},
+}
+PANELS = {"trained": "trained kinds", "steps": "steps to 90 %"}
+
+
+def test_a_study_has_a_line_for_every_row_and_a_panel_for_every_figure(drawn):
+    plot_study(STUDY, PANELS, "stem", counts=["steps"], ceilings={"trained": {"value": 1.0}, "steps": None})
+    (figure,) = drawn
+    shares, steps = figure.axes
+    assert [label.get_text() for label in shares.get_yticklabels()] == ["ours", "vanilla"]
+    assert shares.get_ylim()[0] > shares.get_ylim()[1]  # the first row is the highest
+    points = [(*line.get_xdata(), *line.get_ydata()) for line in shares.lines if line.get_marker() == "o"]
+    whiskers = [list(line.get_xdata()) for line in shares.lines if len(line.get_xdata()) == 2]
+    assert points == [(97, 0), (0, 1)]
+    assert whiskers == [[95, 99], [0, 2], [100, 100]]  # the last is the ceiling
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in steps.lines if line.get_marker() == "o"] == [(125, 0)]
+
+
+def test_layers_of_a_study_stand_beside_their_rows_and_may_be_of_any_number(drawn):
+    layers = {"ours": [{"instruction": 0.2, "speech": 0.5}], "vanilla": [{"instruction": 0.1, "speech": 0.6}] * 2}
+    plot_study(STUDY, PANELS, "stem", ["steps"], layers=layers)
+    instruction, speech = (axes.images[0].get_array() for axes in drawn[0].axes[2:])
+    np.testing.assert_allclose(instruction.filled(np.nan), [[0.2, np.nan], [0.1, 0.1]])
+    np.testing.assert_allclose(speech.filled(np.nan), [[0.5, np.nan], [0.6, 0.6]])
+    plot_study(STUDY, PANELS, "stem", ["steps"], layers={"ours": layers["ours"], "vanilla": []})
+    np.testing.assert_allclose(drawn[1].axes[2].images[0].get_array().filled(np.nan), [[0.2], [np.nan]])
+
+
+def test_a_study_without_rows_is_refused():
+    with pytest.raises(ValueError, match="no row"):
+        plot_study({}, PANELS, "stem")

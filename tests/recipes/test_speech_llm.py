@@ -5,10 +5,12 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from processing_lsm import load_audio
 from recipes.audio_features import AudioFeatureStore
 from recipes.speech_llm import Lsm, SpeechLLM, TextLLM, load
+from recipes.transcriber import load_recogniser
 
 HEARING = ("lsm", "qwen2_audio", "audioflamingo3")
 # Everyone with what they can be given.
@@ -46,6 +48,26 @@ def test_a_checkpoint_is_opened_as_what_it_is(open_llm, checkpoints, name, kind)
 def test_weights_have_the_type_that_is_asked_for(checkpoints):
     assert load(checkpoints["lsm"], dtype="bfloat16").model.dtype == torch.bfloat16
     assert load(checkpoints["lsm"]).model.dtype == torch.float32
+
+
+def test_an_adapter_is_opened_on_what_it_is_for(checkpoints, open_llm, processor, spoken, tmp_path):
+    """As training writes it: low-rank changes of the LLM, and a projector of its own."""
+    settings = LoraConfig(
+        target_modules=r".*language_model.*_proj", modules_to_save=["projector"], init_lora_weights=False
+    )
+    adapted = get_peft_model(load(checkpoints["lsm"]).model, settings).eval()
+    with torch.no_grad():
+        adapted.base_model.model.model.projector.gain.mul_(2)
+    adapted.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+
+    llm = load(tmp_path)
+    assert type(llm) is Lsm and type(load_recogniser(tmp_path)) is Lsm
+    inputs = llm.inputs(spoken)
+    with torch.no_grad():
+        logits = llm.model(**inputs).logits
+        torch.testing.assert_close(logits, adapted(**inputs).logits, atol=1e-4, rtol=0)
+        assert (logits - open_llm("lsm").model(**inputs).logits).abs().max() > 0.1
 
 
 # What it is given

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dataset_builders.nano_tasks import QUESTION_TASKS, answers
+from dataset_builders.nano_tasks import UNSEEN_TASKS, answers
 from recipes.evaluation.following import is_copy
 from recipes.evaluation.kinds import is_correct as has_its_form
 from recipes.evaluation.questions import read_rows
@@ -226,8 +226,8 @@ def test_a_restatement_close_to_the_transcript_is_no_copy():
 
 
 def test_what_is_no_self_powered_task_is_right_or_wrong_and_no_following(read):
-    rows = read("nano_questions")
-    assert {row["task"] for row in rows} <= set(QUESTION_TASKS)
+    rows = read("nano_unseen")
+    assert {row["task"] for row in rows} <= set(UNSEEN_TASKS)
     assert values(score_pool(rows, [right_answer(row) for row in rows])) == {"right": 1.0, "transcript_copy": 0.0}
 
 

@@ -27,7 +27,7 @@ def test_a_system_is_known_by_its_name_and_has_its_look_in_pictures():
 
 
 def test_systems_hear_what_can_be_heard_with_a_checkpoint_that_can_be_given():
-    assert {system.checkpoint for system in SYSTEMS.values()} == {"model", "base", "vanilla"}
+    assert {system.checkpoint for system in SYSTEMS.values()} == {"model", "base", "vanilla", "paper"}
     assert {system.hear for system in SYSTEMS.values()} == set(HEARD)
     assert {system.change for system in SYSTEMS.values()} == {None, "shuffled", "swapped", "recognised"}
     assert all(system.hear == "transcript" for system in SYSTEMS.values() if system.checkpoint == "base")

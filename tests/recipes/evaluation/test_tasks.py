@@ -9,7 +9,7 @@ from corpus_files import clip, json_lines, write
 from dataset_builders.asr_corpora import load_corpus
 from dataset_builders.building import draw_rows
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
-from dataset_builders.nano_tasks import QUESTION_TASKS, answers, is_correct
+from dataset_builders.nano_tasks import UNSEEN_TASKS, answers, is_correct
 from recipes.evaluation.constraints import draw_constraint
 from recipes.evaluation.questions import ROW, read_rows
 from recipes.evaluation.tasks import GROUPS, KINDS, choose_tasks, load_tasks, override
@@ -192,14 +192,14 @@ def held_out_rows(corpus, tasks, seed):
     return draw_rows([utterance | {"row": row} for row, utterance in enumerate(corpus)], draw)
 
 
-@pytest.mark.parametrize("name", ["nano", "nano_questions"])
+@pytest.mark.parametrize("name", ["nano", "nano_unseen"])
 @pytest.mark.parametrize("seed", [0, 7])
 def test_the_pool_is_asked_as_the_quickstart_asks_it(corpus_dir, name, seed):
     """Its published figures rest on these rows."""
-    tasks = SELF_POWERED_TASKS if name == "nano" else QUESTION_TASKS
+    tasks = SELF_POWERED_TASKS if name == "nano" else UNSEEN_TASKS
     before = held_out_rows(load_corpus(corpus_dir, "train"), tasks, seed)
-    if name == "nano_questions":
-        before = [row for row in before if row["task"] in QUESTION_TASKS]
+    if name == "nano_unseen":
+        before = [row for row in before if row["task"] in UNSEEN_TASKS]
     rows = read_rows(override(TASKS[name], {"corpus": str(corpus_dir), "split": "train"}), seed=seed)
     same = ("id", "task", "instruction", "transcript", "audio", "source", "duration")
     assert [{key: row[key] for key in same} for row in rows] == [{key: row[key] for key in same} for row in before]
