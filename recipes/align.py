@@ -29,8 +29,8 @@ from trl import ModelConfig, TrlParser
 
 from dataset_builders.asr_corpora import open_corpus
 from dataset_builders.corpus import FEATURES
+from recipes.audio_features import store_features
 from recipes.model_card import base_models_of, write_trained_card
-from recipes.sft import store_features
 from recipes.training.alignment import FOLDER, STEPS, align, validation_rows
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
 from recipes.training.callbacks import LOG, read_lines

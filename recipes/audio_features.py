@@ -131,6 +131,19 @@ def _encode(file, clips: dict, span: dict[str, np.ndarray], model, processor: Ls
             start += frames
 
 
+def store_features(folder: str, dataset, model, processor) -> tuple[AudioFeatureStore, object]:
+    """The tower's output for all clips, and the rows with `audio_key` instead of their audio."""
+    clips = (row["audio"] for row in dataset.select_columns("audio") if row["audio"])
+    store = AudioFeatureStore.build(folder, model, processor, clips)
+    dataset = dataset.map(lambda row: {"audio_key": row["audio"] and audio_key(row["audio"])}, remove_columns="audio")
+    if missing := sum(key is not None and key not in store for key in dataset["audio_key"]):
+        raise ValueError(
+            f"{folder} was made for other clips: it lacks {missing} of {len(dataset)}. Delete it or name another "
+            "--audio_feature_store."
+        )
+    return store, dataset
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="an LSM with the tower: folder or Hub id")

@@ -27,7 +27,7 @@ from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from dataset_builders.text_llm import context_of
-from recipes.audio_features import AudioFeatureStore, audio_key
+from recipes.audio_features import store_features
 from recipes.collator import SpeechResponseCollator
 from recipes.model_card import base_models_of
 from recipes.training.alignment import align, needs_alignment, validation_rows
@@ -39,19 +39,6 @@ from recipes.training.models import compose_base, load_model, load_teacher
 from recipes.training.preflight import preflight
 from recipes.training.rows import Ruler, check_response_tasks, count_tasks, load_rows, stream_rows
 from recipes.training.trainer import LsmTrainer
-
-
-def store_features(folder: str, dataset, model, processor) -> tuple[AudioFeatureStore, object]:
-    """The tower's output for all clips, and the rows with `audio_key` instead of their audio."""
-    clips = (row["audio"] for row in dataset.select_columns("audio") if row["audio"])
-    store = AudioFeatureStore.build(folder, model, processor, clips)
-    dataset = dataset.map(lambda row: {"audio_key": row["audio"] and audio_key(row["audio"])}, remove_columns="audio")
-    if missing := sum(key is not None and key not in store for key in dataset["audio_key"]):
-        raise ValueError(
-            f"{folder} was made for other clips: it lacks {missing} of {len(dataset)}. Delete it or name another "
-            "--audio_feature_store."
-        )
-    return store, dataset
 
 
 def card_of(script_args, training_args, model_args, dataset) -> dict:

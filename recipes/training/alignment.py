@@ -36,20 +36,21 @@ FOLDER = "alignment"  # in the folder of the training that begins with it
 OTHER_PIECES = 1500  # that a step is compared with besides the batch's own; a whole vocabulary costs many times as much
 STEPS, WARMUP_STEPS = 1500, 50
 MARK = "\ue000"  # of private use: no transcript has it
-BLANK = 0  # its place in front of the pieces
+BLANK, BLANK_BIAS = 0, 3.0
 
 
 class CtcReader(nn.Module):
     """Reads speech embeddings as word pieces: by their cosines with the LLM's input embeddings, times a learned scale.
 
-    The blank, which CTC needs between and around pieces, is a learned vector with a bias. Lengths do not count, so
-    neither the projector's gain nor the scaling of embeddings (Gemma) matters here.
+    The blank, which CTC needs between and around pieces, is a learned vector with a bias. The bias begins above 0: from
+    0, the most frequent piece took the blank's place with two seeds of three, and stayed there. Lengths do not count,
+    so neither the projector's gain nor the scaling of embeddings (Gemma) matters here.
     """
 
     def __init__(self, width: int):
         super().__init__()
         self.blank = nn.Parameter(torch.randn(width))
-        self.blank_bias = nn.Parameter(torch.zeros(1))
+        self.blank_bias = nn.Parameter(torch.full((1,), BLANK_BIAS))
         self.scale = nn.Parameter(torch.full((1,), 10.0))
 
     def forward(self, speech: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:

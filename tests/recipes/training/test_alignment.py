@@ -3,6 +3,9 @@
 import io
 import itertools
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,7 @@ from recipes.training.alignment import (
 from recipes.training.callbacks import read_lines
 from recipes.training.checkpoints import last_checkpoint
 
+ROOT = Path(__file__).parents[3]
 SAID = ["the speech says", "what is said", "what is asked", "so be it", "the sea", "nothing", "a bell", "is it asked"]
 
 
@@ -135,6 +139,7 @@ def test_speech_that_is_an_embedding_is_read_as_its_piece_whatever_the_lengths()
     pieces, reader = torch.randn(5, 8), CtcReader(8)
     speech = torch.stack([7.0 * pieces[3], 0.1 * pieces[1], reader.blank.detach()])
     assert reader(speech, pieces).argmax(-1).tolist() == [4, 2, 0]
+    assert reader(torch.zeros(1, 8), pieces).argmax(-1).tolist() == [0]  # what is like nothing is blank
     torch.testing.assert_close(reader(speech, pieces), reader(3 * speech, 0.5 * pieces))
     with torch.no_grad():
         reader.blank_bias.fill_(100.0)
@@ -254,6 +259,21 @@ def test_another_alignment_in_the_same_folder_is_refused(run):
     run()
     with pytest.raises(ValueError, match=r"other settings \(learning_rate: 0.001 then, 0.01 now"):
         run(align_learning_rate=1e-2)
+
+
+def test_two_processes_give_the_losses_of_one(run, aligned_dir, words_dir, tmp_path):
+    """A step's loss is the mean over its clips, on however many devices they are."""
+    one = losses(run(align_steps=4, align_batch_size=4))
+    options = {"model_name_or_path": aligned_dir, "corpus": words_dir, "output_dir": tmp_path / "two", "use_cpu": True}
+    options |= {"align_steps": 4, "align_batch_size": 2, "logging_steps": 1, "report_to": "none"}
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command += ["recipes/align.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(one, abs=1e-4)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "two", trust_remote_code=True)
 
 
 def test_a_projector_that_has_learned_is_left_alone(run, small_lsm, parts_of, defaults):
