@@ -48,7 +48,8 @@ def card_of(script_args, training_args, model_args, dataset) -> dict:
         "base_models": base_models_of(name) or [name],
         "datasets": [script_args.dataset_name],
         "rows": {} if script_args.dataset_streaming else count_tasks(dataset),
-        "settings": given(script_args, training_args, model_args),
+        "settings": {"llm": script_args.llm, "objective": training_args.objective}
+        | given(script_args, training_args, model_args),
         "adapter_of": name if model_args.use_peft else None,
     }
 

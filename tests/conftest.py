@@ -100,7 +100,7 @@ def compose_tiny():
         model, processor = compose(audio, text, **{**sizes, **settings})
         for parameter in model.model.projector.qformer.parameters():
             if parameter.ndim == 2:
-                parameter.data.mul_(10)
+                parameter.data.mul_(5)
         if output is not None:
             model.save_pretrained(output)
             processor.save_pretrained(output)

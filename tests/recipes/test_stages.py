@@ -207,6 +207,8 @@ def test_commands_die_with_whoever_started_them(folder, how):
     command = "import os, sys, time; os.mkdir(sys.argv[-1]); print(os.getpid(), flush=True); time.sleep(60)"
     settings = {"a": {"run": f'python -c "{command}"'}}
     code = (
+        # what a shell starts in the background ignores interrupts
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path; from recipes.stages import make, plan\n"
         f"folder = Path({str(folder)!r})\n"
         f"make(plan({settings!r}, ['a'], 0, folder).values(), folder, 1, print)"
