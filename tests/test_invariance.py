@@ -49,14 +49,20 @@ def continuations(lsm, inputs) -> list[list[int]]:
 @example(batch=[[0.05], [70.0], []], side="left")
 @example(batch=[[0.05, 29.99, 30.01], [30.0]], side="right")
 @settings(max_examples=20, **deterministic)
-def test_logits_and_text_do_not_depend_on_the_batch(lsm, processor, clip, batch, side):
+def test_logits_and_text_do_not_depend_on_the_batch(float64_lsm, processor, clip, batch, side):
+    """In float64: in float32 the rounding of speech that is as loud as text is 1e-5 itself, in these random weights."""
     texts, clips = write_prompts(batch, clip)
-    together = logits_of(lsm, read(processor, texts, clips, side))
-    written = continuations(lsm, read(processor, texts, clips))
+    together = logits_of(float64_lsm, read(processor, texts, clips, side))
+    written = continuations(float64_lsm, read(processor, texts, clips))
     for row, text in enumerate(texts):
         alone = read(processor, [text], [clips[row]])
-        torch.testing.assert_close(together[row], logits_of(lsm, alone)[0], atol=1e-5, rtol=0)
-        assert [written[row]] == continuations(lsm, alone)
+        torch.testing.assert_close(together[row], logits_of(float64_lsm, alone)[0], atol=1e-5, rtol=0)
+        assert [written[row]] == continuations(float64_lsm, alone)
+
+
+@pytest.fixture(scope="module")
+def float64_lsm(lsm_dir):
+    return LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=torch.float64).eval()
 
 
 @torch.no_grad()
