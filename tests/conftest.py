@@ -95,12 +95,12 @@ def compose_tiny():
     speech through that all clips would sound alike, and no leak between them would show."""
     from recipes.compose import compose
 
-    def compose_and_turn_up(audio, text, output=None, turned_up=10, **settings):
+    def compose_and_turn_up(audio, text, output=None, **settings):
         sizes = {"qformer_hidden": 32, "qformer_heads": 4, "qformer_ffn": 64}
         model, processor = compose(audio, text, **{**sizes, **settings})
         for parameter in model.model.projector.qformer.parameters():
             if parameter.ndim == 2:
-                parameter.data.mul_(turned_up)
+                parameter.data.mul_(10)
         if output is not None:
             model.save_pretrained(output)
             processor.save_pretrained(output)
@@ -113,8 +113,7 @@ def compose_tiny():
 def lsm_dir(tmp_path_factory, compose_tiny, whisper_dir, llm_dir) -> Path:
     """An LSM folder as `recipes.compose` writes it."""
     folder = tmp_path_factory.mktemp("lsm") / "tiny-lsm"
-    # Its embeddings are long, and so is its speech: turned up further, rounding would be seen, too.
-    compose_tiny(str(whisper_dir), str(llm_dir), str(folder), turned_up=5)
+    compose_tiny(str(whisper_dir), str(llm_dir), str(folder))
     return folder
 
 

@@ -22,6 +22,26 @@ deterministic = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain_lsm_dir(compose_tiny, whisper_dir, llm_dir, tmp_path_factory):
+    """With the paper's plain map to the LLM."""
+    folder = tmp_path_factory.mktemp("lsm") / "plain"
+    compose_tiny(str(whisper_dir), str(llm_dir), str(folder), normalize_speech=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lsm(plain_lsm_dir):
+    return LsmForConditionalGeneration.from_pretrained(plain_lsm_dir).eval()
+
+
+@pytest.fixture(scope="module")
+def float64_lsm(lsm_dir):
+    """With speech as loud as text: of a few 1e-7 that float32 rounds there, an LLM of such large random weights makes
+    1e-5."""
+    return LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=torch.float64).eval()
+
+
 def write_prompts(batch: list[list[float]], clip) -> tuple[list[str], list[list]]:
     """A prompt per list of clip lengths, of its own text and its own clips."""
     texts = [f"what is said {AUDIO_TOKEN * len(lengths)}" + " and asked" * row for row, lengths in enumerate(batch)]
@@ -49,20 +69,44 @@ def continuations(lsm, inputs) -> list[list[int]]:
 @example(batch=[[0.05], [70.0], []], side="left")
 @example(batch=[[0.05, 29.99, 30.01], [30.0]], side="right")
 @settings(max_examples=20, **deterministic)
-def test_logits_and_text_do_not_depend_on_the_batch(float64_lsm, processor, clip, batch, side):
-    """In float64: in float32 the rounding of speech that is as loud as text is 1e-5 itself, in these random weights."""
+def test_logits_and_text_do_not_depend_on_the_batch(lsm, processor, clip, batch, side):
     texts, clips = write_prompts(batch, clip)
-    together = logits_of(float64_lsm, read(processor, texts, clips, side))
-    written = continuations(float64_lsm, read(processor, texts, clips))
+    together = logits_of(lsm, read(processor, texts, clips, side))
+    written = continuations(lsm, read(processor, texts, clips))
     for row, text in enumerate(texts):
         alone = read(processor, [text], [clips[row]])
-        torch.testing.assert_close(together[row], logits_of(float64_lsm, alone)[0], atol=1e-5, rtol=0)
-        assert [written[row]] == continuations(float64_lsm, alone)
+        torch.testing.assert_close(together[row], logits_of(lsm, alone)[0], atol=1e-5, rtol=0)
+        assert [written[row]] == continuations(lsm, alone)
 
 
-@pytest.fixture(scope="module")
-def float64_lsm(lsm_dir):
-    return LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=torch.float64).eval()
+@torch.no_grad()
+@given(batch=prompts, side=st.sampled_from(["left", "right"]))
+@example(batch=[[0.05, 29.99, 30.01], [30.0]], side="right")
+@settings(max_examples=10, **deterministic)
+def test_nor_does_speech_that_is_as_loud_as_text(float64_lsm, processor, clip, batch, side):
+    texts, clips = write_prompts(batch, clip)
+    together = logits_of(float64_lsm, read(processor, texts, clips, side))
+    for row, text in enumerate(texts):
+        alone = logits_of(float64_lsm, read(processor, [text], [clips[row]]))[0]
+        torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_nor_do_its_embeddings(processor, lsm_dir, clip, dtype, error):
+    lsm = LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=dtype).eval()
+
+    @given(lengths=st.lists(seconds, min_size=2, max_size=6))
+    @settings(max_examples=10, **deterministic)
+    def compare(lengths):
+        clips = [clip(length, seed) for seed, length in enumerate(lengths)]
+        together = lsm.get_audio_features(**processor(audio=clips, return_tensors="pt")).pooler_output.float()
+        alone = [lsm.get_audio_features(**processor(audio=audio, return_tensors="pt")).pooler_output for audio in clips]
+        alone = torch.cat(alone).float()
+        worst = ((together - alone).norm(dim=-1) / alone.norm(dim=-1)).max()
+        assert worst <= error
+
+    compare()
 
 
 @torch.no_grad()
@@ -78,8 +122,8 @@ def test_in_bfloat16_they_hardly_do(bfloat16_lsm, processor, clip, batch, side):
 
 
 @pytest.fixture(scope="module")
-def bfloat16_lsm(lsm_dir):
-    return LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=torch.bfloat16).eval()
+def bfloat16_lsm(plain_lsm_dir):
+    return LsmForConditionalGeneration.from_pretrained(plain_lsm_dir, dtype=torch.bfloat16).eval()
 
 
 def counted(processor, config, samples: list[int]) -> None:

@@ -76,8 +76,7 @@ assert local < 0.6 * sum(parameter.numel() for parameter in model.parameters()),
 found = train(model, sharded)
 for one, two in zip(expected, found, strict=True):
     assert abs(one - two) < float(sys.argv[3] == "frozen") * 5e-3 + 1e-4, (expected, found)
-# A bf16 LLM shows nothing of so few steps of a projector whose speech cannot grow: its loss moves within its rounding.
-assert sys.argv[3] == "frozen" or expected[-1] < expected[0]
+assert expected[-1] < expected[0]
 if rank == 0:
     print("sharded", found)
 dist.destroy_process_group()
