@@ -1,7 +1,6 @@
 """Train the nano chat LLM: a 2 M parameter Llama that follows instructions about sentences of the nano language.
 
     python -m recipes.nano.train_llm --output assets/nano/llm
-    python -m recipes.nano.train_llm --start assets/nano/llm --learning-rate 1e-3 --steps 900 --output assets/nano/llm
 
 It learns all tasks of the pool, also those that no LSM is ever trained on, on sentences of the `train` split and on the
 `seen` paraphrases alone, with the instruction before the sentence or after it; evaluation uses `test` sentences and
@@ -120,10 +119,6 @@ def train_tokenizer(pool: dict[str, Task], seed: int) -> PreTrainedTokenizerFast
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
-    return chat_tokenizer(tokenizer)
-
-
-def chat_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE
     )
@@ -191,13 +186,8 @@ def train(args: argparse.Namespace) -> None:
     pool, rng = load_pool(), random.Random(args.seed)
     decisive, fillers = decisive_words(pool), filler_words(pool)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.start:
-        tokenizer = chat_tokenizer(Tokenizer.from_file(str(Path(args.start) / "tokenizer.json")))
-        model = LlamaForCausalLM.from_pretrained(args.start).to(device)
-        rng = random.Random(args.seed + 1)
-    else:
-        tokenizer = train_tokenizer(pool, args.seed)
-        model = LlamaForCausalLM(configuration(tokenizer)).to(device)
+    tokenizer = train_tokenizer(pool, args.seed)
+    model = LlamaForCausalLM(configuration(tokenizer)).to(device)
     logger.info("%.2f M parameters, %d tokens", model.num_parameters() / 1e6, len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, 200, args.steps)
@@ -221,17 +211,15 @@ def train(args: argparse.Namespace) -> None:
             logger.info("step %d %s", step, {task: round(score, 3) for task, score in scores.items()})
             model.save_pretrained(output)
             tokenizer.save_pretrained(output)
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "start")}
-    before = json.loads((Path(args.start) / "training.json").read_text())["settings"] if args.start else []
-    report = {"settings": [*before, settings], "accuracy": scores}
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    report = {"settings": settings, "accuracy": scores}
     (output / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--start", help="go on from this folder, with other sentences, instead of from nothing")
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--eval-every", type=int, default=500)

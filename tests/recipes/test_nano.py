@@ -208,8 +208,7 @@ def test_the_shipped_llm_follows_unseen_wordings_about_unseen_sentences():
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "llm")
     shares = train_llm.evaluate(model, tokenizer, POOL, rows=840, seed=2)
     assert set(shares) == set(POOL)
-    assert min(shares.values()) >= 0.90, shares
-    assert sum(shares.values()) / len(shares) >= 0.98, shares
+    assert min(shares.values()) >= 0.98, shares
 
 
 @pytest.mark.nano
@@ -223,5 +222,4 @@ def test_the_shipped_encoder_understands_unseen_sentences_in_unheard_voices():
 def test_what_is_shipped_is_small_and_says_how_it_was_made():
     assert sum(file.stat().st_size for file in ASSETS.rglob("*.safetensors")) <= 40 * 2**20
     for part in ("encoder", "llm"):
-        runs = json.loads((ASSETS / part / "training.json").read_text())["settings"]
-        assert all("seed" in run for run in (runs if isinstance(runs, list) else [runs]))
+        assert "seed" in json.loads((ASSETS / part / "training.json").read_text())["settings"]
