@@ -103,14 +103,6 @@ class LsmTrainingArguments(SFTConfig):
         default=None,
         metadata={"help": "With `distill`: tasks whose rows are learned as by `response` all the same."},
     )
-    hidden_weight: float = field(
-        default=0.0,
-        metadata={"help": "With `distill`: weight of 1 - cosine to the hidden states of the LLM that reads."},
-    )
-    on_policy: float = field(
-        default=0.0,
-        metadata={"help": "With `distill`: share of steps that learn from the LSM's own answers, by the reverse KL."},
-    )
     align_steps: int | None = field(
         default=None,
         metadata={
@@ -169,11 +161,7 @@ class LsmTrainingArguments(SFTConfig):
     def _check_distillation(self) -> None:
         if self.distill_top_k is not None and self.distill_top_k < 1:
             raise ValueError(f"--distill_top_k {self.distill_top_k} must be 1 or more; leave it out for all tokens.")
-        if not 0 <= self.hidden_weight < math.inf:
-            raise ValueError(f"--hidden_weight {self.hidden_weight} must be 0 or more, and finite.")
-        if not 0 <= self.on_policy <= 1:
-            raise ValueError(f"--on_policy {self.on_policy} is a share of the steps; expected 0 to 1.")
-        for name in ("distill_top_k", "response_tasks", "hidden_weight", "on_policy"):
+        for name in ("distill_top_k", "response_tasks"):
             if getattr(self, name) and self.objective != "distill":
                 raise ValueError(
                     f"--{name} {getattr(self, name)} is for distillation, but --objective is {self.objective}; choose "

@@ -7,7 +7,7 @@ Logits stay in the model's own dtype. Their copies in float32, which are twice a
 positions at a time: backward computes each chunk again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -34,7 +34,6 @@ def distillation_loss(
     wanted: torch.Tensor,
     temperature: float,
     tokens: torch.Tensor | None = None,
-    reverse: bool = False,
 ) -> torch.Tensor:
     """Sum over positions of KL(wanted ‖ given), both at `temperature`, times its square (Hinton et al., 2015, arXiv
     1503.02531: so that gradients do not shrink with the temperature).
@@ -43,9 +42,8 @@ def distillation_loss(
         logits: `(positions, vocabulary)` of the model that learns.
         wanted: the same of the model that it learns from; or what [`most_likely`] keeps of it.
         tokens: `(positions, k)` int64, of [`most_likely`]; None if `wanted` has the whole vocabulary.
-        reverse: KL(given ‖ wanted) instead.
     """
-    divergence = partial(_divergence, temperature=temperature, reverse=reverse)
+    divergence = partial(_divergence, temperature=temperature)
     return _in_chunks(divergence, logits, wanted, *([] if tokens is None else [tokens]))
 
 
@@ -63,19 +61,6 @@ def most_likely(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch
     return torch.cat([_gather(*chunk, temperature) for chunk in chunks]), tokens
 
 
-def at_layers(hidden_states: Sequence[torch.Tensor], mask: torch.Tensor) -> list[torch.Tensor]:
-    """Of an LLM of N layers, the hidden states `(positions, width)` of `mask` at layers 0, N/4, N/2, 3N/4 and N."""
-    last = len(hidden_states) - 1
-    return [hidden_states[layer][mask] for layer in sorted({last * part // 4 for part in range(5)})]
-
-
-def hidden_loss(given: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum over positions of 1 - cosine between hidden states `(positions, width)`, the mean over layers."""
-    layers = zip(given, wanted, strict=True)
-    cosines = [nn.functional.cosine_similarity(one.float(), other.float(), dim=-1) for one, other in layers]
-    return (1 - torch.stack(cosines)).mean(0).sum()
-
-
 def _in_chunks(loss: Callable[..., torch.Tensor], *parts: torch.Tensor) -> torch.Tensor:
     """The sum of `loss` over chunks of the positions of `parts`, none of whose intermediate results are kept."""
     chunks = zip(*(part.split(CHUNK) for part in parts), strict=True)
@@ -86,13 +71,11 @@ def _cross_entropy(logits, tokens) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.float(), tokens, reduction="sum")
 
 
-def _divergence(logits, wanted, tokens=None, *, temperature: float, reverse: bool) -> torch.Tensor:
+def _divergence(logits, wanted, tokens=None, *, temperature: float) -> torch.Tensor:
     if tokens is not None:
         logits = _gather(logits, tokens, temperature)
     given = nn.functional.log_softmax(logits.float() / temperature, dim=-1)
     wanted = nn.functional.log_softmax(wanted.float() / temperature, dim=-1)
-    if reverse:
-        given, wanted = wanted, given
     return nn.functional.kl_div(given, wanted, reduction="sum", log_target=True) * temperature**2
 
 

@@ -12,22 +12,13 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
-from dataset_builders.instructions import draw_fraction
 from processing_lsm import LsmProcessor
 from recipes.model_card import write_trained_card
 from recipes.training.callbacks import FOLLOWING, LOG, read_lines
 from recipes.training.checkpoints import WholeCheckpoints
 from recipes.training.costs import Costs
 from recipes.training.models import can_share_prefix
-from recipes.training.objectives import (
-    at_layers,
-    distillation_loss,
-    hidden_loss,
-    most_likely,
-    predicts,
-    response_loss,
-)
-from recipes.training.on_policy import with_own_answers
+from recipes.training.objectives import distillation_loss, most_likely, predicts, response_loss
 from recipes.training.order import EpochSampler
 from recipes.training.sharding import as_before_sharding, prepare_for_fsdp2, refuse_pretence
 from recipes.training.throughput import Throughput
@@ -74,11 +65,6 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
             raise ValueError(
                 f"--distill_top_k {top_k} is more than the {vocabulary} tokens of the LLM; leave it out to learn from "
                 "all of them."
-            )
-        if self.args.on_policy and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                f"--on_policy {self.args.on_policy} needs the whole LLM on each device, to answer with: leave it out "
-                "under FSDP2 and DeepSpeed, or launch without them (--llm lora, qlora and frozen take less memory)."
             )
 
     def _may_share_prefix(self) -> bool:
@@ -155,25 +141,21 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
             teacher: inputs of the LLM that reads, whose distribution is to be learned; empty to learn the response.
                 Its `rows` `(batch,)` bool says which rows these are, if not all.
         """
-        rows, on_policy = teacher.pop("rows", None), bool(teacher) and self._is_on_policy()
-        if on_policy:
-            unwrapped, num_items_in_batch = self.accelerator.unwrap_model(model), None
-            inputs, teacher = with_own_answers(unwrapped, self.processor, inputs, teacher, rows)
+        rows = teacher.pop("rows", None)
         labels = inputs["labels"]
         tokens = labels[:, 1:][labels[:, 1:] != -100]
-        read = self._read(model, **teacher) if teacher else None
-        logits, layers = self._ask(model, **inputs)
-        if read is None:
+        wanted, likeliest = self._read(model, **teacher) if teacher else (None, None)
+        logits = self._ask(model, **inputs)
+        if wanted is None:
             loss = response_loss(logits, tokens)
         elif rows is None:
-            loss = self._distance(logits, layers, *read, reverse=on_policy)
+            loss = distillation_loss(logits, wanted, self.args.temperature, likeliest)
         else:
             taught = rows[predicts(labels).nonzero()[:, 0]]  # of each position
-            loss = self._distance(logits[taught], [layer[taught] for layer in layers], *read, reverse=on_policy)
+            loss = distillation_loss(logits[taught], wanted, self.args.temperature, likeliest)
             loss = loss + response_loss(logits[~taught], tokens[~taught])
-        # How many tokens the model's own answers have on other devices and in other batches of a step, nobody knows.
-        count = len(tokens) * (self.current_gradient_accumulation_steps if on_policy else 1)
-        loss = loss / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        count = len(tokens) if num_items_in_batch is None else num_items_in_batch
+        loss = loss / torch.as_tensor(count).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         mode = "train" if self.model.training else "eval"
@@ -182,30 +164,18 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         self._metrics[mode]["mean_token_accuracy"].append(right / max(1, seen))
         return loss
 
-    def _is_on_policy(self) -> bool:
-        """Whether the model answers in this step: on every device and in every batch of it, or in none."""
-        drawn = draw_fraction(self.args.seed, "on policy", str(self.state.global_step))
-        return self.model.training and drawn < self.args.on_policy
-
-    def _ask(self, model, labels, **inputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits `(positions, vocabulary)` where a label is predicted, and for `hidden_weight` hidden states there."""
-        mask, wish = predicts(labels), {"output_hidden_states": True} if self.args.hidden_weight else {}
-        outputs = model(**inputs, **wish, logits_to_keep=mask, use_cache=False)
-        return outputs.logits, at_layers(outputs.hidden_states, mask) if wish else []
+    def _ask(self, model, labels, **inputs) -> torch.Tensor:
+        """Logits `(positions, vocabulary)` where a label is predicted."""
+        return model(**inputs, logits_to_keep=predicts(labels), use_cache=False).logits
 
     @torch.no_grad()
-    def _read(self, model, **inputs) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
-        """What the LLM that reads would say at the labelled positions: logits, of which tokens, and `_ask`'s states."""
+    def _read(self, model, **inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the LLM that reads would say at the labelled positions: logits, and of which tokens if not of all."""
         with self._reader(model) as reader:
-            logits, layers = self._ask(reader, **inputs)
+            logits = self._ask(reader, **inputs)
         if self.args.distill_top_k is None:
-            return logits, None, layers
-        return *most_likely(logits, self.args.distill_top_k, self.args.temperature), layers
-
-    def _distance(self, logits, layers, wanted, tokens, wanted_layers, reverse: bool) -> torch.Tensor:
-        """Sum over positions of what is between the model and the LLM that reads."""
-        loss = distillation_loss(logits, wanted, self.args.temperature, tokens, reverse)
-        return loss + self.args.hidden_weight * hidden_loss(layers, wanted_layers) if layers else loss
+            return logits, None
+        return most_likely(logits, self.args.distill_top_k, self.args.temperature)
 
     @contextlib.contextmanager
     def _reader(self, model):

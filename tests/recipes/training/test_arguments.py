@@ -30,12 +30,8 @@ def test_settings_of_the_script_that_cannot_be(setting, message):
         ({"objective": "guess"}, "--objective 'guess' is unknown; expected one of response, distill"),
         ({"temperature": 0.0}, "--temperature 0.0 must be more than 0"),
         ({"objective": "distill", "distill_top_k": 0}, "--distill_top_k 0 must be 1 or more; leave it out for all"),
-        ({"objective": "distill", "hidden_weight": -1.0}, "--hidden_weight -1.0 must be 0 or more, and finite"),
-        ({"objective": "distill", "on_policy": 1.5}, "--on_policy 1.5 is a share of the steps; expected 0 to 1"),
         ({"objective": "response", "distill_top_k": 5}, "--distill_top_k 5 is for distillation, but"),
         ({"objective": "response", "response_tasks": ["quiz"]}, "but --objective is response; choose distill"),
-        ({"objective": "response", "hidden_weight": 1.0}, "--hidden_weight 1.0 is for distillation"),
-        ({"objective": "response", "on_policy": 1.0}, "--on_policy 1.0 is for distillation"),
     ],
 )
 def test_settings_of_the_training_that_cannot_be(setting, message, tmp_path):

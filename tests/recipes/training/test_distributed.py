@@ -10,7 +10,7 @@ import pytest
 from recipes.training.callbacks import FOLLOWING, LOG, read_lines
 
 ROOT = Path(__file__).parents[3]
-DISTILL = {"response_tasks": ["transcription"], "hidden_weight": 0.5, "distill_top_k": 20}
+DISTILL = {"response_tasks": ["transcription"], "distill_top_k": 20}
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_two_processes_give_the_losses_of_one(launch, train, losses, tmp_path, m
 def test_two_processes_go_on_where_they_were_stopped(launch, losses, tmp_path):
     """In the third epoch, where the order of rows is another one than in the first."""
     options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
-    options |= {"objective": "distill", "on_policy": 0.75}  # in the last step, too
+    options |= {"objective": "distill"}
     whole = launch(2, **options, output_dir=str(tmp_path / "whole"))
     stopped = tmp_path / "stopped"
     stopped.mkdir()

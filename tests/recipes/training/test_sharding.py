@@ -112,7 +112,6 @@ def test_sharded_over_two_processes_the_losses_are_those_of_one(lsm_dir, process
             "objective": "distill",
             "text_ratio": 1.0,
             "response_tasks": ["transcription"],
-            "hidden_weight": 0.5,
             "distill_top_k": 20,
         },
     ],
