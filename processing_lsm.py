@@ -6,6 +6,7 @@ transcript in the audio slot, the student with the audio; nothing else differs. 
 """
 
 import hashlib
+import http.client
 import io
 import os
 import urllib.request
@@ -28,7 +29,11 @@ except ImportError:
     from configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, num_mel_frames, validate_windowing
 
 AUDIO_TOKEN = "<|audio|>"
+FILES = (str, os.PathLike, bytes, bytearray, memoryview)  # that audio may come in, besides those that are open
 URL_TIMEOUT = 60  # seconds
+# The highest float sample that is taken, 24 dB over full scale: hot mixes and resampling stay far below, and samples of
+# 16-bit scale are far above unless they are silence.
+LOUDEST = 16.0
 
 # For LLMs whose tokenizer has no chat template: Vicuna v1.1, which base models have seen most often in the wild.
 DEFAULT_CHAT_TEMPLATE = (
@@ -80,9 +85,12 @@ def load_audio(source, sampling_rate: int | None = None, target_rate: int = 16_0
     """Read one clip, whatever it comes as.
 
     Args:
-        source: a waveform (numpy array, list or torch tensor; integer or float; `(samples,)`, `(samples, channels)`
-            or `(channels, samples)`), a path, an `http(s)` URL, the bytes of a file, or a `datasets` audio value
-            (`{"array", "sampling_rate"}` or `{"bytes", "path"}`).
+        source: a waveform (numpy array, list or torch tensor; `(samples,)`, `(samples, channels)` or
+            `(channels, samples)`), a path, an `http(s)` URL, a data URI, the bytes of a file, a file opened in binary
+            mode (read from its beginning), or a `datasets` audio value (`{"array", "sampling_rate"}`,
+            `{"bytes", "path"}` or torchcodec's `AudioDecoder`). Float samples are in [-1, 1]. Integers are PCM of 8, 16
+            or 32 bits, as their type says; those of a wider type that all fit into 16 bits are 16-bit samples, so that
+            a list of samples is read as the int16 array that it was.
         sampling_rate: rate of a waveform in Hz, `target_rate` if None. Files carry their own.
         target_rate: rate of the result in Hz.
 
@@ -90,15 +98,15 @@ def load_audio(source, sampling_rate: int | None = None, target_rate: int = 16_0
         `(samples,)` float32 at `target_rate`, channels averaged, integers scaled to [-1, 1].
 
     Raises:
-        ValueError: if the audio cannot be read, is empty, or has NaN or infinite samples.
+        ValueError: if the audio cannot be read, is empty, has NaN or infinite samples, or samples of another scale.
         ImportError: if soundfile or soxr is needed and not installed.
     """
     if isinstance(source, dict):
         if source.get("array") is not None:
             source, sampling_rate = source["array"], source.get("sampling_rate", sampling_rate)
         else:
-            source = source["bytes"] if source.get("bytes") is not None else source.get("path")
-    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+            source = next((source[key] for key in ("bytes", "path") if source.get(key) is not None), source)
+    if isinstance(source, FILES) or hasattr(source, "read") or hasattr(source, "get_all_samples"):
         waveform, sampling_rate = _decode(source)
     else:
         waveform = _to_array(source)
@@ -119,31 +127,59 @@ def _require(module, name: str, purpose: str) -> None:
 
 
 def _decode(source) -> tuple[np.ndarray, int]:
-    """Samples `(samples,)`, averaged over channels, and rate in Hz of a file given by path, URL or content."""
-    _require(soundfile, "soundfile", "to read audio files")
-    name = "the given bytes" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)
+    """Samples, as a waveform has them, and rate in Hz of whatever is not one yet."""
     try:
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            # Not transformers' own loader, which makes 16-bit samples of whatever comes.
-            with urllib.request.urlopen(source, timeout=URL_TIMEOUT) as response:
-                source = io.BytesIO(response.read())
-        elif isinstance(source, (bytes, bytearray, memoryview)):
-            source = io.BytesIO(source)
-        waveform, sampling_rate = soundfile.read(source, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"Cannot read {name} as audio: {error}") from error
-    return waveform.mean(axis=1), sampling_rate
+        if hasattr(source, "get_all_samples"):
+            samples = source.get_all_samples()
+            return _to_array(samples.data), samples.sample_rate
+        _require(soundfile, "soundfile", "to read audio files")
+        return soundfile.read(io.BytesIO(_content(source)), dtype="float32", always_2d=True)
+    except FileNotFoundError:
+        reason = "the file does not exist"
+    except (OSError, RuntimeError, TypeError, ValueError, http.client.HTTPException) as error:
+        # In words of its own where it has some: others may repeat what was given, which may be megabytes.
+        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
+    raise ValueError(f"Cannot read {_name(source)} as audio: {str(reason).rstrip('.')}.")
+
+
+def _content(source) -> bytes:
+    """The bytes of a file."""
+    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+        # Not transformers' own loader, which makes 16-bit samples of whatever comes.
+        with urllib.request.urlopen(source, timeout=URL_TIMEOUT) as response:
+            return response.read()
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            return file.read()
+    if not hasattr(source, "read"):
+        return source
+    if hasattr(source, "seekable") and source.seekable():
+        source.seek(0)
+    if isinstance(content := source.read(), str):
+        raise ValueError("the file is open in text mode, open it in binary mode ('rb')")
+    return content
+
+
+def _name(source) -> str:
+    """What an error calls a file: its name where it has one, and never its content."""
+    if not isinstance(source, (str, os.PathLike)):
+        return "the given bytes" if isinstance(source, FILES) else f"the given {type(source).__name__}"
+    if str(source).startswith("data:"):
+        return "the data URI"
+    return str(source) if len(str(source)) <= 255 else f"{str(source)[:60]}... ({len(str(source))} characters)"
 
 
 def _to_array(source) -> np.ndarray:
-    if hasattr(source, "detach"):
-        source = source.detach().cpu().numpy()
+    if torch.is_tensor(source):
+        source = source.detach().cpu()
+        source = (source.float() if source.is_floating_point() else source).numpy()  # numpy has no bfloat16
     try:
         array = np.asarray(source)
     except ValueError as error:
         raise ValueError(f"The audio is not a regular array: {error}") from error
     if array.dtype.kind not in "iuf":
-        raise ValueError(f"Audio must be numbers, a path, a URL or bytes; got {type(source).__name__}.")
+        given = f"a dict of {list(source)}" if isinstance(source, dict) else type(source).__name__
+        raise ValueError(f"Audio must be numbers, a path, a URL, a file or its bytes; got {given}.")
     return array
 
 
@@ -152,17 +188,35 @@ def _to_mono_float(waveform: np.ndarray) -> np.ndarray:
         raise ValueError("The audio is empty: it has no samples.")
     if waveform.ndim not in (1, 2):
         raise ValueError(f"A waveform has one or two axes (samples, channels), got shape {waveform.shape}.")
-    if waveform.dtype.kind == "u":  # unsigned PCM, as in 8-bit WAV, is centred on half its range
-        waveform = waveform.astype(np.float64) / (np.iinfo(waveform.dtype).max // 2 + 1) - 1
-    elif waveform.dtype.kind == "i":
-        waveform = waveform.astype(np.float64) / -float(np.iinfo(waveform.dtype).min)
+    if waveform.dtype.kind != "f":
+        waveform = _from_pcm(waveform)
     if waveform.ndim == 2:
         waveform = waveform.mean(axis=int(waveform.shape[0] >= waveform.shape[1]))  # channels are the shorter axis
     with np.errstate(over="ignore"):  # the check below says it better
         waveform = waveform.astype(np.float32)
     if not np.isfinite(waveform).all():
         raise ValueError("The audio has NaN or infinite samples.")
+    if (loudest := np.abs(waveform).max()) > LOUDEST:
+        raise ValueError(
+            f"The audio has samples of up to {loudest:g}, but float samples are expected in [-1, 1]. Divide them by "
+            "full scale (32768 for 16 bits), or give integers, whose type says what full scale is."
+        )
     return waveform
+
+
+def _from_pcm(waveform: np.ndarray) -> np.ndarray:
+    """Integer samples as float64 in [-1, 1]."""
+    kind, bits = waveform.dtype.kind, 8 * waveform.dtype.itemsize
+    lowest, highest = int(waveform.min()), int(waveform.max())
+    if bits > 16 and kind == "i":  # a list has no type, and whoever computes with samples widens it
+        bits = 16 if lowest >= -(2**15) and highest < 2**15 else 32
+    if bits > 32 or (kind == "u" and bits > 16) or not -(2**31) <= lowest <= highest < 2**31:
+        raise ValueError(
+            f"Samples of {lowest} to {highest} as {waveform.dtype} are no PCM; expected uint8, int16 or int32 samples, "
+            "or floats in [-1, 1]."
+        )
+    full_scale = 2.0 ** (bits - 1)
+    return waveform / full_scale - (kind == "u")  # unsigned PCM, as in 8-bit WAV, is centred on half its range
 
 
 class LsmProcessorKwargs(ProcessingKwargs, total=False):
