@@ -31,7 +31,7 @@ T = TypeVar("T")
 FEATURES = Features(
     {
         "id": Value("string"),
-        "audio": Audio(16_000),
+        "audio": Audio(16_000, decode=False),  # to be read without torchcodec
         "transcript": Value("string"),
         "task": Value("string"),
         "instruction": Value("string"),

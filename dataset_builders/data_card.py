@@ -20,7 +20,7 @@ _COLUMNS = """\
 | column | meaning |
 |---|---|
 | `id` | source, utterance and task |
-| `audio` | the corpus's own file, byte for byte |
+| `audio` | the corpus's own file, byte for byte, not decoded; `cast_column("audio", Audio(16_000))` has it decoded |
 | `transcript` | what was said, as the LLM read it |
 | `task` | what kind of instruction |
 | `instruction` | the wording |

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 from datasets import (
-    Audio,
     BuilderConfig,
     Dataset,
     DatasetInfo,
@@ -152,10 +151,7 @@ class SelfPoweredConfig(BuilderConfig, BuildArguments):
 
 class SelfPoweredBuilder(GeneratorBasedBuilder):
     """A self-powered set as a `datasets` builder: `SelfPoweredBuilder(corpus="nano", llm="assets/nano/llm")`, then
-    `download_and_prepare()` and `as_dataset("train")`. Goes on with a build that was killed.
-
-    Streamed, its `audio` is the bytes and the path: `datasets` would need torchcodec to say that they are audio.
-    """
+    `download_and_prepare()` and `as_dataset("train")`. Goes on with a build that was killed."""
 
     BUILDER_CONFIG_CLASS = SelfPoweredConfig
 
@@ -175,7 +171,7 @@ class SelfPoweredBuilder(GeneratorBasedBuilder):
                 yield from ((row["id"], row) for row in batch.to_pylist())
 
     def _as_dataset(self, *args, **kwargs) -> Dataset:
-        return super()._as_dataset(*args, **kwargs).cast_column("audio", Audio(16_000))
+        return super()._as_dataset(*args, **kwargs).cast_column("audio", FEATURES["audio"])
 
 
 def main() -> None:
