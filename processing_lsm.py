@@ -7,15 +7,17 @@ transcript in the audio slot, the student with the audio; nothing else differs. 
 
 import hashlib
 import http.client
+import inspect
 import io
 import os
+import re
 import urllib.request
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
-from transformers.processing_utils import ProcessingKwargs
+from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
 try:
     import soundfile
@@ -219,6 +221,14 @@ def _from_pcm(waveform: np.ndarray) -> np.ndarray:
     return waveform / full_scale - (kind == "u")  # unsigned PCM, as in 8-bit WAV, is centred on half its range
 
 
+# What the tokenizer, and what `apply_chat_template` of any template does something with.
+TEXT_KEYWORDS = {
+    *TextKwargs.__annotations__,
+    *(name for name in ProcessingKwargs.__annotations__ if not name.endswith("_kwargs")),
+}
+TEMPLATE_KEYWORDS = set(inspect.signature(ProcessorMixin.apply_chat_template).parameters) - {"tools", "documents"}
+
+
 class LsmProcessorKwargs(ProcessingKwargs, total=False):
     # Prompts hold the special tokens that the chat template puts there, and no second BOS.
     _defaults = {"text_kwargs": {"padding": True, "add_special_tokens": False}}  # noqa: RUF012
@@ -314,9 +324,19 @@ class LsmProcessor(ProcessorMixin):
     ):
         """As in transformers. Audio parts may hold what `__call__` takes, under "audio", "url" or "path", and are read
         only if `tokenize=True`. Waveforms are at the part's own "sampling_rate" in Hz, or else at the argument's.
+
+        Raises:
+            ValueError: for no conversation, audio that cannot be used, and keywords that neither the chat template nor
+                `__call__` has a use for.
         """
         if not conversation:
             raise ValueError("The conversation is empty; expected a list of messages, or of such lists.")
+        template = (args[0] if args else kwargs.get("chat_template")) or self.chat_template
+        settings = dict(kwargs.pop("processor_kwargs", None) or {})
+        for name in set(kwargs) - TEMPLATE_KEYWORDS:
+            if not re.search(rf"\b{name}\b", template):  # not the template's, so it is for `__call__`
+                settings[name] = kwargs.pop(name)
+        sampling_rate, kwargs["processor_kwargs"] = _keywords(sampling_rate, settings)
         batched = isinstance(conversation[0], (list, tuple))
         conversations = list(conversation) if batched else [conversation]
         if tokenize:
@@ -355,7 +375,8 @@ class LsmProcessor(ProcessorMixin):
                 numbers is one clip. Or what [`LsmModel.get_audio_features`] returned for each clip, which is then
                 not encoded again: hear once, ask many times.
             sampling_rate: rate of waveforms in Hz, the feature extractor's (16 kHz) if None; files carry their own.
-            kwargs: as in [`ProcessorMixin`], for instance `return_tensors="pt"` or `padding_side="left"`.
+            kwargs: the tokenizer's as in [`ProcessorMixin`], for instance `return_tensors="pt"` or
+                `padding_side="left"`, or within `text_kwargs`. `audio_kwargs` may have the `sampling_rate`.
 
         Returns:
             `input_ids` and `attention_mask` `(batch, length)`; with audio also `input_features`
@@ -363,8 +384,10 @@ class LsmProcessor(ProcessorMixin):
             30 s take several rows; with clips heard before, `audio_embeds` `(total_tokens, hidden)` instead.
 
         Raises:
-            ValueError: for audio that cannot be used, no prompt, and unequal numbers of placeholders and clips.
+            ValueError: for audio that cannot be used, no prompt, unequal numbers of placeholders and clips, and
+                keywords that would have no effect.
         """
+        sampling_rate, kwargs = _keywords(sampling_rate, kwargs)
         clips = [] if audio is None else _as_clips(audio)
         heard = sum(map(_is_heard, clips))
         if heard not in (0, len(clips)):
@@ -374,6 +397,8 @@ class LsmProcessor(ProcessorMixin):
         if text is None:
             if heard or not clips:
                 raise ValueError("Without text there is nothing to do but hear clips: give `audio`, or `text`.")
+            if unused := set(kwargs) - {"return_tensors"}:
+                raise ValueError(f"Without text, {_listed(unused)} would have no effect: leave it out, or give `text`.")
             return BatchFeature(self.audio_features(clips), tensor_type=kwargs.get("return_tensors"))
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
@@ -451,6 +476,35 @@ class LsmProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return list(dict.fromkeys([*super().model_input_names, "input_features_mask"]))
+
+
+def _keywords(sampling_rate: int | None, keywords: dict) -> tuple[int | None, dict]:
+    """The rate of waveforms and the tokenizer's settings among the keywords of a call, flat.
+
+    Raises:
+        ValueError: names the keywords that would have no effect, and one given twice.
+    """
+    either = {*TEXT_KEYWORDS, "sampling_rate"}
+    nested = {"text_kwargs": TEXT_KEYWORDS, "audio_kwargs": {"sampling_rate"}, "common_kwargs": either}
+    flat = {name: value for name, value in keywords.items() if name not in nested}
+    groups = [({"sampling_rate": sampling_rate}, either), (flat, either)]
+    given, unused = {}, set()
+    for group, names in groups + [(keywords.get(name) or {}, names) for name, names in nested.items()]:
+        for name, value in group.items():
+            if value is not None and name not in names:
+                unused.add(name)
+            elif value is not None and given.setdefault(name, value) != value:
+                raise ValueError(f"`{name}` was given twice: as {given[name]!r} and as {value!r}.")
+    if unused:
+        raise ValueError(
+            f"{_listed(unused)} would have no effect. An LSM takes `sampling_rate`, also within `audio_kwargs`, and "
+            "what its tokenizer takes, also within `text_kwargs`; its chat template takes the variables that it names."
+        )
+    return given.pop("sampling_rate", None), given
+
+
+def _listed(names) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
 def _with_prelude(template: str | dict | None, tokenizer, audio_token: str) -> str:

@@ -244,6 +244,70 @@ def test_audio_alone_gives_features_alone(processor, clip):
         processor()
 
 
+# Keywords
+
+
+def chat(processor, audio, **kwargs):
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"} | kwargs
+    return processor.apply_chat_template(processor.conversation("What is said?", audio=audio), **settings)
+
+
+def test_the_rate_is_obeyed_wherever_it_is_given(processor, clip):
+    audio = clip(0.5)
+    ways = [{"sampling_rate": 8_000}, {"audio_kwargs": {"sampling_rate": 8_000}}]
+    ways += [{"common_kwargs": {"sampling_rate": 8_000}}]
+    for way in ways:
+        text = processor(text=AUDIO_TOKEN, audio=audio, return_tensors="pt", **way)
+        alone = processor(audio=audio, return_tensors="pt", **way)
+        inputs = [text, alone, chat(processor, audio, **way), chat(processor, audio, processor_kwargs=way)]
+        assert [each["input_features_mask"].sum().item() for each in inputs] == [100] * 4, way
+    assert chat(processor, load_audio(audio, 8_000))["input_features_mask"].sum() == 100
+
+
+def test_what_the_tokenizer_takes_is_obeyed_wherever_it_is_given(processor, clip):
+    batch = {"text": [AUDIO_TOKEN, AUDIO_TOKEN + " and more"], "audio": [clip(0.5)] * 2}
+    for way in ({"padding_side": "right"}, {"text_kwargs": {"padding_side": "right"}}):
+        assert processor(**batch, return_tensors="pt", **way)["attention_mask"][0].tolist()[-1] == 0
+    tensors = {"common_kwargs": {"return_tensors": "pt"}}
+    assert torch.is_tensor(processor(**batch, **tensors)["input_ids"])
+    assert torch.is_tensor(processor(audio=clip(0.5), **tensors)["input_features"])
+    own = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ mood }}"
+    assert processor.apply_chat_template(processor.conversation("Hi."), chat_template=own, mood="glad").endswith("glad")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "named"),
+    [
+        ({"sample_rate": 8_000}, "`sample_rate`"),
+        ({"audio_kwargs": {"max_length": 10, "padding": True}}, "`max_length`, `padding`"),
+        ({"text_kwargs": {"pading": True}}, "`pading`"),
+        ({"common_kwargs": {"device": "cpu"}}, "`device`"),
+        ({"load_audio_backend": "soundfile"}, "`load_audio_backend`"),
+        ({"images": [np.zeros((3, 4, 4))]}, "`images`"),
+        ({"images_kwargs": {"do_resize": True}}, "`images_kwargs`"),
+        ({"sampling_rate": 8_000, "audio_kwargs": {"sampling_rate": 16_000}}, "`sampling_rate` was given twice"),
+    ],
+)
+def test_keywords_without_effect_are_refused_by_name(processor, clip, keywords, named):
+    audio = clip(0.1)
+    for call in (
+        lambda: processor(text=AUDIO_TOKEN, audio=audio, **keywords),
+        lambda: processor(audio=audio, **keywords),
+        lambda: chat(processor, audio, processor_kwargs=keywords),
+        lambda: chat(processor, audio, **keywords),
+        lambda: chat(processor, audio, tokenize=False, **keywords),
+    ):
+        with pytest.raises(ValueError, match=named):
+            call()
+
+
+def test_keywords_of_text_need_text_and_tools_a_template_that_names_them(processor, clip):
+    with pytest.raises(ValueError, match="Without text, `padding_side`"):
+        processor(audio=clip(0.1), padding_side="left")
+    with pytest.raises(ValueError, match="`tools`"):
+        chat(processor, clip(0.1), tools=[{"name": "f"}])
+
+
 # Features
 
 
