@@ -243,6 +243,8 @@ def rebuild_command(settings: dict) -> str:
     parts += ["--tasks", *(f"{task}={weight}" for task, weight in draw["weights"].items())]
     if draw["languages"]:
         parts += ["--languages", *draw["languages"]]
+    if settings.get("trust_headers"):
+        parts.append("--trust-headers")
     if settings["filters_off"]:
         parts += ["--filters-off", *settings["filters_off"]]
     return shlex.join([*parts, "--output", "OUTPUT"])

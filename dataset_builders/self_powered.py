@@ -94,6 +94,7 @@ class BuildArguments:
         default_factory=list, metadata={"help": f"Names of filters that drop nothing: {', '.join(FILTERS)}."}
     )
     judge_below: int | None = _option(None, "Drop what the LLM itself scores below this, of 1 to 5.")
+    trust_headers: bool = _option(False, "Take audio for what its header says, without decoding it once.")
     shard_size: int | None = _option(None, f"Utterances written at a time; by default those of {SHARD_ROWS} rows.")
 
     def open_corpus(self) -> Corpus:
@@ -139,6 +140,7 @@ class BuildArguments:
             shard_size=self.shard_size,
             filters_off=self.filters_off,
             judge_below=self.judge_below,
+            trust_headers=self.trust_headers,
         )
 
 
