@@ -1,6 +1,7 @@
 """What a corpus is to those who read it: a stream of utterances, and errors that say where they stand."""
 
 import io
+import logging
 import re
 import reprlib
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from datasets import Features, Value
 
 from dataset_builders.transcripts import NORMALIZERS
 from processing_lsm import load_audio
+
+logger = logging.getLogger(__name__)
 
 FEATURES = Features(
     {
@@ -39,6 +42,10 @@ class RefusedRowError(ValueError):
     def __init__(self, where: str, reason: str, details: str = ""):
         self.where, self.reason = _printable(where), reason
         super().__init__(_printable(f"{where}: {reason}{': ' if details else ''}{details}"))
+
+
+class UnusedFileError(RefusedRowError):
+    """A file of a corpus that no utterance is of. Builds count it; whoever reads all utterances goes on."""
 
 
 class Corpus:
@@ -121,9 +128,17 @@ class Corpus:
 
     def __iter__(self) -> Iterator[dict]:
         """All utterances; the first that cannot be used ends it with a `RefusedRowError`."""
+        for where, line in self.all_lines():
+            yield self.utterance(where, line)
+
+    def all_lines(self) -> Iterator[tuple[str, dict | RefusedRowError]]:
+        """The lines of all files, for those who read a corpus as a whole. Files that no utterance is of are told."""
         for file in range(self.num_files):
             for where, line in self.lines(file):
-                yield self.utterance(where, line)
+                if isinstance(line, UnusedFileError):
+                    logger.warning("not used: %s", line)
+                else:
+                    yield where, line
 
 
 def choose_columns(there: list[str], told: dict[str, str], corpus: str) -> dict[str, str]:
