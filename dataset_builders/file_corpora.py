@@ -13,20 +13,8 @@ from pathlib import Path
 from dataset_builders.corpus import Corpus, RefusedRowError, UnusedFileError, choose_columns
 
 MANIFESTS = (".jsonl", ".json", ".csv", ".tsv")
-AUDIO_FILES = (".flac", ".wav", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf", ".w64")
-OTHER_AUDIO = (
-    ".m4a",
-    ".aac",
-    ".mp4",
-    ".webm",
-    ".wma",
-    ".amr",
-    ".3gp",
-    ".mka",
-    ".sph",
-    ".raw",
-    ".pcm",
-)  # soundfile fails
+AUDIO_FILES = (".flac", ".wav", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf", ".sph", ".w64")
+OTHER_AUDIO = (".m4a", ".aac", ".mp4", ".webm", ".wma", ".amr", ".3gp", ".mka")  # which soundfile does not read
 DOCUMENTS = ("readme", "license", "licence", "notice")  # texts of no clip
 FIRST_LINES = 100  # they show which columns there are
 CUT = "cut the audio into utterances first"
