@@ -62,6 +62,28 @@ def num_audio_tokens(
     return [count * queries_per_window for count in windows]
 
 
+def num_positions(text_config: PretrainedConfig) -> int | None:
+    """Tokens that an LLM has positions for; None if its configuration does not say, as where there is no such limit.
+
+    Rotary positions that are stretched (`linear`, `dynamic`, `yarn`) count as stretched: configurations keep the number
+    from before. With `llama3` and `longrope` they have the number from after.
+    """
+    positions = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    factor, kind = rope.get("factor"), rope.get("rope_type")
+    if positions is None or not factor or kind not in ("linear", "dynamic", "yarn"):
+        return positions
+    original = rope.get("original_max_position_embeddings") if kind == "yarn" else None
+    return max(positions, int(factor * (original or positions)))
+
+
+def seconds_that_fit(tokens: int, *, window_frames: int, window_mode: str, queries_per_window: int) -> int:
+    """Seconds of speech, rounded down, that take at most so many tokens in the prompt."""
+    settings = {"window_frames": window_frames, "window_mode": window_mode, "queries_per_window": queries_per_window}
+    chunk = num_audio_tokens([1500], **settings)[0]  # of 30 s
+    return max(tokens, 0) * 30 // chunk
+
+
 def validate_windowing(window_frames: int, window_mode: str, queries_per_window: int, audio_padding: str) -> None:
     """Raise a `ValueError` that names the first setting that cannot be used."""
     if window_mode not in WINDOW_MODES:
@@ -190,4 +212,4 @@ LsmConfig.register_for_auto_class()
 if not __package__:  # a checkout, not remote code: its own class needs no trust
     AutoConfig.register("lsm", LsmConfig, exist_ok=True)
 
-__all__ = ["LsmConfig", "num_audio_tokens", "num_encoder_frames", "num_mel_frames", "window_layout"]
+__all__ = ["LsmConfig", "num_audio_tokens", "num_encoder_frames", "num_mel_frames", "num_positions", "window_layout"]

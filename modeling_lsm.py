@@ -14,14 +14,29 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 try:
-    from .configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, window_layout
+    from .configuration_lsm import (
+        LsmConfig,
+        num_audio_tokens,
+        num_encoder_frames,
+        num_positions,
+        seconds_that_fit,
+        window_layout,
+    )
 except ImportError:
-    from configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, window_layout
+    from configuration_lsm import (
+        LsmConfig,
+        num_audio_tokens,
+        num_encoder_frames,
+        num_positions,
+        seconds_that_fit,
+        window_layout,
+    )
 
+logger = logging.get_logger(__name__)
 AUDIO_INPUTS = ("input_features", "input_features_mask", "audio_hidden_states", "audio_embeds")
 
 
@@ -298,13 +313,12 @@ class LsmModel(LsmPreTrainedModel):
             num_tokens=torch.tensor(self._num_audio_tokens(encoder_frames)),
         )
 
+    @property
+    def _windowing(self) -> dict:
+        return {name: getattr(self.config, name) for name in ("window_frames", "window_mode", "queries_per_window")}
+
     def _num_audio_tokens(self, encoder_frames: list[int]) -> list[int]:
-        return num_audio_tokens(
-            encoder_frames,
-            window_frames=self.config.window_frames,
-            window_mode=self.config.window_mode,
-            queries_per_window=self.config.queries_per_window,
-        )
+        return num_audio_tokens(encoder_frames, **self._windowing)
 
     @staticmethod
     def _encoder_frames(input_features, input_features_mask, audio_hidden_states) -> list[int]:
@@ -326,6 +340,30 @@ class LsmModel(LsmPreTrainedModel):
         if not given or audio_embeds is not None:
             return audio_embeds
         return self.get_audio_features(input_features, input_features_mask, audio_hidden_states).pooler_output
+
+    def _check_length(self, prompt: torch.Tensor, attention_mask, past_key_values) -> None:
+        """Refuse a prompt (ids or embeddings) that the LLM has too few positions for, as it would answer all the same.
+
+        Raises:
+            ValueError: says how long it is, how long it may be, and how much speech fits.
+        """
+        batch, length = prompt.shape[:2]
+        positions = num_positions(self.config.text_config)
+        past = 0 if past_key_values is None or length == 1 else past_key_values.get_seq_length()
+        if positions is None or past + length <= positions:
+            return
+        padded = attention_mask is not None and attention_mask.ndim == 2
+        lengths = attention_mask.sum(-1) if padded else torch.full((batch,), past + length)
+        tokens, row = (int(found) for found in lengths.max(0))
+        if tokens <= positions:
+            return
+        speech = int((prompt[row] == self.config.audio_token_id).sum()) if prompt.ndim == 2 else 0
+        fits = seconds_that_fit(positions - tokens + speech, **self._windowing)
+        way_out = f"{fits} s of speech fit beside its other tokens: cut the audio" if speech else "cut it"
+        raise ValueError(
+            f"The prompt takes {tokens} tokens, {speech} of them speech, but the LLM has {positions} positions; "
+            f"{way_out}, or take an LLM with more positions or longer windows."
+        )
 
     def _embed(self, input_ids: torch.Tensor, past_key_values, **audio) -> torch.Tensor:
         """Embed the prompt, with the speech embeddings in place of the audio placeholders."""
@@ -375,6 +413,7 @@ class LsmModel(LsmPreTrainedModel):
         if inputs_embeds is None:
             if input_ids.numel() == 0:
                 raise ValueError(f"The prompt is empty: `input_ids` has the shape {tuple(input_ids.shape)}.")
+            self._check_length(input_ids, attention_mask, past_key_values)
             inputs_embeds = self._embed(
                 input_ids,
                 past_key_values,
@@ -384,7 +423,11 @@ class LsmModel(LsmPreTrainedModel):
                 audio_embeds=audio_embeds,
             )
         elif any(audio is not None for audio in (input_features, audio_hidden_states, audio_embeds)):
-            raise ValueError("Audio needs `input_ids`, whose placeholder tokens say where it goes.")
+            raise ValueError(
+                "Audio needs `input_ids`, whose placeholder tokens say where it goes; `inputs_embeds` hold their own."
+            )
+        else:
+            self._check_length(inputs_embeds, attention_mask, past_key_values)
         if position_ids is None and past_key_values is None and attention_mask is not None and attention_mask.ndim == 2:
             # As `generate` counts them: padding on the left must not shift a prompt that does without it.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -525,7 +568,8 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
                 cache and without gradient checkpointing.
 
         Raises:
-            ValueError: if the audio gives another number of embeddings than the prompt has placeholders.
+            ValueError: if the audio gives another number of embeddings than the prompt has placeholders, or the prompt
+                has more tokens than the LLM has positions.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -568,15 +612,35 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration: bool = False, **kwargs):
-        """The audio goes in with the prompt; later steps find it in the cache, if there is one."""
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds=None, is_first_iteration: bool = False, **kwargs
+    ):
+        """The audio goes in with the prompt; later steps find it in the cache, if there is one. A draft model's prompt
+        is not called the first, and a cache that is gone on from may hold the audio: there, placeholders tell."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in AUDIO_INPUTS:
-                inputs.pop(name, None)
-        return inputs
+        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
+        begins = is_first_iteration and (cache is None or cache.get_seq_length() == 0)
+        if begins or not kwargs.get("use_cache", True) or ids is None:
+            return inputs
+        token = self.config.audio_token_id
+        hears = token is not None and ids.shape[1] > 1 and bool((ids == token).any())
+        audio = {name: kwargs.get(name) if hears else None for name in AUDIO_INPUTS}
+        return {**inputs, **audio}
+
+    def _prepare_generated_length(self, generation_config, *args, input_ids_length, inputs_tensor, **kwargs):
+        """An answer ends at the LLM's last position, if not before."""
+        generation_config = super()._prepare_generated_length(
+            generation_config, *args, input_ids_length=input_ids_length, inputs_tensor=inputs_tensor, **kwargs
+        )
+        positions = num_positions(self.config.text_config)
+        unseen = inputs_tensor.shape[1] - input_ids_length  # `inputs_embeds` count as nothing
+        if positions is not None and generation_config.max_length + unseen > positions:
+            most = max(positions - unseen, input_ids_length + 1)  # the model itself refuses a prompt that is too long
+            logger.warning(f"The LLM has {positions} positions: an answer has {most - input_ids_length} at most.")
+            generation_config.max_length = most
+        return generation_config
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """Repeat prompts for beams or samples. A prompt may own several rows of audio, which must stay together."""

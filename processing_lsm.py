@@ -6,15 +6,18 @@ transcript in the audio slot, the student with the audio; nothing else differs. 
 """
 
 import hashlib
+import http.client
+import inspect
 import io
 import os
+import re
 import urllib.request
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
-from transformers.processing_utils import ProcessingKwargs
+from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
 try:
     import soundfile
@@ -28,7 +31,11 @@ except ImportError:
     from configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, num_mel_frames, validate_windowing
 
 AUDIO_TOKEN = "<|audio|>"
+FILES = (str, os.PathLike, bytes, bytearray, memoryview)  # that audio may come in, besides those that are open
 URL_TIMEOUT = 60  # seconds
+# The highest float sample that is taken, 24 dB over full scale: hot mixes and resampling stay far below, and samples of
+# 16-bit scale are far above unless they are silence.
+LOUDEST = 16.0
 
 # For LLMs whose tokenizer has no chat template: Vicuna v1.1, which base models have seen most often in the wild.
 DEFAULT_CHAT_TEMPLATE = (
@@ -80,9 +87,12 @@ def load_audio(source, sampling_rate: int | None = None, target_rate: int = 16_0
     """Read one clip, whatever it comes as.
 
     Args:
-        source: a waveform (numpy array, list or torch tensor; integer or float; `(samples,)`, `(samples, channels)`
-            or `(channels, samples)`), a path, an `http(s)` URL, the bytes of a file, or a `datasets` audio value
-            (`{"array", "sampling_rate"}` or `{"bytes", "path"}`).
+        source: a waveform (numpy array, list or torch tensor; `(samples,)`, `(samples, channels)` or
+            `(channels, samples)`), a path, an `http(s)` URL, a data URI, the bytes of a file, a file opened in binary
+            mode (read from its beginning), or a `datasets` audio value (`{"array", "sampling_rate"}`,
+            `{"bytes", "path"}` or torchcodec's `AudioDecoder`). Float samples are in [-1, 1]. Integers are PCM of 8, 16
+            or 32 bits, as their type says; those of a wider type that all fit into 16 bits are 16-bit samples, so that
+            a list of samples is read as the int16 array that it was.
         sampling_rate: rate of a waveform in Hz, `target_rate` if None. Files carry their own.
         target_rate: rate of the result in Hz.
 
@@ -90,15 +100,15 @@ def load_audio(source, sampling_rate: int | None = None, target_rate: int = 16_0
         `(samples,)` float32 at `target_rate`, channels averaged, integers scaled to [-1, 1].
 
     Raises:
-        ValueError: if the audio cannot be read, is empty, or has NaN or infinite samples.
+        ValueError: if the audio cannot be read, is empty, has NaN or infinite samples, or samples of another scale.
         ImportError: if soundfile or soxr is needed and not installed.
     """
     if isinstance(source, dict):
         if source.get("array") is not None:
             source, sampling_rate = source["array"], source.get("sampling_rate", sampling_rate)
         else:
-            source = source["bytes"] if source.get("bytes") is not None else source.get("path")
-    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+            source = next((source[key] for key in ("bytes", "path") if source.get(key) is not None), source)
+    if isinstance(source, FILES) or hasattr(source, "read") or hasattr(source, "get_all_samples"):
         waveform, sampling_rate = _decode(source)
     else:
         waveform = _to_array(source)
@@ -119,31 +129,59 @@ def _require(module, name: str, purpose: str) -> None:
 
 
 def _decode(source) -> tuple[np.ndarray, int]:
-    """Samples `(samples,)`, averaged over channels, and rate in Hz of a file given by path, URL or content."""
-    _require(soundfile, "soundfile", "to read audio files")
-    name = "the given bytes" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)
+    """Samples, as a waveform has them, and rate in Hz of whatever is not one yet."""
     try:
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            # Not transformers' own loader, which makes 16-bit samples of whatever comes.
-            with urllib.request.urlopen(source, timeout=URL_TIMEOUT) as response:
-                source = io.BytesIO(response.read())
-        elif isinstance(source, (bytes, bytearray, memoryview)):
-            source = io.BytesIO(source)
-        waveform, sampling_rate = soundfile.read(source, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"Cannot read {name} as audio: {error}") from error
-    return waveform.mean(axis=1), sampling_rate
+        if hasattr(source, "get_all_samples"):
+            samples = source.get_all_samples()
+            return _to_array(samples.data), samples.sample_rate
+        _require(soundfile, "soundfile", "to read audio files")
+        return soundfile.read(io.BytesIO(_content(source)), dtype="float32", always_2d=True)
+    except FileNotFoundError:
+        reason = "the file does not exist"
+    except (OSError, RuntimeError, TypeError, ValueError, http.client.HTTPException) as error:
+        # In words of its own where it has some: others may repeat what was given, which may be megabytes.
+        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
+    raise ValueError(f"Cannot read {_name(source)} as audio: {str(reason).rstrip('.')}.")
+
+
+def _content(source) -> bytes:
+    """The bytes of a file."""
+    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+        # Not transformers' own loader, which makes 16-bit samples of whatever comes.
+        with urllib.request.urlopen(source, timeout=URL_TIMEOUT) as response:
+            return response.read()
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            return file.read()
+    if not hasattr(source, "read"):
+        return source
+    if hasattr(source, "seekable") and source.seekable():
+        source.seek(0)
+    if isinstance(content := source.read(), str):
+        raise ValueError("the file is open in text mode, open it in binary mode ('rb')")
+    return content
+
+
+def _name(source) -> str:
+    """What an error calls a file: its name where it has one, and never its content."""
+    if not isinstance(source, (str, os.PathLike)):
+        return "the given bytes" if isinstance(source, FILES) else f"the given {type(source).__name__}"
+    if str(source).startswith("data:"):
+        return "the data URI"
+    return str(source) if len(str(source)) <= 255 else f"{str(source)[:60]}... ({len(str(source))} characters)"
 
 
 def _to_array(source) -> np.ndarray:
-    if hasattr(source, "detach"):
-        source = source.detach().cpu().numpy()
+    if torch.is_tensor(source):
+        source = source.detach().cpu()
+        source = (source.float() if source.is_floating_point() else source).numpy()  # numpy has no bfloat16
     try:
         array = np.asarray(source)
     except ValueError as error:
         raise ValueError(f"The audio is not a regular array: {error}") from error
     if array.dtype.kind not in "iuf":
-        raise ValueError(f"Audio must be numbers, a path, a URL or bytes; got {type(source).__name__}.")
+        given = f"a dict of {list(source)}" if isinstance(source, dict) else type(source).__name__
+        raise ValueError(f"Audio must be numbers, a path, a URL, a file or its bytes; got {given}.")
     return array
 
 
@@ -152,17 +190,43 @@ def _to_mono_float(waveform: np.ndarray) -> np.ndarray:
         raise ValueError("The audio is empty: it has no samples.")
     if waveform.ndim not in (1, 2):
         raise ValueError(f"A waveform has one or two axes (samples, channels), got shape {waveform.shape}.")
-    if waveform.dtype.kind == "u":  # unsigned PCM, as in 8-bit WAV, is centred on half its range
-        waveform = waveform.astype(np.float64) / (np.iinfo(waveform.dtype).max // 2 + 1) - 1
-    elif waveform.dtype.kind == "i":
-        waveform = waveform.astype(np.float64) / -float(np.iinfo(waveform.dtype).min)
+    if waveform.dtype.kind != "f":
+        waveform = _from_pcm(waveform)
     if waveform.ndim == 2:
         waveform = waveform.mean(axis=int(waveform.shape[0] >= waveform.shape[1]))  # channels are the shorter axis
     with np.errstate(over="ignore"):  # the check below says it better
         waveform = waveform.astype(np.float32)
     if not np.isfinite(waveform).all():
         raise ValueError("The audio has NaN or infinite samples.")
+    if (loudest := np.abs(waveform).max()) > LOUDEST:
+        raise ValueError(
+            f"The audio has samples of up to {loudest:g}, but float samples are expected in [-1, 1]. Divide them by "
+            "full scale (32768 for 16 bits), or give integers, whose type says what full scale is."
+        )
     return waveform
+
+
+def _from_pcm(waveform: np.ndarray) -> np.ndarray:
+    """Integer samples as float64 in [-1, 1]."""
+    kind, bits = waveform.dtype.kind, 8 * waveform.dtype.itemsize
+    lowest, highest = int(waveform.min()), int(waveform.max())
+    if bits > 16 and kind == "i":  # a list has no type, and whoever computes with samples widens it
+        bits = 16 if lowest >= -(2**15) and highest < 2**15 else 32
+    if bits > 32 or (kind == "u" and bits > 16) or not -(2**31) <= lowest <= highest < 2**31:
+        raise ValueError(
+            f"Samples of {lowest} to {highest} as {waveform.dtype} are no PCM; expected uint8, int16 or int32 samples, "
+            "or floats in [-1, 1]."
+        )
+    full_scale = 2.0 ** (bits - 1)
+    return waveform / full_scale - (kind == "u")  # unsigned PCM, as in 8-bit WAV, is centred on half its range
+
+
+# What the tokenizer, and what `apply_chat_template` of any template does something with.
+TEXT_KEYWORDS = {
+    *TextKwargs.__annotations__,
+    *(name for name in ProcessingKwargs.__annotations__ if not name.endswith("_kwargs")),
+}
+TEMPLATE_KEYWORDS = set(inspect.signature(ProcessorMixin.apply_chat_template).parameters) - {"tools", "documents"}
 
 
 class LsmProcessorKwargs(ProcessingKwargs, total=False):
@@ -260,9 +324,19 @@ class LsmProcessor(ProcessorMixin):
     ):
         """As in transformers. Audio parts may hold what `__call__` takes, under "audio", "url" or "path", and are read
         only if `tokenize=True`. Waveforms are at the part's own "sampling_rate" in Hz, or else at the argument's.
+
+        Raises:
+            ValueError: for no conversation, audio that cannot be used, and keywords that neither the chat template nor
+                `__call__` has a use for.
         """
         if not conversation:
             raise ValueError("The conversation is empty; expected a list of messages, or of such lists.")
+        template = (args[0] if args else kwargs.get("chat_template")) or self.chat_template
+        settings = dict(kwargs.pop("processor_kwargs", None) or {})
+        for name in set(kwargs) - TEMPLATE_KEYWORDS:
+            if not re.search(rf"\b{name}\b", template):  # not the template's, so it is for `__call__`
+                settings[name] = kwargs.pop(name)
+        sampling_rate, kwargs["processor_kwargs"] = _keywords(sampling_rate, settings)
         batched = isinstance(conversation[0], (list, tuple))
         conversations = list(conversation) if batched else [conversation]
         if tokenize:
@@ -301,7 +375,8 @@ class LsmProcessor(ProcessorMixin):
                 numbers is one clip. Or what [`LsmModel.get_audio_features`] returned for each clip, which is then
                 not encoded again: hear once, ask many times.
             sampling_rate: rate of waveforms in Hz, the feature extractor's (16 kHz) if None; files carry their own.
-            kwargs: as in [`ProcessorMixin`], for instance `return_tensors="pt"` or `padding_side="left"`.
+            kwargs: the tokenizer's as in [`ProcessorMixin`], for instance `return_tensors="pt"` or
+                `padding_side="left"`, or within `text_kwargs`. `audio_kwargs` may have the `sampling_rate`.
 
         Returns:
             `input_ids` and `attention_mask` `(batch, length)`; with audio also `input_features`
@@ -309,8 +384,10 @@ class LsmProcessor(ProcessorMixin):
             30 s take several rows; with clips heard before, `audio_embeds` `(total_tokens, hidden)` instead.
 
         Raises:
-            ValueError: for audio that cannot be used, no prompt, and unequal numbers of placeholders and clips.
+            ValueError: for audio that cannot be used, no prompt, unequal numbers of placeholders and clips, and
+                keywords that would have no effect.
         """
+        sampling_rate, kwargs = _keywords(sampling_rate, kwargs)
         clips = [] if audio is None else _as_clips(audio)
         heard = sum(map(_is_heard, clips))
         if heard not in (0, len(clips)):
@@ -320,6 +397,8 @@ class LsmProcessor(ProcessorMixin):
         if text is None:
             if heard or not clips:
                 raise ValueError("Without text there is nothing to do but hear clips: give `audio`, or `text`.")
+            if unused := set(kwargs) - {"return_tensors"}:
+                raise ValueError(f"Without text, {_listed(unused)} would have no effect: leave it out, or give `text`.")
             return BatchFeature(self.audio_features(clips), tensor_type=kwargs.get("return_tensors"))
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
@@ -397,6 +476,35 @@ class LsmProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return list(dict.fromkeys([*super().model_input_names, "input_features_mask"]))
+
+
+def _keywords(sampling_rate: int | None, keywords: dict) -> tuple[int | None, dict]:
+    """The rate of waveforms and the tokenizer's settings among the keywords of a call, flat.
+
+    Raises:
+        ValueError: names the keywords that would have no effect, and one given twice.
+    """
+    either = {*TEXT_KEYWORDS, "sampling_rate"}
+    nested = {"text_kwargs": TEXT_KEYWORDS, "audio_kwargs": {"sampling_rate"}, "common_kwargs": either}
+    flat = {name: value for name, value in keywords.items() if name not in nested}
+    groups = [({"sampling_rate": sampling_rate}, either), (flat, either)]
+    given, unused = {}, set()
+    for group, names in groups + [(keywords.get(name) or {}, names) for name, names in nested.items()]:
+        for name, value in group.items():
+            if value is not None and name not in names:
+                unused.add(name)
+            elif value is not None and given.setdefault(name, value) != value:
+                raise ValueError(f"`{name}` was given twice: as {given[name]!r} and as {value!r}.")
+    if unused:
+        raise ValueError(
+            f"{_listed(unused)} would have no effect. An LSM takes `sampling_rate`, also within `audio_kwargs`, and "
+            "what its tokenizer takes, also within `text_kwargs`; its chat template takes the variables that it names."
+        )
+    return given.pop("sampling_rate", None), given
+
+
+def _listed(names) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
 def _with_prelude(template: str | dict | None, tokenizer, audio_token: str) -> str:

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TypeVar
 import pyarrow as pa
 from datasets import Audio, Features, Value
 
-from dataset_builders.corpus import Corpus, RefusedRowError
+from dataset_builders.corpus import Corpus, RefusedRowError, decode
 from dataset_builders.data_card import Summary, write_card
 from dataset_builders.exchange import Reply, Request
 from dataset_builders.filters import check_names, judge, reason_to_drop
@@ -31,7 +32,7 @@ T = TypeVar("T")
 FEATURES = Features(
     {
         "id": Value("string"),
-        "audio": Audio(16_000),
+        "audio": Audio(16_000, decode=False),  # to be read without torchcodec
         "transcript": Value("string"),
         "task": Value("string"),
         "instruction": Value("string"),
@@ -59,21 +60,40 @@ def draw_rows(utterances: list[dict], draw: Draw) -> list[dict]:
     ]
 
 
-def read(corpus: Corpus, lines: list[tuple[str, dict]]) -> tuple[list[dict], list[RefusedRowError]]:
-    """The utterances of a shard, and those that cannot be used."""
-    utterances, refused, ids = [], [], set()
-    for where, line in lines:
+def read(
+    corpus: Corpus, lines: list[tuple[str, dict]], trust_headers: bool = False
+) -> tuple[list[dict], list[RefusedRowError]]:
+    """The utterances of a shard, and those that cannot be used. What their headers say of their audio is found true by
+    decoding it, in several threads, unless headers are trusted."""
+
+    def read_line(where: str, line: dict) -> dict | RefusedRowError:
         try:
-            utterance = corpus.utterance(where, line)
-            if utterance["id"] in ids:
-                raise RefusedRowError(where, "id used twice", utterance["id"])
+            return corpus.utterance(where, line)
         except RefusedRowError as error:
-            logger.warning("refused %s", error)
-            refused.append(error)
+            return error
+
+    def hear(where: str, utterance: dict | RefusedRowError) -> dict | RefusedRowError:
+        if isinstance(utterance, dict):
+            try:
+                decode(utterance["audio"])
+            except ValueError as error:
+                return RefusedRowError(where, "unreadable audio", str(error))
+        return utterance
+
+    places, found = [where for where, _ in lines], [read_line(*line) for line in lines]
+    if not trust_headers:
+        with ThreadPoolExecutor(os.cpu_count()) as decoders:
+            found = list(decoders.map(hear, places, found))
+    utterances, refused = {}, []
+    for where, utterance in zip(places, found, strict=True):
+        if isinstance(utterance, dict) and utterance["id"] in utterances:
+            utterance = RefusedRowError(where, "id used twice", utterance["id"])
+        if isinstance(utterance, dict):
+            utterances[utterance["id"]] = utterance
         else:
-            ids.add(utterance["id"])
-            utterances.append(utterance)
-    return utterances, refused
+            logger.warning("refused %s", utterance)
+            refused.append(utterance)
+    return list(utterances.values()), refused
 
 
 def answer(
@@ -143,6 +163,7 @@ def build(
     shard_size: int | None = None,
     filters_off: Collection[str] = (),
     judge_below: int | None = None,
+    trust_headers: bool = False,
     worker: Worker | None = None,
 ) -> Path:
     """Build one split of a set, or go on with it: shards that are there are kept as they are.
@@ -157,6 +178,7 @@ def build(
             1000 rows, or of fewer where a limit would leave few shards for several processes to share.
         filters_off: names in `FILTERS` that drop nothing.
         judge_below: drop responses to which the LLM itself gives less than this, of 1 to 5; not asked if None.
+        trust_headers: whether audio is taken for what its header says, without decoding it once.
         worker: which of the processes this is; the environment says so if None.
 
     Raises:
@@ -181,12 +203,13 @@ def build(
             "shard_size": shard_size,
             "filters_off": sorted(filters_off),
             "judge_below": judge_below,
+            "trust_headers": trust_headers,
             # With a limit the corpus counts as one file: which rows are the first must not depend on the processes.
             "num_files": corpus.num_files if limit is None else 1,
         }
     )
     folder.settle()
-    shards = _my_shards(corpus, folder, worker or Worker.from_environment(), utterances)
+    shards = _my_shards(corpus, folder, worker or Worker.from_environment(), utterances, trust_headers)
     for shard, lines, found, refused in ahead(shards):
         rows = draw_rows(found, draw)
         if limit is not None:  # the last utterance may be asked less than the others
@@ -213,7 +236,7 @@ def _check(
 
 
 def _my_shards(
-    corpus: Corpus, folder: BuildFolder, worker: Worker, limit: int | None
+    corpus: Corpus, folder: BuildFolder, worker: Worker, limit: int | None, trust_headers: bool
 ) -> Iterator[tuple[Shard, int, list[dict], list[RefusedRowError]]]:
     """This process's shards that are still to be written: how many lines they have, the utterances, and those refused.
 
@@ -234,7 +257,7 @@ def _my_shards(
                 break
             shard = Shard(file, chunk)
             if worker.has(file, chunk, num_files) and not folder.is_done(shard):
-                yield shard, len(some), *read(corpus, some)
+                yield shard, len(some), *read(corpus, some, trust_headers)
         folder.end(file, chunk)
 
 

@@ -1,6 +1,8 @@
 """What a corpus is to those who read it: a stream of utterances, and errors that say where they stand."""
 
 import io
+import logging
+import re
 import reprlib
 from collections.abc import Iterator
 
@@ -8,6 +10,9 @@ import numpy as np
 from datasets import Features, Value
 
 from dataset_builders.transcripts import NORMALIZERS
+from processing_lsm import load_audio
+
+logger = logging.getLogger(__name__)
 
 FEATURES = Features(
     {
@@ -25,6 +30,10 @@ COLUMNS = {
     "id": ("id", "utterance_id", "segment_id", "utt_id"),
 }
 _UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile says of FLAC that was written to a pipe
+_STREAMED = 0x7FFF0000  # bytes and more that the header of a WAV promises if it was written to a pipe
+# In libsndfile's log: bytes of samples that WAV, AIFF and AU headers promise, and those that there are.
+_PROMISE = re.compile(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
+_LOST = 0.1  # seconds of an audio file that may be missing: no word of it
 
 
 class RefusedRowError(ValueError):
@@ -33,6 +42,10 @@ class RefusedRowError(ValueError):
     def __init__(self, where: str, reason: str, details: str = ""):
         self.where, self.reason = _printable(where), reason
         super().__init__(_printable(f"{where}: {reason}{': ' if details else ''}{details}"))
+
+
+class UnusedFileError(RefusedRowError):
+    """A file of a corpus that no utterance is of. Builds count it; whoever reads all utterances goes on."""
 
 
 class Corpus:
@@ -115,9 +128,17 @@ class Corpus:
 
     def __iter__(self) -> Iterator[dict]:
         """All utterances; the first that cannot be used ends it with a `RefusedRowError`."""
+        for where, line in self.all_lines():
+            yield self.utterance(where, line)
+
+    def all_lines(self) -> Iterator[tuple[str, dict | RefusedRowError]]:
+        """The lines of all files, for those who read a corpus as a whole. Files that no utterance is of are told."""
         for file in range(self.num_files):
             for where, line in self.lines(file):
-                yield self.utterance(where, line)
+                if isinstance(line, UnusedFileError):
+                    logger.warning("not used: %s", line)
+                else:
+                    yield where, line
 
 
 def choose_columns(there: list[str], told: dict[str, str], corpus: str) -> dict[str, str]:
@@ -145,7 +166,7 @@ def duration_of(audio: dict) -> float:
     """Seconds of an audio file given as `{"bytes", "path"}`, from its header.
 
     Raises:
-        ValueError: the file cannot be read, holds no samples, or does not say how many.
+        ValueError: the file cannot be read, holds no samples, does not say how many, or is shorter than it says.
     """
     import soundfile
 
@@ -159,7 +180,29 @@ def duration_of(audio: dict) -> float:
         raise ValueError(f"{audio.get('path') or 'the audio'} has no samples; expected speech.")
     if info.frames == _UNKNOWN_LENGTH:
         raise ValueError(f"{audio.get('path') or 'the audio'} does not say how long it is; write it to a file anew.")
-    return info.frames / info.samplerate
+    seconds = info.frames / info.samplerate
+    if promise := _PROMISE.search(info.extra_info):
+        said, there = map(int, promise.groups())
+        if said < _STREAMED:
+            _check_whole(audio, seconds, seconds * said / max(there, 1))
+    return seconds
+
+
+def decode(audio: dict, rate: int = 16_000) -> np.ndarray:
+    """The waveform `(samples,)` float32 at `rate` Hz of an audio file given as `{"bytes", "path"}`.
+
+    Raises:
+        ValueError: as in `load_audio`, or the file ends before its header says.
+    """
+    waveform = load_audio(audio, target_rate=rate)
+    _check_whole(audio, len(waveform) / rate, duration_of(audio))
+    return waveform
+
+
+def _check_whole(audio: dict, seconds: float, promised: float) -> None:
+    if seconds < promised - _LOST:
+        name = audio.get("path") or "the audio"
+        raise ValueError(f"{name} is cut off: it has {seconds:.2f} of the {promised:.2f} s that its header promises.")
 
 
 def _printable(text: str) -> str:

@@ -20,7 +20,7 @@ _COLUMNS = """\
 | column | meaning |
 |---|---|
 | `id` | source, utterance and task |
-| `audio` | the corpus's own file, byte for byte |
+| `audio` | the corpus's own file, byte for byte, not decoded; `cast_column("audio", Audio(16_000))` has it decoded |
 | `transcript` | what was said, as the LLM read it |
 | `task` | what kind of instruction |
 | `instruction` | the wording |
@@ -243,6 +243,8 @@ def rebuild_command(settings: dict) -> str:
     parts += ["--tasks", *(f"{task}={weight}" for task, weight in draw["weights"].items())]
     if draw["languages"]:
         parts += ["--languages", *draw["languages"]]
+    if settings.get("trust_headers"):
+        parts.append("--trust-headers")
     if settings["filters_off"]:
         parts += ["--filters-off", *settings["filters_off"]]
     return shlex.join([*parts, "--output", "OUTPUT"])

@@ -10,10 +10,12 @@ import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_builders.corpus import Corpus, RefusedRowError, choose_columns
+from dataset_builders.corpus import Corpus, RefusedRowError, UnusedFileError, choose_columns
 
 MANIFESTS = (".jsonl", ".json", ".csv", ".tsv")
-AUDIO_FILES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
+AUDIO_FILES = (".flac", ".wav", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf", ".sph", ".w64")
+OTHER_AUDIO = (".m4a", ".aac", ".mp4", ".webm", ".wma", ".amr", ".3gp", ".mka")  # which soundfile does not read
+DOCUMENTS = ("readme", "license", "licence", "notice")  # texts of no clip
 FIRST_LINES = 100  # they show which columns there are
 CUT = "cut the audio into utterances first"
 # What is not UTF-8 is kept as it is, so that its line alone is refused.
@@ -95,7 +97,8 @@ class ManifestCorpus(FileCorpus):
 class AudioFolder(FileCorpus):
     """A folder of audio files with their texts beside them, in any of the three customs.
 
-    If it has a folder named like the split, that is what is read: the others are other splits.
+    If it has a folder named like the split, that is what is read: the others are other splits. What is there and no
+    utterance is of, a clip that no line names or a text without a clip, comes last, as `UnusedFileError`s.
     """
 
     expected = (
@@ -104,13 +107,21 @@ class AudioFolder(FileCorpus):
     )
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:
-        tables = self._find("metadata.jsonl") or self._find("metadata.csv")
-        if tables:
-            return itertools.chain.from_iterable(map(self._metadata_lines, tables))
-        transcripts = self._find("*.trans.txt")
-        if transcripts:
-            return itertools.chain.from_iterable(map(self._chapter_lines, transcripts))
-        return self._sidecar_lines()
+        tables, read = self._find("metadata.jsonl") or self._find("metadata.csv"), self._metadata_lines
+        if not tables:
+            tables, read = self._find("*.trans.txt"), self._chapter_lines
+        if not tables:
+            yield from self._sidecar_lines()
+            return
+        named = set()
+        for where, line in itertools.chain.from_iterable(map(read, tables)):
+            texts = line.values() if isinstance(line, dict) else ()
+            named.update(os.path.normpath(self.data_root / text) for text in texts if _is_audio(text))
+            yield where, line
+        for file in filter(_is_audio, self._find("*")):
+            if os.path.abspath(file) not in named:
+                name = str(file.relative_to(self.path))
+                yield name, UnusedFileError(name, "not listed", f"no line of {tables[0].name} or its like names it")
 
     def _find(self, pattern: str) -> list[Path]:
         part = self.path / self.split
@@ -134,20 +145,31 @@ class AudioFolder(FileCorpus):
                 yield where, {"id": id, "audio": str(folder / f"{id}.flac"), "text": text}
 
     def _sidecar_lines(self) -> Iterator[tuple[str, dict | RefusedRowError]]:
-        for audio in (file for file in self._find("*") if file.suffix.lower() in AUDIO_FILES):
-            name, text = str(audio.relative_to(self.path)), audio.with_suffix(".txt")
-            if text.is_file():
+        files = self._find("*")
+        clips = {file.with_suffix("") for file in filter(_is_audio, files)}
+        for file in filter(_is_audio, files):
+            name, text = str(file.relative_to(self.path)), file.with_suffix(".txt")
+            if file.suffix.lower() in OTHER_AUDIO:
+                details = f"{file.suffix} is not read; convert it to one of {', '.join(AUDIO_FILES)}"
+                yield name, RefusedRowError(name, "unreadable audio", details)
+            elif text.is_file():
                 yield name, {"file_name": name, "transcript": text.read_text(**TEXT)}
             else:
                 yield name, RefusedRowError(name, "no transcript", f"there is no {text.name} beside it")
+        for file in files:
+            of_clip = file.with_suffix("") in clips or file.stem.lower() in DOCUMENTS
+            if file.suffix.lower() == ".txt" and not of_clip:
+                name = str(file.relative_to(self.path))
+                yield name, UnusedFileError(name, "no audio", "there is no audio file of its name beside it")
+
+
+def _is_audio(path: object) -> bool:
+    return isinstance(path, (str, Path)) and str(path).lower().endswith((*AUDIO_FILES, *OTHER_AUDIO))
 
 
 def is_audio_folder(folder: Path) -> bool:
     names = ("metadata.jsonl", "metadata.csv")
-    return any(
-        file.name in names or file.name.endswith(".trans.txt") or file.suffix.lower() in AUDIO_FILES
-        for file in folder.rglob("*")
-    )
+    return any(file.name in names or file.name.endswith(".trans.txt") or _is_audio(file) for file in folder.rglob("*"))
 
 
 def _table_lines(text: io.TextIOBase, suffix: str, name: str) -> Iterator[tuple[str, dict | RefusedRowError]]:

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 from datasets import (
-    Audio,
     BuilderConfig,
     Dataset,
     DatasetInfo,
@@ -95,6 +94,7 @@ class BuildArguments:
         default_factory=list, metadata={"help": f"Names of filters that drop nothing: {', '.join(FILTERS)}."}
     )
     judge_below: int | None = _option(None, "Drop what the LLM itself scores below this, of 1 to 5.")
+    trust_headers: bool = _option(False, "Take audio for what its header says, without decoding it once.")
     shard_size: int | None = _option(None, f"Utterances written at a time; by default those of {SHARD_ROWS} rows.")
 
     def open_corpus(self) -> Corpus:
@@ -140,6 +140,7 @@ class BuildArguments:
             shard_size=self.shard_size,
             filters_off=self.filters_off,
             judge_below=self.judge_below,
+            trust_headers=self.trust_headers,
         )
 
 
@@ -152,10 +153,7 @@ class SelfPoweredConfig(BuilderConfig, BuildArguments):
 
 class SelfPoweredBuilder(GeneratorBasedBuilder):
     """A self-powered set as a `datasets` builder: `SelfPoweredBuilder(corpus="nano", llm="assets/nano/llm")`, then
-    `download_and_prepare()` and `as_dataset("train")`. Goes on with a build that was killed.
-
-    Streamed, its `audio` is the bytes and the path: `datasets` would need torchcodec to say that they are audio.
-    """
+    `download_and_prepare()` and `as_dataset("train")`. Goes on with a build that was killed."""
 
     BUILDER_CONFIG_CLASS = SelfPoweredConfig
 
@@ -175,7 +173,7 @@ class SelfPoweredBuilder(GeneratorBasedBuilder):
                 yield from ((row["id"], row) for row in batch.to_pylist())
 
     def _as_dataset(self, *args, **kwargs) -> Dataset:
-        return super()._as_dataset(*args, **kwargs).cast_column("audio", Audio(16_000))
+        return super()._as_dataset(*args, **kwargs).cast_column("audio", FEATURES["audio"])
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from configuration_lsm import num_positions
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
@@ -100,7 +101,7 @@ def text_processor(llm: str | Path) -> LsmProcessor:
 
 def context_of(config: AutoConfig) -> int | None:
     """Positions that the LLM has, None if its configuration does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return num_positions(config.get_text_config())
 
 
 def kv_bytes_per_token(config: AutoConfig, itemsize: int) -> int:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from configuration_lsm import num_encoder_frames
 from dataset_builders.asr_corpora import open_corpus
+from dataset_builders.corpus import decode
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor, load_audio
 
@@ -30,6 +31,23 @@ def audio_key(audio: dict) -> str:
     """What names a clip in a store: the hash of its file's bytes."""
     content = audio["bytes"] if audio.get("bytes") is not None else Path(audio["path"]).read_bytes()
     return hashlib.sha256(content).hexdigest()[:32]
+
+
+def load_clip(row: dict, use: str = "heard", rate: int = 16_000) -> np.ndarray:
+    """The waveform `(samples,)` float32 at `rate` Hz of a row's `audio`: a file's, or whatever `load_audio` takes.
+
+    Raises:
+        ValueError: names the row that has a clip which cannot be read, or is cut off, and says what to do.
+    """
+    audio = row["audio"]
+    try:
+        of_file = isinstance(audio, dict) and "array" not in audio
+        return decode(audio, rate) if of_file else load_audio(audio, target_rate=rate)
+    except ValueError as error:
+        raise ValueError(
+            f"row {row.get('id')!r} has a clip that cannot be {use}: {str(error).rstrip('.')}. Leave the row out, or "
+            "mend its file and build the set again; without --trust-headers a build leaves such files out."
+        ) from error
 
 
 class AudioFeatureStore:
@@ -104,7 +122,7 @@ def _write(folder: Path, model, processor: LsmProcessor, audio: Iterable[dict], 
 
 
 def _load(clip: dict, key: str, processor: LsmProcessor) -> np.ndarray:
-    waveform = load_audio(clip)
+    waveform = load_clip({"id": clip.get("id") or clip.get("path") or key, "audio": clip})
     if len(processor.chunk_lengths(len(waveform))) > 1:
         raise ValueError(
             f"{clip.get('path') or key} is {len(waveform) / 16_000:.1f} s long; stored features take clips of one "
@@ -133,7 +151,8 @@ def _encode(file, clips: dict, span: dict[str, np.ndarray], model, processor: Ls
 
 def store_features(folder: str, dataset, model, processor) -> tuple[AudioFeatureStore, object]:
     """The tower's output for all clips, and the rows with `audio_key` instead of their audio."""
-    clips = (row["audio"] for row in dataset.select_columns("audio") if row["audio"])
+    rows = dataset.select_columns(sorted({"id", "audio"} & set(dataset.column_names)))
+    clips = ({**row["audio"], "id": row.get("id")} for row in rows if row["audio"])
     store = AudioFeatureStore.build(folder, model, processor, clips)
     dataset = dataset.map(lambda row: {"audio_key": row["audio"] and audio_key(row["audio"])}, remove_columns="audio")
     if missing := sum(key is not None and key not in store for key in dataset["audio_key"]):

@@ -54,7 +54,7 @@ class Conversation:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--audio", help="audio file: any rate, mono or stereo, any length")
+    parser.add_argument("--audio", help="audio file or URL: any rate, mono or stereo")
     parser.add_argument("--instruction", action="append", help="ask this and stop; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     args = parser.parse_args()

@@ -6,8 +6,8 @@ from itertools import compress
 
 import torch
 
-from processing_lsm import LsmProcessor, load_audio
-from recipes.audio_features import AudioFeatureStore
+from processing_lsm import LsmProcessor
+from recipes.audio_features import AudioFeatureStore, load_clip
 
 LEAST_SHARED = 64  # tokens that must not be read again, to pay for calling the LLM twice
 
@@ -127,13 +127,6 @@ class SpeechResponseCollator:
         if self.store is not None:
             keys = [row["audio_key"] for row in rows]
             return self.store.batch(keys), [self.store.num_samples(key) for key in keys]
-        clips = [self._load(row) for row in rows]
+        clips = [load_clip(row, "learned from") for row in rows]
         features = self.processor.audio_features(clips)
         return {name: torch.from_numpy(value) for name, value in features.items()}, [len(clip) for clip in clips]
-
-    @staticmethod
-    def _load(row: dict):
-        try:
-            return load_audio(row["audio"])
-        except ValueError as error:
-            raise ValueError(f"row {row.get('id')!r} has a clip that cannot be learned from: {error}") from error

@@ -23,8 +23,7 @@ from transformers.utils import find_adapter_config_file, is_mistral_common_avail
 
 from dataset_builders.exchange import Reply
 from dataset_builders.text_llm import make_room, text_processor
-from processing_lsm import load_audio
-from recipes.audio_features import AudioFeatureStore, audio_key
+from recipes.audio_features import AudioFeatureStore, audio_key, load_clip
 from recipes.collator import render_prompt, render_response
 
 HEARD = ("audio", "silence", "transcript")
@@ -89,7 +88,7 @@ class SpeechLLM:
 
     def clips(self, rows: Sequence[dict], hear: str) -> list[np.ndarray]:
         """16 kHz waveforms, `(samples,)` float32."""
-        clips = [load_audio(row["audio"]) for row in rows]
+        clips = [load_clip(row) for row in rows]
         return [np.zeros_like(clip) for clip in clips] if hear == "silence" else clips
 
     def spans(self, row: dict, hear: str) -> list[tuple[int, str]]:

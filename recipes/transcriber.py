@@ -8,7 +8,7 @@ from transformers import AutoConfig, pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
 from dataset_builders.exchange import Reply
-from processing_lsm import load_audio
+from recipes.audio_features import load_clip
 from recipes.speech_llm import SpeechLLM, base_of, load
 
 CHUNK = 30  # seconds: Whisper's own, and what CTC models have memory for
@@ -36,7 +36,7 @@ class Transcriber:
         if hear != "audio":
             raise ValueError(f"{self.name} recognises speech; it cannot hear {hear!r}.")
         rate = self.pipe.feature_extractor.sampling_rate
-        clips = [{"raw": load_audio(row["audio"], target_rate=rate), "sampling_rate": rate} for row in rows]
+        clips = [{"raw": load_clip(row, rate=rate), "sampling_rate": rate} for row in rows]
         found = self.pipe(clips, batch_size=batch_size, chunk_length_s=CHUNK)
         return [Reply(one["text"].strip()) for one in found]
 

@@ -1,9 +1,18 @@
 import json
+from pathlib import Path
 
 import pytest
-from transformers import Blip2QFormerConfig, LlamaConfig, WhisperConfig
+from transformers import Blip2QFormerConfig, GPT2Config, LlamaConfig, MambaConfig, WhisperConfig
 
-from configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, num_mel_frames, window_layout
+from configuration_lsm import (
+    LsmConfig,
+    num_audio_tokens,
+    num_encoder_frames,
+    num_mel_frames,
+    num_positions,
+    seconds_that_fit,
+    window_layout,
+)
 
 
 def test_defaults_are_the_papers():
@@ -97,3 +106,50 @@ def test_the_configuration_of_another_family_is_refused(llm_dir, whisper_dir):
     for folder, family in ((llm_dir, "llama"), (whisper_dir, "whisper")):
         with pytest.raises(ValueError, match=f"'{family}' model, not of an LSM"):
             LsmConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "rope", "positions"),
+    [
+        (LlamaConfig, None, 4096),
+        (LlamaConfig, {"rope_type": "linear", "factor": 4.0}, 4 * 4096),  # Vicuna v1.5 16k
+        (LlamaConfig, {"rope_type": "dynamic", "factor": 2.0}, 2 * 4096),
+        (LlamaConfig, {"rope_type": "yarn", "factor": 4.0}, 4 * 4096),  # as Qwen documents it
+        (LlamaConfig, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096),
+        (
+            LlamaConfig,
+            {
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "original_max_position_embeddings": 2048,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+            4096,
+        ),
+        (GPT2Config, None, 4096),
+        (MambaConfig, None, None),
+    ],
+)
+def test_positions_are_counted_as_they_are_stretched(config, rope, positions):
+    limit = {} if config is MambaConfig else {"max_position_embeddings": 4096}
+    theta = {"rope_parameters": {"rope_theta": 10_000.0, **rope}} if rope else {}
+    assert num_positions(config(**limit, **theta)) == positions
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mode", "seconds"), [(89, "fixed", 30), (88, "fixed", 29), (90, "proportional", 30)]
+)
+def test_what_fits_is_what_is_counted(tokens, mode, seconds):
+    windows = {"window_frames": 17, "window_mode": mode, "queries_per_window": 1}
+    assert seconds_that_fit(tokens, **windows) == seconds
+    assert num_audio_tokens([50 * seconds], **windows)[0] <= tokens
+    assert seconds_that_fit(-tokens, **windows) == 0
+
+
+def test_readme_says_how_long_fits():
+    """Beside a prompt and an answer of 300 tokens."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for positions, frames in ((2048, 8), (4096, 8), (4096, 17)):
+        seconds = seconds_that_fit(positions - 300, window_frames=frames, window_mode="fixed", queries_per_window=1)
+        assert f"{seconds // 60} min" in readme

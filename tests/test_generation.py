@@ -7,9 +7,10 @@ import pytest
 import torch
 import transformers
 from packaging import version
-from transformers import CompileConfig, TextIteratorStreamer, pipeline
+from transformers import CompileConfig, DynamicCache, TextIteratorStreamer, pipeline
 from transformers.utils import is_librosa_available
 
+from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import AUDIO_TOKEN
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -65,7 +66,9 @@ def test_clips_heard_and_unheard_do_not_mix(lsm, processor, clip):
 
 
 @torch.no_grad()
-def test_half_an_hour_in_one_prompt(lsm, processor, clip):
+def test_half_an_hour_in_one_prompt(lsm_dir, processor, clip):
+    lsm = LsmForConditionalGeneration.from_pretrained(lsm_dir).eval()
+    lsm.config.text_config.max_position_embeddings = 8192
     lecture = clip(30 * 60)
     inputs = ask(processor, [lecture], ["what is said?"])
     assert inputs["input_features"].shape == (60, 80, 3000)
@@ -75,6 +78,35 @@ def test_half_an_hour_in_one_prompt(lsm, processor, clip):
     heard = lsm.get_audio_features(inputs["input_features"], inputs["input_features_mask"]).pooler_output
     alone = lsm.get_audio_features(**processor(audio=lecture[-30 * 16_000 :], return_tensors="pt")).pooler_output
     torch.testing.assert_close(heard[-89:], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
+def test_more_speech_than_positions_is_refused_before_it_is_heard(lsm, processor, clip, settings, monkeypatch):
+    monkeypatch.setattr(lsm.model.audio_tower, "forward", lambda *_, **__: pytest.fail("encoded"))
+    inputs = ask(processor, [clip(800)], ["what is said?"])
+    tokens, speech = inputs["input_ids"].shape[1], int((inputs["input_ids"] == processor.audio_token_id).sum())
+    fits = (2048 - tokens + speech) * 30 // 89
+    message = f"takes {tokens} tokens, {speech} of them speech, but the LLM has 2048 positions; {fits} s of speech fit"
+    with pytest.raises(ValueError, match=message):
+        lsm.generate(**inputs, **GREEDY, **settings)
+    with pytest.raises(ValueError, match=message):
+        lsm(**inputs)
+    inputs = ask(processor, [clip(fits)], ["what is said?"])
+    assert 2040 < inputs["input_ids"].shape[1] <= 2048
+
+
+@torch.no_grad()
+def test_padding_has_no_position_and_an_answer_ends_at_the_last(lsm, processor):
+    inputs = ask(processor, [None], ["what is said?"])
+    padding = torch.zeros(1, 2048, dtype=torch.long)
+    padded = {name: torch.cat([padding, value], dim=1) for name, value in inputs.items()}
+    torch.testing.assert_close(lsm(**padded).logits[:, -1], lsm(**inputs).logits[:, -1], atol=1e-4, rtol=0)
+    full = {name: value.repeat(1, 2040)[:, :2040] for name, value in inputs.items()}
+    assert lsm.generate(**full, max_new_tokens=60, min_new_tokens=60).shape == (1, 2048)
+    embeds = lsm.get_input_embeddings()(full["input_ids"])
+    assert lsm.generate(inputs_embeds=embeds, max_new_tokens=60, min_new_tokens=60).shape == (1, 8)
+    with pytest.raises(ValueError, match="takes 2049 tokens, 0 of them speech"):
+        lsm(inputs_embeds=torch.zeros(1, 2049, 48))
 
 
 @torch.no_grad()
@@ -98,6 +130,74 @@ def test_a_conversation_of_several_turns_and_clips(lsm, processor, clip):
 
 
 # Search, cache, front end
+
+
+def with_embeds(lsm, inputs):
+    """The prompt as embeddings, those of the speech among them."""
+    ids, embeds = inputs["input_ids"], lsm.get_input_embeddings()(inputs["input_ids"])
+    if "input_features" in inputs:
+        speech = lsm.get_audio_features(inputs["input_features"], inputs["input_features_mask"]).pooler_output
+        embeds = embeds.masked_scatter((ids == lsm.config.audio_token_id)[..., None], speech)
+    return {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+
+
+WAYS = {
+    "greedy": {},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "samples": {"do_sample": True, "top_k": 1, "num_return_sequences": 2},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+    "no cache": {"use_cache": False},
+    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "guidance": {"guidance_scale": 1.5},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heard", [True, False])
+@pytest.mark.parametrize("way", ["greedy", "beams", "samples", "static cache", "no cache"])  # the others read ids
+def test_embeddings_are_a_prompt_as_ids_are(lsm, processor, clip, heard, way):
+    inputs = ask(processor, [clip(0.6, 1), clip(33, 2)] if heard else [None] * 2)
+    expected = new_tokens(inputs, lsm.generate(**inputs, **GREEDY | WAYS[way]))
+    embeds = with_embeds(lsm, inputs)
+    assert torch.equal(lsm.generate(**embeds, **GREEDY | WAYS[way]), expected)
+    both = lsm.generate(input_ids=inputs["input_ids"], **embeds, **GREEDY | WAYS[way])
+    assert torch.equal(new_tokens(inputs, both), expected)
+    with pytest.raises(ValueError, match="Audio needs `input_ids`"):
+        lsm.generate(**embeds, input_features=torch.zeros(1, 80, 100), **GREEDY)
+
+
+@pytest.mark.parametrize("heard", [True, False])
+@pytest.mark.parametrize("draft", ["prompt", "model"])
+def test_a_draft_changes_no_word(lsm, lsm_dir, processor, clip, heard, draft):
+    """A draft by a model hears the clip, too."""
+    inputs = ask(processor, [clip(1.3) if heard else None], ["what is said?"])
+    expected = lsm.generate(**inputs, **GREEDY)
+    settings = {"prompt_lookup_num_tokens": 3}
+    if draft == "model":
+        settings = {"assistant_model": LsmForConditionalGeneration.from_pretrained(lsm_dir).eval()}
+    assert torch.equal(lsm.generate(**inputs, **GREEDY, **settings), expected)
+
+
+@pytest.mark.parametrize("audio_again", [True, False])
+def test_a_cache_is_gone_on_from(lsm, processor, clip, audio_again):
+    inputs, cache = ask(processor, [clip(1.3)], ["what is said?"]), DynamicCache()
+    ids = lsm.generate(**inputs, **GREEDY, past_key_values=cache)
+    ids = torch.cat([ids, inputs["input_ids"][:, -3:]], dim=1)
+    more = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = lsm.generate(**more, **GREEDY)
+    if not audio_again:
+        more = {name: more[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(lsm.generate(**more, **GREEDY, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_of_every_way_are_of_its_tokens(lsm, processor, clip, way):
+    inputs = ask(processor, [clip(0.6, 1), clip(3.3, 2)])
+    found = lsm.generate(**inputs, **GREEDY | WAYS[way], return_dict_in_generate=True, output_scores=True)
+    beams = found.get("beam_indices")
+    scores = lsm.compute_transition_scores(found.sequences, found.scores, beams, normalize_logits=True)
+    assert scores.shape[0] == found.sequences.shape[0]
+    assert torch.isfinite(scores).all()
 
 
 def test_beams_of_a_batch_are_those_of_each(lsm, processor, clip):

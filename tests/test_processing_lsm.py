@@ -1,9 +1,12 @@
+import base64
 import copy
 import functools
 import io
 import json
 import threading
+import traceback
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,23 @@ def wav_bytes(waveform, rate, subtype="PCM_16"):
     buffer = io.BytesIO()
     soundfile.write(buffer, waveform, rate, format="WAV", subtype=subtype)
     return buffer.getvalue()
+
+
+def read_before(content):
+    """A file whose position is at its end."""
+    file = io.BytesIO(content)
+    file.read()
+    return file
+
+
+class Decoder:
+    """What `datasets` gives where torchcodec is installed, as far as it is used."""
+
+    def __init__(self, data, sample_rate):
+        self.data, self.sample_rate = data, sample_rate
+
+    def get_all_samples(self):
+        return self
 
 
 # Audio in
@@ -44,20 +64,63 @@ def test_the_same_clip_however_it_comes(clip, tmp_path):
     sources = {
         "int16": integers,
         "int32": integers.astype(np.int32) << 16,
+        "int16 widened to int32": integers.astype(np.int32),
+        "int16 widened to int64": torch.from_numpy(integers).long(),
+        "list of integers": integers.tolist(),
         "float64": expected.astype(np.float64),
         "list": expected.tolist(),
-        "tensor": torch.from_numpy(expected),
+        "tensor": torch.from_numpy(expected).requires_grad_(),
         "stereo (samples, channels)": np.stack([expected, expected], axis=1),
         "stereo (channels, samples)": np.stack([expected, expected]),
         "path": path,
         "string": str(path),
         "bytes": path.read_bytes(),
+        "file in memory": io.BytesIO(path.read_bytes()),
+        "file read before": read_before(path.read_bytes()),
+        "data URI": f"data:audio/wav;base64,{base64.b64encode(path.read_bytes()).decode()}",
         "datasets array": {"array": expected, "sampling_rate": 16_000},
         "datasets bytes": {"bytes": path.read_bytes(), "path": None},
         "datasets path": {"bytes": None, "path": str(path)},
+        "datasets decoder": Decoder(torch.from_numpy(np.stack([expected, expected])), 16_000),
     }
     for name, source in sources.items():
         np.testing.assert_allclose(load_audio(source), expected, atol=1e-6, err_msg=name)
+    with open(path, "rb") as file:
+        np.testing.assert_allclose(load_audio(file), expected, atol=1e-6)
+    halved = torch.from_numpy(expected).bfloat16()
+    np.testing.assert_array_equal(load_audio(halved), halved.float().numpy())
+
+
+def test_a_decoder_carries_its_rate(clip):
+    assert load_audio(Decoder(torch.from_numpy(clip(0.5))[None], 8_000)).shape == (16_000,)
+
+
+@pytest.mark.parametrize("peak", [1e-4, 1, 1.5, 10])
+def test_floats_may_be_quiet_or_above_full_scale(peak):
+    """Resampling overshoots, float files may be hot, and a clip may be all but silent."""
+    tone = peak * np.sin(np.arange(1600), dtype=np.float32)
+    np.testing.assert_array_equal(load_audio(tone), tone)
+    np.testing.assert_array_equal(load_audio(wav_bytes(tone, 16_000, "FLOAT")), tone)
+
+
+TONE = 20_000 * np.sin(np.arange(1600))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (TONE.astype(np.float32), r"up to 1\d{4}.*expected in \[-1, 1\].*32768"),
+        (TONE.tolist(), r"expected in \[-1, 1\]"),
+        (torch.from_numpy(TONE / 256), r"up to 78.*expected in \[-1, 1\]"),  # 8-bit scale
+        (wav_bytes(TONE, 16_000, "FLOAT"), r"expected in \[-1, 1\]"),
+        ((TONE * 2**40).astype(np.int64), "no PCM; expected uint8, int16 or int32"),
+        ((TONE + 30_000).astype(np.uint32), "as uint32 are no PCM"),
+    ],
+)
+def test_samples_of_another_scale_are_refused(source, message):
+    """They would give fluent answers to what nobody said."""
+    with pytest.raises(ValueError, match=message):
+        load_audio(source)
 
 
 def test_stereo_is_averaged_and_files_carry_their_rate():
@@ -76,7 +139,13 @@ def test_stereo_is_averaged_and_files_carry_their_rate():
         (np.array([0.1, np.inf]), "NaN or infinite"),
         (b"not audio at all", "Cannot read"),
         (b"", "Cannot read"),
-        ("no/such/file.wav", "no/such/file.wav"),
+        ("no/such/file.wav", "no/such/file.wav as audio: the file does not exist"),
+        (Path("no/such/file.wav"), "does not exist"),
+        (str(Path(__file__).parent), "Is a directory"),
+        (io.StringIO("text"), "text mode"),
+        (io.BytesIO(b"not audio"), "Cannot read the given BytesIO as audio: Format not recognised"),
+        ("data:audio/wav;base64,AAAA", "Cannot read the data URI"),
+        ({"samples": [0.1], "rate": 16_000}, r"got a dict of \['samples', 'rate'\]"),
         (wav_bytes(np.zeros(100), 16_000)[:20], "Cannot read"),
         (wav_bytes(np.zeros(0), 16_000), "empty"),
         (np.zeros((2, 3, 4)), "axes"),
@@ -88,6 +157,15 @@ def test_stereo_is_averaged_and_files_carry_their_rate():
 def test_unusable_audio_is_refused(source, message):
     with pytest.raises(ValueError, match=message):
         load_audio(source)
+
+
+@pytest.mark.parametrize("prefix", ["", "data:audio/wav;base64,", "http://127.0.0.1:1/", "http://a b/"])
+def test_an_error_never_repeats_the_content(prefix):
+    content = "QUJD" * 100_000
+    for source in (prefix + content, content.encode(), io.BytesIO(content.encode()), [content], {"bytes": [content]}):
+        with pytest.raises(ValueError, match=".") as caught:
+            load_audio(source)
+        assert len("".join(traceback.format_exception(caught.value))) < 5_000
 
 
 def test_a_rate_of_zero_is_refused():
@@ -164,6 +242,70 @@ def test_audio_alone_gives_features_alone(processor, clip):
     assert inputs["input_features_mask"].sum(-1).tolist() == [50, 100]
     with pytest.raises(ValueError, match="Without text"):
         processor()
+
+
+# Keywords
+
+
+def chat(processor, audio, **kwargs):
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"} | kwargs
+    return processor.apply_chat_template(processor.conversation("What is said?", audio=audio), **settings)
+
+
+def test_the_rate_is_obeyed_wherever_it_is_given(processor, clip):
+    audio = clip(0.5)
+    ways = [{"sampling_rate": 8_000}, {"audio_kwargs": {"sampling_rate": 8_000}}]
+    ways += [{"common_kwargs": {"sampling_rate": 8_000}}]
+    for way in ways:
+        text = processor(text=AUDIO_TOKEN, audio=audio, return_tensors="pt", **way)
+        alone = processor(audio=audio, return_tensors="pt", **way)
+        inputs = [text, alone, chat(processor, audio, **way), chat(processor, audio, processor_kwargs=way)]
+        assert [each["input_features_mask"].sum().item() for each in inputs] == [100] * 4, way
+    assert chat(processor, load_audio(audio, 8_000))["input_features_mask"].sum() == 100
+
+
+def test_what_the_tokenizer_takes_is_obeyed_wherever_it_is_given(processor, clip):
+    batch = {"text": [AUDIO_TOKEN, AUDIO_TOKEN + " and more"], "audio": [clip(0.5)] * 2}
+    for way in ({"padding_side": "right"}, {"text_kwargs": {"padding_side": "right"}}):
+        assert processor(**batch, return_tensors="pt", **way)["attention_mask"][0].tolist()[-1] == 0
+    tensors = {"common_kwargs": {"return_tensors": "pt"}}
+    assert torch.is_tensor(processor(**batch, **tensors)["input_ids"])
+    assert torch.is_tensor(processor(audio=clip(0.5), **tensors)["input_features"])
+    own = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ mood }}"
+    assert processor.apply_chat_template(processor.conversation("Hi."), chat_template=own, mood="glad").endswith("glad")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "named"),
+    [
+        ({"sample_rate": 8_000}, "`sample_rate`"),
+        ({"audio_kwargs": {"max_length": 10, "padding": True}}, "`max_length`, `padding`"),
+        ({"text_kwargs": {"pading": True}}, "`pading`"),
+        ({"common_kwargs": {"device": "cpu"}}, "`device`"),
+        ({"load_audio_backend": "soundfile"}, "`load_audio_backend`"),
+        ({"images": [np.zeros((3, 4, 4))]}, "`images`"),
+        ({"images_kwargs": {"do_resize": True}}, "`images_kwargs`"),
+        ({"sampling_rate": 8_000, "audio_kwargs": {"sampling_rate": 16_000}}, "`sampling_rate` was given twice"),
+    ],
+)
+def test_keywords_without_effect_are_refused_by_name(processor, clip, keywords, named):
+    audio = clip(0.1)
+    for call in (
+        lambda: processor(text=AUDIO_TOKEN, audio=audio, **keywords),
+        lambda: processor(audio=audio, **keywords),
+        lambda: chat(processor, audio, processor_kwargs=keywords),
+        lambda: chat(processor, audio, **keywords),
+        lambda: chat(processor, audio, tokenize=False, **keywords),
+    ):
+        with pytest.raises(ValueError, match=named):
+            call()
+
+
+def test_keywords_of_text_need_text_and_tools_a_template_that_names_them(processor, clip):
+    with pytest.raises(ValueError, match="Without text, `padding_side`"):
+        processor(audio=clip(0.1), padding_side="left")
+    with pytest.raises(ValueError, match="`tools`"):
+        chat(processor, clip(0.1), tools=[{"name": "f"}])
 
 
 # Features

@@ -134,9 +134,8 @@ class Source:
 
     def lines(self) -> Iterator[Line]:
         """All lines of all files."""
-        for file in range(self.corpus.num_files):
-            for where, line in self.corpus.lines(file):
-                yield where, self._complete(line) if isinstance(line, dict) else line
+        for where, line in self.corpus.all_lines():
+            yield where, self._complete(line) if isinstance(line, dict) else line
 
     def _complete(self, line: dict) -> dict:
         named = {
@@ -203,10 +202,9 @@ def _data_root(data: Data) -> str | None:
 def _texts(corpus: Corpus) -> dict[str, str]:
     """Sentence id -> what is said; the audio of that language is passed over."""
     column, texts = corpus.columns["transcript"], {}
-    for file in range(corpus.num_files):
-        for where, line in corpus.lines(file):
-            if isinstance(line, dict) and "id" not in line:
-                raise ValueError(f"{corpus.source} {where} has no sentence 'id'; there are {sorted(line)}.")
-            if isinstance(line, dict) and line.get(column):
-                texts.setdefault(str(line["id"]), " ".join(line[column].split()))
+    for where, line in corpus.all_lines():
+        if isinstance(line, dict) and "id" not in line:
+            raise ValueError(f"{corpus.source} {where} has no sentence 'id'; there are {sorted(line)}.")
+        if isinstance(line, dict) and line.get(column):
+            texts.setdefault(str(line["id"]), " ".join(line[column].split()))
     return texts

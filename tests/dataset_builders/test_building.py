@@ -5,6 +5,7 @@ import time
 from collections import Counter
 
 import pytest
+from corpus_files import clip, json_lines, write
 from datasets import Audio, load_dataset
 
 from dataset_builders.asr_corpora import load_corpus, open_corpus
@@ -14,6 +15,7 @@ from dataset_builders.exchange import Reply
 from dataset_builders.instructions import TRANSCRIPTION, Draw, load_pool
 from dataset_builders.responders import LocalResponder
 from dataset_builders.shards import BuildFolder, Worker
+from processing_lsm import load_audio
 
 COLUMNS = ["id", "audio", "transcript", "task", "instruction", "response", "duration", "source", "responder"]
 
@@ -125,9 +127,14 @@ def test_load_dataset_reads_all_and_every_task(built):
         assert (len(part), {row["task"] for row in part}) == (count, {task})
 
 
-def test_streaming_reads_the_same(built):
-    stream = load_dataset(str(built), "all", split="train", streaming=True).cast_column("audio", Audio(decode=False))
-    assert list(stream) == rows_of(built)
+@pytest.mark.parametrize("streaming", [True, False])
+def test_rows_are_read_as_they_come_without_torchcodec(built, streaming):
+    """README's own line: the audio is a file that `load_audio` takes."""
+    rows = load_dataset(str(built), "all", split="train", streaming=streaming)
+    assert list(rows) == rows_of(built)
+    row = next(iter(rows))
+    assert len(load_audio(row["audio"])) == round(16_000 * row["duration"])
+    assert next(iter(rows.map(lambda row: {"id": "x"})))["audio"] == row["audio"]
 
 
 def test_the_columns_are_the_contract(built):
@@ -245,6 +252,22 @@ def test_utterances_that_cannot_be_used_are_told_and_counted(manifest, backwards
     assert "utterances refused: 1 × not JSON" in card
     assert "6 utterances read" in card
     assert len(rows_of(folder)) == 2
+
+
+@pytest.mark.parametrize(("trust_headers", "kept"), [(False, 1), (True, 3)])
+def test_what_is_cut_off_is_refused_unless_headers_are_trusted(trust_headers, kept, backwards, tmp_path, caplog):
+    """A WAV says in its header that it is cut off; FLAC and MP3 must be decoded to know."""
+    rows = [{"audio": f"{kind}.{kind}", "text": f"words of {kind}"} for kind in ("wav", "flac", "mp3", "ogg")]
+    files = {row["audio"]: clip(0, row["audio"][-4:].strip(".").upper(), seconds=3.0) for row in rows}
+    cut = {name: content[: len(content) // 3] for name, content in files.items() if name != "ogg.ogg"}
+    write(tmp_path, {"asr.jsonl": json_lines(*rows), **files, **cut})
+    draw = Draw(load_pool(), {"continuation": 1.0})
+    folder = build(open_corpus(tmp_path / "asr.jsonl"), backwards, tmp_path / "set", draw, trust_headers=trust_headers)
+    assert len(rows_of(folder)) == kept
+    assert summary_of(folder).refused == {"unreadable audio": 4 - kept}
+    assert "asr.jsonl line 1: unreadable audio: wav.wav is cut off: it has 1.00 of the 3.00 s" in caplog.text
+    assert ("line 3: unreadable audio: mp3.mp3 is cut off" in caplog.text) != trust_headers
+    assert (" --trust-headers" in (folder / "README.md").read_text()) == trust_headers
 
 
 def test_an_id_that_comes_twice_is_refused(manifest, backwards, tmp_path):

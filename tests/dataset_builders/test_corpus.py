@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset_builders.asr_corpora import load_corpus, open_corpus
-from dataset_builders.corpus import RefusedRowError
+from dataset_builders.corpus import RefusedRowError, decode
 
 # Bad input: lines
 
@@ -119,6 +119,27 @@ def test_a_link_in_the_folder_is_followed(files):
     os.symlink(files.parent / "secret.wav", files / "linked.wav")
     write(files, {"asr.jsonl": json_lines({"audio": "linked.wav", "text": "hi"})})
     assert spoken(open_corpus(files / "asr.jsonl")) == {"linked": ("hi", clip(1))}
+
+
+# Cut off
+
+KINDS = ("WAV", "FLAC", "MP3", "AIFF", "AU")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_cut_off_is_not_decoded_as_a_shorter_one(kind):
+    whole = clip(0, kind, seconds=3.0)
+    assert len(decode({"bytes": whole, "path": None})) == 48_000
+    for part in (3, 1.2):
+        with pytest.raises(ValueError, match=r"a\.b is cut off: it has .* that its header promises|Cannot read"):
+            decode({"bytes": whole[: int(len(whole) / part)], "path": "a.b"})
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF024])
+def test_a_wav_written_to_a_pipe_promises_nothing(size):
+    streamed, place = bytearray(clip(0)), clip(0).index(b"data") + 4
+    streamed[place : place + 4] = size.to_bytes(4, "little")
+    assert len(decode({"bytes": bytes(streamed), "path": None})) == 8_000
 
 
 # Junk

@@ -116,6 +116,43 @@ def test_a_file_without_a_text_is_refused_by_its_name(tmp_path):
     assert "there is no b.txt beside it" in str(refused[0])
 
 
+def test_every_file_of_a_folder_is_used_or_refused(tmp_path):
+    """Formats that nobody reads here, and texts whose clip is not there."""
+    files = {"a.wav": clip(1), "a.txt": "one", "b.aiff": clip(2, "AIFF"), "b.txt": "two", "README.txt": "Hello."}
+    lost = {"m.m4a": b"ftyp", "m.txt": "three", "n.WMA": b"", "gone.txt": "four", ".hidden": b""}
+    rows, refused = read(open_corpus(write(tmp_path, {**files, **lost})))
+    assert {row["id"]: row["transcript"] for row in rows} == {"a": "one", "b": "two"}
+    assert sorted(places(refused)) == [
+        ("gone.txt", "no audio"),
+        ("m.m4a", "unreadable audio"),
+        ("n.WMA", "unreadable audio"),
+    ]
+    assert ".m4a is not read; convert it to one of .flac, .wav" in str(refused[0])
+
+
+def test_a_folder_of_a_format_that_is_not_read_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"no utterance that can be read \(m.m4a: unreadable audio: .m4a is not read"):
+        open_corpus(write(tmp_path, {"m.m4a": b"ftyp", "m.txt": "one"}))
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"metadata.csv": "file_name,text\na.flac,one\n"},
+        {"metadata.jsonl": json_lines({"file_name": "./a.flac", "text": "one"})},
+        {"84-1.trans.txt": "a one\n"},
+    ],
+)
+def test_clips_that_no_line_names_are_counted_and_stop_no_reader(tmp_path, tables, caplog):
+    audio = {"a.flac": clip(1, "FLAC"), "b.flac": clip(2, "FLAC"), "c/d.m4a": b"", "SPEAKERS.TXT": "84 | F"}
+    corpus = open_corpus(write(tmp_path, {**tables, **audio}))
+    rows, refused = read(corpus)
+    assert [row["id"] for row in rows] == ["a"]
+    assert places(refused) == [("b.flac", "not listed"), ("c/d.m4a", "not listed")]
+    assert [row["id"] for row in corpus] == ["a"]  # as evaluation reads it
+    assert "not used: b.flac: not listed: no line of " in caplog.text
+
+
 def test_metadata_refuses_by_file_and_line(tmp_path):
     table = "file_name,text\na.wav,one\ngone.wav,two\n,three\na.wav\n../../secret.wav,four\n"
     folder = write(tmp_path / "set", {"train/metadata.csv": table, "train/a.wav": clip(1), "../secret.wav": clip(2)})

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from corpus_files import clip as audio_file
 
 from recipes.collator import SpeechResponseCollator, render_prompt, render_response
 
@@ -143,6 +144,13 @@ def test_a_clip_that_cannot_be_learned_from_is_refused_by_its_row(processor, ans
     soundfile.write(empty, np.zeros(0), 16_000, format="WAV")
     row = answered[1] | {"audio": {"bytes": empty.getvalue(), "path": "empty.wav"}}
     with pytest.raises(ValueError, match=r"row '1' has a clip that cannot be learned from: The audio is empty"):
+        SpeechResponseCollator(processor)([answered[0], row])
+
+
+def test_a_clip_that_is_cut_off_is_not_learned_from_as_a_shorter_one(processor, answered):
+    mp3 = audio_file(0, "MP3", seconds=3.0)
+    row = answered[1] | {"audio": {"bytes": mp3[: len(mp3) // 3], "path": "cut.mp3"}}
+    with pytest.raises(ValueError, match=r"row '1' has a clip .*: cut.mp3 is cut off: .*Leave the row out, or mend"):
         SpeechResponseCollator(processor)([answered[0], row])
 
 

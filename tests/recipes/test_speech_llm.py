@@ -30,6 +30,13 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
+def test_a_clip_that_cannot_be_heard_stops_it_with_its_row(hearing, spoken):
+    for content in (b"no audio", spoken[0]["audio"]["bytes"][:2000]):
+        row = spoken[1] | {"id": "u7", "audio": {"bytes": content, "path": "u7.wav"}}
+        with pytest.raises(ValueError, match=r"row 'u7' has a clip that cannot be heard: .*Leave the row out, or mend"):
+            respond(hearing, [spoken[0], row])
+
+
 # What it is
 
 
