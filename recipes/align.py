@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accelerate import PartialState
 from datasets import Audio, Dataset
 from transformers import set_seed
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from dataset_builders.asr_corpora import open_corpus
 from dataset_builders.corpus import FEATURES
@@ -34,6 +34,7 @@ from recipes.model_card import base_models_of, write_trained_card
 from recipes.training.alignment import FOLDER, STEPS, align, validation_rows
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
 from recipes.training.callbacks import LOG, read_lines
+from recipes.training.command_line import parse
 from recipes.training.models import compose_base, load_model
 from recipes.training.rows import load_rows
 
@@ -117,5 +118,5 @@ def main(script_args: AlignArguments, training_args: LsmTrainingArguments, model
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    main(*TrlParser((AlignArguments, LsmTrainingArguments, ModelConfig)).parse_args_and_config())
+    main(*parse(AlignArguments, LsmTrainingArguments, ModelConfig))
     PartialState().destroy_process_group()

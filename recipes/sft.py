@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate import PartialState
 from transformers import set_seed
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from dataset_builders.text_llm import context_of
 from recipes.audio_features import store_features
@@ -34,6 +34,7 @@ from recipes.training.alignment import align, needs_alignment, validation_rows
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
 from recipes.training.callbacks import FollowingCallback, LogCallback
 from recipes.training.checkpoints import find_checkpoint, naming_last_checkpoint, settings_of
+from recipes.training.command_line import parse
 from recipes.training.costs import Costs
 from recipes.training.models import compose_base, load_model, load_teacher
 from recipes.training.preflight import preflight
@@ -135,7 +136,7 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    arguments = TrlParser((LsmScriptArguments, LsmTrainingArguments, ModelConfig)).parse_args_and_config()
+    arguments = parse(LsmScriptArguments, LsmTrainingArguments, ModelConfig)
     code = preflight(*arguments) if arguments[0].preflight else main(*arguments)
     PartialState().destroy_process_group()
     sys.exit(code)
