@@ -84,11 +84,9 @@ def main(script_args: AlignArguments, training_args: LsmTrainingArguments, model
     if script_args.text is not None:
         model_args.model_name_or_path = compose_base(script_args, training_args, model_args)
     model, processor = load_model(script_args, model_args)
-    store = None
     with PartialState().main_process_first():
         clips = load_clips(script_args, training_args.seed)
-        if script_args.audio_feature_store:
-            store, clips = store_features(script_args.audio_feature_store, clips, model, processor)
+        store, clips = store_features(script_args.audio_feature_store, clips, model, processor)
     align(
         model,
         processor,

@@ -85,8 +85,7 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
         with PartialState().main_process_first():
             dataset = load_rows(script_args, training_args.seed, model.config.responder)
             row_costs = costs.row(**Ruler(processor, context_of(model.config)).measure_all(dataset))
-            if script_args.audio_feature_store:
-                store, dataset = store_features(script_args.audio_feature_store, dataset, model, processor)
+            store, dataset = store_features(script_args.audio_feature_store, dataset, model, processor)
 
     # Training
     if checkpoint is None and needs_alignment(model, training_args):
