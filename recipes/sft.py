@@ -33,7 +33,7 @@ from recipes.model_card import base_models_of
 from recipes.training.alignment import align, needs_alignment, validation_rows
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
 from recipes.training.callbacks import FollowingCallback, LogCallback
-from recipes.training.checkpoints import find_checkpoint, naming_last_checkpoint, settings_of
+from recipes.training.checkpoints import contents_of, find_checkpoint, naming_last_checkpoint, settings_of
 from recipes.training.command_line import parse
 from recipes.training.costs import Costs
 from recipes.training.models import compose_base, load_model, load_teacher
@@ -56,7 +56,8 @@ def card_of(script_args, training_args, model_args, dataset) -> dict:
 
 
 def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
-    settings = settings_of(script_args, training_args, model_args) | {"num_processes": PartialState().num_processes}
+    settings = settings_of(script_args, training_args, model_args) | contents_of(script_args, model_args)
+    settings["num_processes"] = PartialState().num_processes
     main_process = PartialState().is_main_process
     with PartialState().main_process_first():
         checkpoint = find_checkpoint(
@@ -103,7 +104,7 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
             store=store,
             validation=validation_rows(script_args, store),
             validation_steps=script_args.following_steps,
-            identity={name: settings[name] for name in ("model_name_or_path", "dataset_name", "audio", "text")},
+            identity=contents_of(script_args, model_args),
             main_process=main_process,
         )
     model.config.projector_trained = True
