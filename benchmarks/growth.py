@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,9 @@ CPU = torch.device("cpu")
 WINDOW = 17
 
 
-def ours(**settings) -> Ours:
+def ours(dtype: torch.dtype = torch.float32, **settings) -> Ours:
     kind = type("Sized", (Ours,), {"settings": settings})
-    return kind("tiny", CPU, torch.float32)
+    return kind("tiny", CPU, dtype)
 
 
 def clip(seconds: int) -> Callable[[], object]:
@@ -78,14 +79,14 @@ def rows_ordered(rows: int) -> Callable[[], object]:
     return run
 
 
-def clips_stored(rows: int) -> Callable[[], object]:
-    """The tower's output of so many clips of 2 s, computed and written."""
-    model, processor = ours(), make_processor()
-    clips = [row["audio"] for row in make_rows(rows, 2.0)]
+def clips_stored(rows: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    """The tower's output of so many clips of 0.5 to 3.5 s, all of other lengths, computed and written."""
+    model, processor = ours(dtype), make_processor()
+    clips = [make_rows(1, 0.5 + 3 * row / rows)[0]["audio"] for row in range(rows)]
 
     def run():
         with tempfile.TemporaryDirectory() as folder:
-            AudioFeatureStore.build(f"{folder}/store", model.model, processor, clips)
+            AudioFeatureStore.build(f"{folder}/store", model.model, processor, clips, batch_size=8)
 
     return run
 
@@ -96,6 +97,7 @@ LINES: dict[str, tuple[Callable[[int], Callable[[], object]], tuple[int, ...], s
     "speech_tokens": (speech_tokens, (1, 2, 4, 8, 16), "queries per window"),
     "rows_ordered": (rows_ordered, (1_000, 10_000, 100_000), "rows"),
     "clips_stored": (clips_stored, (100, 400, 1_600), "clips"),
+    "clips_stored_bf16": (partial(clips_stored, dtype=torch.bfloat16), (100, 400, 1_600), "clips"),
 }
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import yaml
 from matplotlib.figure import Figure
 from torch import nn
 from trl import ModelConfig, TrlParser
@@ -26,6 +25,7 @@ from trl import ModelConfig, TrlParser
 import recipes.sft
 from benchmarks.contestants import CHUNK, project_frames
 from benchmarks.machine import describe
+from dataset_builders.files import read_yaml
 from recipes.collator import SpeechResponseCollator
 from recipes.quickstart import CONFIGS, Quickstart
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
@@ -60,7 +60,7 @@ def without_levers() -> Iterator[None]:
 
 def prepare(folder: Path, clips: int, seed: int) -> Quickstart:
     """The quickstart's corpus, base and self-powered set, smaller."""
-    settings = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text(encoding="utf-8"))
+    settings = read_yaml(CONFIGS / "quickstart.yaml")
     settings |= {"train_clips": clips, "validation_clips": 8, "test_clips": 8}
     quickstart = Quickstart(folder, settings, seed)
     quickstart.stages.run("corpus", quickstart.speak)

@@ -19,6 +19,7 @@ import reprlib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from datasets import Audio, Dataset, IterableDataset, load_dataset
@@ -28,6 +29,7 @@ from huggingface_hub import HfApi
 from dataset_builders import nano_speech
 from dataset_builders.corpus import FEATURES, Corpus, RefusedRowError, choose_columns
 from dataset_builders.file_corpora import MANIFESTS, AudioFolder, ManifestCorpus, is_audio_folder
+from dataset_builders.files import fingerprint
 
 FILE_TYPES = ("string", "large_string", "binary", "large_binary")  # columns of paths, or of the files themselves
 
@@ -104,12 +106,17 @@ class HubCorpus(Corpus):
     ):
         self.folder = Path(os.path.abspath(data_root or corpus)) if Path(corpus).is_dir() else None
         if self.folder is None:
-            revision = self.revision = _commit(corpus, revision)
+            revision = _commit(corpus, revision)
+        self._commit = revision
         stream: IterableDataset = load_dataset(corpus, config, split=split, streaming=True, revision=revision)
         name = Path(corpus).resolve().name if self.folder else corpus
         super().__init__(name, split, _columns_of(stream, columns, f"{corpus} ({split})"), normalizer)
         self.stream = stream.cast_column(self.columns["audio"], Audio(decode=False))
         self.num_files, self.config = self.stream.num_shards, config
+
+    @cached_property
+    def revision(self) -> str | None:
+        return self._commit if self.folder is None else fingerprint(self.folder)
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:
         part = f" of file {file}" if self.num_files > 1 else ""

@@ -57,7 +57,7 @@ class Corpus:
 
     num_files = 1
     default_limit: int | None = None  # utterances, of a corpus that has no end
-    revision: str | None = None  # commit or content hash, where there is one
+    revision: str | None = None  # commit, or the fingerprint of what its files hold, where there is one
     config: str | None = None
     license: str | None = None
     language: str | None = None

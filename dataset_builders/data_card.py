@@ -109,7 +109,7 @@ def _metadata(builds: list[BuildFolder], summaries: Mapping[str, Summary]) -> Da
     # return the rows of another folder of that name.
     content = ", ".join(f"{split} {summary.content}" for split, summary in summaries.items())
     folders = {"all": "data/*", **{task: f"data/{task}" for task in tasks}}
-    on_hub = sorted({corpus["origin"] for corpus in corpora if corpus["kind"] == "HubCorpus" and corpus["revision"]})
+    on_hub = sorted({corpus["origin"] for corpus in corpora if _commit(corpus)})
     licenses = sorted({corpus["license"] for corpus in corpora if corpus["license"]})
     return DatasetCardData(
         configs=[
@@ -142,6 +142,12 @@ def _introduction(settings: dict) -> list[str]:
         f'"{settings["corpus"]["split"]}", streaming=True)\n```\n',
         _COLUMNS,
     ]
+
+
+def _commit(corpus: dict) -> str | None:
+    """The corpus's commit on the Hub; None of what is in files here."""
+    of_files = (corpus["revision"] or "").startswith("sha256:")
+    return corpus["revision"] if corpus["kind"] == "HubCorpus" and not of_files else None
 
 
 def _split(build: BuildFolder, summary: Summary) -> list[str]:
@@ -225,7 +231,7 @@ def rebuild_command(settings: dict) -> str:
         "corpus-name": corpus["name"] if corpus["name"] != corpus["origin"] else None,
         "split": corpus["split"],
         "corpus-config": corpus["config"],
-        "corpus-revision": corpus["revision"] if corpus["kind"] == "HubCorpus" else None,
+        "corpus-revision": _commit(corpus),
         "normalizer": corpus["normalizer"],
         **{f"{role}-column": column for role, column in corpus["columns"].items()},
         "llm": responder["model"],

@@ -8,9 +8,11 @@ import json
 import os
 import reprlib
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 from dataset_builders.corpus import Corpus, RefusedRowError, UnusedFileError, choose_columns
+from dataset_builders.files import middle
 
 MANIFESTS = (".jsonl", ".json", ".csv", ".tsv")
 AUDIO_FILES = (".flac", ".wav", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf", ".sph", ".w64")
@@ -37,6 +39,17 @@ class FileCorpus(Corpus):
             trouble = lines[0] if lines else "it is empty"
             raise ValueError(f"{path} has no utterance that can be read ({trouble}); expected {self.expected}.")
         self.columns = choose_columns(there, columns, str(path))
+
+    @cached_property
+    def revision(self) -> str:
+        """A hash of all lines, and of the sizes and the middles of the files that they name."""
+        digest = hashlib.sha256()
+        for where, line in self.lines(0):
+            digest.update(repr((where, line if isinstance(line, dict) else str(line))).encode())
+            given = line.get(self.columns["audio"]) if isinstance(line, dict) else None
+            if isinstance(given, str) and os.path.isfile(self.data_root / given):
+                digest.update(middle(self.data_root / given))
+        return f"sha256:{digest.hexdigest()[:16]}"
 
     def audio(self, where: str, line: dict) -> dict:
         column = self.columns["audio"]
@@ -83,11 +96,6 @@ class ManifestCorpus(FileCorpus):
     """A `.jsonl`, `.csv` or `.tsv` file with a line per utterance; one that cannot be read is refused by its number."""
 
     expected = "a line for each, of JSON or below a header"
-
-    def __init__(self, path: Path, *settings):
-        super().__init__(path, *settings)
-        with open(path, "rb") as file:
-            self.revision = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:
         with open(self.path, newline="", **TEXT) as text:

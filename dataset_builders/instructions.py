@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import yaml
+from dataset_builders.files import read_yaml
 
 POOL_PATH = Path(__file__).with_name("instructions.yaml")
 
@@ -59,10 +59,7 @@ def load_pool(path: str | Path = POOL_PATH, slots: Mapping[str, Sequence[str]] |
             paraphrase that occurs twice in the pool (within a split, in both splits, or in two tasks), or `slots` that
             no task has. Names the file and the task.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    content = read_yaml(path, "a pool of instructions")
     if not isinstance(content, dict) or set(content) != {"tasks"} or not isinstance(content["tasks"], dict):
         raise ValueError(f"{path}: expected one top-level key `tasks`, a mapping from task name to task")
     if not content["tasks"]:

@@ -9,8 +9,7 @@ import functools
 import random
 from pathlib import Path
 
-import yaml
-
+from dataset_builders.files import read_yaml
 from dataset_builders.instructions import draw_fraction
 
 LEXICON_PATH = Path(__file__).with_name("nano_lexicon.yaml")
@@ -41,7 +40,7 @@ class Lexicon:
 @functools.cache
 def lexicon() -> Lexicon:
     """The lexicon of `nano_lexicon.yaml`."""
-    raw = yaml.safe_load(LEXICON_PATH.read_text(encoding="utf-8"))
+    raw = read_yaml(LEXICON_PATH)
     intents = raw["intents"].items()
     return Lexicon(
         subjects={word: tuple(entry) for word, entry in raw["subjects"].items()},

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dataset_builders.building import SHARD_ROWS, finish, read, report, to_tables
 from dataset_builders.corpus import RefusedRowError
 from dataset_builders.file_corpora import ManifestCorpus
+from dataset_builders.files import fingerprint
 from dataset_builders.shards import BuildFolder, Shard
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class OriginalRows(ManifestCorpus):
     ):
         super().__init__(Path(path), split, COLUMNS, "plain", data_root)
         self.task = task
-        self.transcripts = {}
+        self.transcripts, self.transcribed = {}, None if transcripts is None else fingerprint(transcripts)
         if transcripts is not None:
             for where, line in ManifestCorpus(Path(transcripts), split, COLUMNS, "plain", data_root).lines(0):
                 if isinstance(line, dict) and isinstance(line.get("text"), str) and isinstance(line.get("audio"), str):
@@ -82,7 +83,7 @@ def import_original(rows: OriginalRows, output: str | Path, shard_size: int = SH
     folder = BuildFolder(output, rows.split)
     folder.agree(
         {
-            "corpus": {**rows.describe(), "task": rows.task, "transcripts": bool(rows.transcripts)},
+            "corpus": {**rows.describe(), "task": rows.task, "transcripts": rows.transcribed},
             "draw": None,
             "responder": UNKNOWN,
             "limit": None,

@@ -26,6 +26,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dataset_builders.files import differences
+
 logger = logging.getLogger(__name__)
 
 ROW_GROUP = 100  # rows: what a viewer reads to show one
@@ -116,8 +118,8 @@ class BuildFolder:
             os.link(mine, file)  # fails if another process was first, and is never half written
         except FileExistsError:
             begun, given = self.settings, json.loads(mine.read_text(encoding="utf-8"))
-            if differing := sorted(key for key in begun | given if begun.get(key) != given.get(key)):
-                changes = "; ".join(f"{key} was {begun.get(key)!r}, now {given.get(key)!r}" for key in differing)
+            if differing := differences(begun, given):
+                changes = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in differing.items())
                 raise ValueError(
                     f"{self.folder} was begun with other settings: {changes}. Go on with those, or name another output."
                 ) from None

@@ -25,15 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accelerate import PartialState
 from datasets import Audio, Dataset
 from transformers import set_seed
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from dataset_builders.asr_corpora import open_corpus
-from dataset_builders.corpus import FEATURES
+from dataset_builders.corpus import FEATURES, Corpus
 from recipes.audio_features import store_features
 from recipes.model_card import base_models_of, write_trained_card
 from recipes.training.alignment import FOLDER, STEPS, align, validation_rows
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
 from recipes.training.callbacks import LOG, read_lines
+from recipes.training.checkpoints import contents_of
+from recipes.training.command_line import parse
 from recipes.training.models import compose_base, load_model
 from recipes.training.rows import load_rows
 
@@ -66,13 +68,19 @@ def load_clips(args: AlignArguments, seed: int) -> Dataset:
     if args.corpus is None:
         args.allow_foreign_responses = True  # responses are not learned here
         return load_rows(args, seed, None)
-    clips = Dataset.from_generator(
-        _utterances, features=FEATURES, gen_kwargs={"corpus": args.corpus, "split": args.dataset_train_split}
-    )
+    source = {"corpus": args.corpus, "split": args.dataset_train_split}
+    # The revision is not needed, but says to the cache of `datasets` which rows these are.
+    revision = opened_corpus(args).revision
+    clips = Dataset.from_generator(_utterances, features=FEATURES, gen_kwargs=source | {"revision": revision})
     return clips.cast_column("audio", Audio(16_000, decode=False))
 
 
-def _utterances(corpus: str, split: str):
+def opened_corpus(args: AlignArguments) -> Corpus | None:
+    """The corpus whose clips are learned, if it is not a set."""
+    return None if args.corpus is None else open_corpus(args.corpus, args.dataset_train_split)
+
+
+def _utterances(corpus: str, split: str, revision: str | None):
     yield from open_corpus(corpus, split)
 
 
@@ -83,11 +91,9 @@ def main(script_args: AlignArguments, training_args: LsmTrainingArguments, model
     if script_args.text is not None:
         model_args.model_name_or_path = compose_base(script_args, training_args, model_args)
     model, processor = load_model(script_args, model_args)
-    store = None
     with PartialState().main_process_first():
         clips = load_clips(script_args, training_args.seed)
-        if script_args.audio_feature_store:
-            store, clips = store_features(script_args.audio_feature_store, clips, model, processor)
+        store, clips = store_features(script_args.audio_feature_store, clips, model, processor)
     align(
         model,
         processor,
@@ -96,7 +102,7 @@ def main(script_args: AlignArguments, training_args: LsmTrainingArguments, model
         store=store,
         validation=validation_rows(script_args, store),
         validation_steps=script_args.following_steps,
-        identity={"model_name_or_path": model_args.model_name_or_path, "dataset_name": script_args.dataset_name},
+        identity=contents_of(script_args, model_args, opened_corpus(script_args)),
         main_process=main_process,
     )
     if main_process:
@@ -117,5 +123,5 @@ def main(script_args: AlignArguments, training_args: LsmTrainingArguments, model
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    main(*TrlParser((AlignArguments, LsmTrainingArguments, ModelConfig)).parse_args_and_config())
+    main(*parse(AlignArguments, LsmTrainingArguments, ModelConfig))
     PartialState().destroy_process_group()

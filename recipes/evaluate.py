@@ -17,13 +17,13 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from dataset_builders.exchange import Reply
+from dataset_builders.files import content_of, write_whole
 from dataset_builders.instructions import TRANSCRIPTION
 from recipes.audio_features import AudioFeatureStore
 from recipes.evaluation import pages, results, tables
@@ -32,11 +32,12 @@ from recipes.evaluation.questions import read_rows
 from recipes.evaluation.scoring import choices, is_correct
 from recipes.evaluation.systems import SYSTEMS, System, shuffle_clips, swap_instructions, transcription_rows
 from recipes.evaluation.tasks import Task, choose_tasks, load_tasks, override
-from recipes.speech_llm import SpeechLLM, load
+from recipes.speech_llm import Lsm, SpeechLLM, load
 from recipes.transcriber import load_recogniser
 
 logger = logging.getLogger(__name__)
 
+COMPARED_BY_NAME = ("checkpoints", "content")  # those of systems that are asked this time
 CHUNK = 4  # batches asked between two writes
 
 
@@ -101,7 +102,10 @@ class Evaluation:
         path = str(self.paths[checkpoint])
         if self._open is None or self._open[0] != path:
             self._open = None
-            self._open = (path, (load_recogniser if checkpoint == "asr" else load)(path, self.dtype))
+            llm = (load_recogniser if checkpoint == "asr" else load)(path, self.dtype)
+            if self.store is not None and isinstance(llm, Lsm):
+                self.store.check(llm.model)
+            self._open = (path, llm)
         return self._open[1]
 
     def run(self) -> dict:
@@ -203,8 +207,11 @@ class Evaluation:
     def settings(self) -> dict:
         """What the answers depend on."""
         names = ("limit", "control_limit", "max_new_tokens", "constrained", "seed", "dtype")
-        return {"checkpoints": {name: str(path) for name, path in self.paths.items()}} | {
-            name: getattr(self, name) for name in names
+        return {
+            "checkpoints": {name: str(path) for name, path in self.paths.items()},
+            # Of what is not to be found, the path is all that is known.
+            "content": {name: content_of(path) or str(path) for name, path in self.paths.items()},
+            **{name: getattr(self, name) for name in names},
         }
 
     def _check_folder(self) -> None:
@@ -217,19 +224,19 @@ class Evaluation:
         file = self.output / "settings.json"
         tasks = {task.name: json.loads(json.dumps(dataclasses.asdict(task), default=list)) for task in self.tasks}
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**self.settings, "tasks": {}}
-        checkpoints = {**before["checkpoints"], **self.settings["checkpoints"]}
-        now = {**self.settings, "checkpoints": checkpoints, "tasks": {**before["tasks"], **tasks}}
-        differing = [name for name, path in before["checkpoints"].items() if checkpoints[name] != path]
-        differing += [key for key in self.settings if key != "checkpoints" and before.get(key) != now[key]]
+        now = {**self.settings, "tasks": tasks}
+        for name in ("checkpoints", "content", "tasks"):
+            now[name] = {**before.get(name, {}), **now[name]}
+        known = before.get("content", {})  # older versions kept the paths alone
+        differing = [name for name in before["checkpoints"] if known.get(name) != now["content"].get(name)]
+        differing += [key for key in self.settings if key not in COMPARED_BY_NAME and before.get(key) != now[key]]
         differing += [f"task {name}" for name in tasks if before["tasks"].get(name, tasks[name]) != tasks[name]]
         if differing:
             raise ValueError(
                 f"{self.output} holds answers given with another {', '.join(differing)} ({file}): delete it or name "
                 "another --output."
             )
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        write_whole(file, json.dumps(now, indent=1) + "\n")
 
 
 def list_tasks(tasks: dict[str, Task]) -> str:

@@ -28,7 +28,6 @@ from pathlib import Path
 import datasets
 import soundfile
 import torch
-import yaml
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from tqdm import tqdm
@@ -36,6 +35,7 @@ from tqdm import tqdm
 from dataset_builders import nano_speech
 from dataset_builders.asr_corpora import load_corpus, open_corpus
 from dataset_builders.building import build
+from dataset_builders.files import content_of, differences, read_yaml, write_whole
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
 from dataset_builders.nano_tasks import UNSEEN_TASKS
 from dataset_builders.responders import LocalResponder
@@ -48,7 +48,7 @@ from recipes.evaluation.questions import read_rows
 from recipes.evaluation.tasks import load_tasks, override
 from recipes.report import COMPARED, NAMES, SHORT, percent, scores_of, table, write_report
 from recipes.speech_llm import load
-from recipes.stages import alone_in, die_with_parent, write_whole
+from recipes.stages import alone_in, die_with_parent
 from recipes.training.alignment import FOLDER as ALIGNMENT
 from recipes.training.callbacks import FOLLOWING, LOG, read_lines
 
@@ -152,7 +152,7 @@ class Quickstart:
 
     def steps_of(self, name: str) -> dict[str, int]:
         """`max_steps` of a training and, if it begins with an alignment, `align_steps`."""
-        config = yaml.safe_load((CONFIGS / f"nano_{name}.yaml").read_text(encoding="utf-8"))
+        config = read_yaml(CONFIGS / f"nano_{name}.yaml")
         return {key: self.steps or config[key] for key in ("max_steps", "align_steps") if config[key]}
 
     def training_command(self, name: str, output: Path) -> list[str]:
@@ -331,6 +331,12 @@ def keep_caches_in(folder: Path) -> None:
     os.environ["HF_DATASETS_CACHE"] = str(folder)
 
 
+def contents(settings: dict) -> dict[str, str | None]:
+    """What the models and configurations hold that a run is made from."""
+    named = {name: settings[name] for name in ("audio", "text")} | {m: CONFIGS / f"nano_{m}.yaml" for m in MODELS}
+    return {name: content_of(source) for name, source in named.items()}
+
+
 def check_folder(folder: Path, identity: dict) -> None:
     """Refuse a folder of another run and a disk without room; remember what this run is.
 
@@ -347,8 +353,11 @@ def check_folder(folder: Path, identity: dict) -> None:
                 "some space or name another --output."
             )
         write_whole(file, json.dumps(identity, indent=2))
-    elif json.loads(file.read_text(encoding="utf-8")) != identity:
-        raise ValueError(f"{folder} holds a run with other settings ({file}): delete it or name another --output.")
+    elif differing := differences(json.loads(file.read_text(encoding="utf-8")), identity):
+        raise ValueError(
+            f"{folder} holds a run with other settings ({file}: {', '.join(differing)}): delete it or name another "
+            "--output."
+        )
 
 
 def main() -> None:
@@ -362,8 +371,8 @@ def main() -> None:
     disable_progress_bar()
     folder = Path(args.output)
     keep_caches_in(folder / ".cache")
-    settings = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
-    check_folder(folder, {**settings, "seed": args.seed, "steps": args.steps})
+    settings = read_yaml(args.config)
+    check_folder(folder, {**settings, "seed": args.seed, "steps": args.steps, "content": contents(settings)})
     try:
         with alone_in(folder):
             report = Quickstart(folder, settings, args.seed, args.steps).run()

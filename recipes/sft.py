@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate import PartialState
 from transformers import set_seed
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from dataset_builders.text_llm import context_of
 from recipes.audio_features import store_features
@@ -33,7 +33,8 @@ from recipes.model_card import base_models_of
 from recipes.training.alignment import align, needs_alignment, validation_rows
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
 from recipes.training.callbacks import FollowingCallback, LogCallback
-from recipes.training.checkpoints import find_checkpoint, naming_last_checkpoint, settings_of
+from recipes.training.checkpoints import contents_of, find_checkpoint, naming_last_checkpoint, settings_of
+from recipes.training.command_line import parse
 from recipes.training.costs import Costs
 from recipes.training.models import compose_base, load_model, load_teacher
 from recipes.training.preflight import preflight
@@ -55,7 +56,8 @@ def card_of(script_args, training_args, model_args, dataset) -> dict:
 
 
 def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
-    settings = settings_of(script_args, training_args, model_args) | {"num_processes": PartialState().num_processes}
+    settings = settings_of(script_args, training_args, model_args) | contents_of(script_args, model_args)
+    settings["num_processes"] = PartialState().num_processes
     main_process = PartialState().is_main_process
     with PartialState().main_process_first():
         checkpoint = find_checkpoint(
@@ -84,8 +86,7 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
         with PartialState().main_process_first():
             dataset = load_rows(script_args, training_args.seed, model.config.responder)
             row_costs = costs.row(**Ruler(processor, context_of(model.config)).measure_all(dataset))
-            if script_args.audio_feature_store:
-                store, dataset = store_features(script_args.audio_feature_store, dataset, model, processor)
+            store, dataset = store_features(script_args.audio_feature_store, dataset, model, processor)
 
     # Training
     if checkpoint is None and needs_alignment(model, training_args):
@@ -103,7 +104,7 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
             store=store,
             validation=validation_rows(script_args, store),
             validation_steps=script_args.following_steps,
-            identity={name: settings[name] for name in ("model_name_or_path", "dataset_name", "audio", "text")},
+            identity=contents_of(script_args, model_args),
             main_process=main_process,
         )
     model.config.projector_trained = True
@@ -135,7 +136,7 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    arguments = TrlParser((LsmScriptArguments, LsmTrainingArguments, ModelConfig)).parse_args_and_config()
+    arguments = parse(LsmScriptArguments, LsmTrainingArguments, ModelConfig)
     code = preflight(*arguments) if arguments[0].preflight else main(*arguments)
     PartialState().destroy_process_group()
     sys.exit(code)

@@ -34,12 +34,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from dataset_builders import files
+from dataset_builders.files import write_whole
+
 logger = logging.getLogger(__name__)
 
 PLACE = re.compile(r"\{(\w+)\}")
 SECONDS = "seconds.json"
 LOOK = 0.2  # seconds between two looks at what runs
-TAIL = 2**16  # bytes of a file that tell it from another of the same name and size
+fingerprint = cache(files.fingerprint)  # many rows name the same folders
 
 
 @dataclass(frozen=True)
@@ -101,19 +104,6 @@ def _words(stage: Mapping) -> list[str]:
 
 def _fill(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
     return [PLACE.sub(lambda place: names[place[1]], word) for word in words]
-
-
-@cache
-def fingerprint(path: str) -> str | None:
-    """A hash of the files under a path: their names, sizes and last 64 KiB. None if there is no such path."""
-    if not os.path.exists(path):  # no error for a text that is too long to be a path
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(file for file in (Path(path), *Path(path).rglob("*")) if file.is_file()):
-        with file.open("rb") as content:
-            content.seek(max(0, file.stat().st_size - TAIL))
-            digest.update(f"{file.relative_to(path)} {file.stat().st_size} ".encode() + content.read())
-    return digest.hexdigest()
 
 
 def make(stages: Iterable[Stage], folder: Path, workers: int, finished: Callable[[Stage], None]) -> dict[str, str]:
@@ -192,13 +182,6 @@ def seconds(folder: Path) -> dict[str, float]:
 def _add_seconds(folder: Path, name: str, more: float) -> None:
     known = seconds(folder)
     write_whole(folder / SECONDS, json.dumps(known | {name: round(known.get(name, 0) + more, 1)}, indent=1))
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 def die_with_parent() -> None:

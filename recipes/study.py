@@ -23,11 +23,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from dataset_builders.files import read_yaml, write_whole
 from recipes.evaluation.tables import main_figure, to_markdown
 from recipes.figures import plot_study
-from recipes.stages import Stage, alone_in, make, plan, seconds, write_whole
+from recipes.stages import Stage, alone_in, make, plan, seconds
 from recipes.training.callbacks import FOLLOWING, LOG, read_lines
 
 logger = logging.getLogger(__name__)
@@ -109,7 +108,7 @@ def read(config: str | Path) -> dict:
     Raises:
         ValueError: it has other keys than `base`, `rows`, `trained`, `unseen` and `seeds`, or lacks one.
     """
-    content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    content = read_yaml(config)
     if not isinstance(content, dict) or set(content) != KEYS:
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{config} has {found}; expected the keys {', '.join(sorted(KEYS))}.")

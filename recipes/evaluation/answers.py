@@ -1,5 +1,6 @@
 """Answers as they come, on disk: a run that is killed goes on where it stopped."""
 
+import hashlib
 import json
 import os
 import time
@@ -11,6 +12,7 @@ from datasets import Sequence as ListOf
 from tqdm import tqdm
 
 from dataset_builders.exchange import Reply
+from recipes.audio_features import audio_key
 
 FEATURES = Features(
     {
@@ -37,19 +39,21 @@ def answer(
     size: int,
     name: str = "answers",
 ) -> list[dict]:
-    """Answers to `rows`, in order; those that the file holds are not asked for again.
+    """Answers to `rows`, in order; those that the file holds are not asked for again, unless the row is another by now.
 
     Args:
         rows: with unique `id`s.
         respond: free and constrained answers to some of the rows.
-        file: JSON Lines, appended to after every `size` rows. A line that a killed run tore is dropped.
+        file: JSON Lines, appended to after every `size` rows, with a hash of each. A line that a killed run tore is
+            dropped.
         size: rows asked at a time.
 
     Returns:
         For every row `{"id", "response", "constrained", "finished", "seconds"}`.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    known = {record["id"]: record for record in _read(file)}
+    asked = {row["id"]: _content(row) for row in rows}
+    known = {r["id"]: r for r in _read(file) if r.pop("row", None) == asked.get(r["id"])}
     left = [row for row in rows if row["id"] not in known]
     # Longest together: a batch is as long as its longest row, and the slowest batch comes first.
     left.sort(key=lambda row: -row["duration"])
@@ -69,10 +73,16 @@ def answer(
                 }
                 for row, reply, choice in zip(some, replies, constrained, strict=True)
             ]
-            _append(file, records)
+            _append(file, [record | {"row": asked[record["id"]]} for record in records])
             known |= {record["id"]: record for record in records}
             progress.update(len(some))
     return [known[row["id"]] for row in rows]
+
+
+def _content(row: dict) -> str:
+    """Of what a row was when it was asked."""
+    content = row | {"audio": row.get("audio") and audio_key(row["audio"])}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _read(file: Path) -> list[dict]:

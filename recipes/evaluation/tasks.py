@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
+from dataset_builders.files import read_yaml
 from dataset_builders.transcripts import NORMALIZERS
 from recipes.evaluation.readers import READERS, Data
 
@@ -71,17 +70,6 @@ KEYS = {name.name for name in dataclasses.fields(Task)} - {"name"}
 DATA_KEYS = {name.name for name in dataclasses.fields(Data)}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which no key may stand twice: the first would be lost in silence."""
-
-    def compose_mapping_node(self, anchor):
-        node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.composer.ComposerError(None, None, f"duplicate key {twice!r}", node.start_mark)
-        return node
-
-
 def load_tasks(path: str | Path = TASKS_PATH, more: str | Path | None = None) -> dict[str, Task]:
     """Read and check the tasks of a file, by name in its order.
 
@@ -100,12 +88,7 @@ def load_tasks(path: str | Path = TASKS_PATH, more: str | Path | None = None) ->
 
 
 def _read_file(path: str | Path) -> dict[str, Task]:
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as a file of tasks: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    content = read_yaml(path, "a file of tasks")
     if not isinstance(content, dict) or set(content) != {"tasks"} or not isinstance(content["tasks"], dict):
         raise ValueError(f"{path}: expected one top-level key `tasks`, a mapping from task name to task")
     tasks = {}

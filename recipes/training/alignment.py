@@ -392,7 +392,7 @@ def align(
         store: of the clips' features.
         validation: clips whose reading is measured, as `dataset`.
         validation_steps: steps between two measurements.
-        identity: what else the alignment is a function of, such as the names of model and set.
+        identity: what else the alignment is a function of: what model and set hold.
         main_process: whether this process writes.
 
     Raises:
@@ -400,9 +400,11 @@ def align(
     """
     settings = alignment_arguments(args)
     anew = "false" if (args.resume_from_checkpoint or "").lower() == "false" else None
-    checkpoint = find_checkpoint(settings.output_dir, settings_of(settings) | (identity or {}), anew, main_process)
     embeddings = model.get_input_embeddings().weight.shape[0]
     rows = alignment_rows(dataset, processor, embeddings)
+    clips = {"clips": zlib.crc32(repr((rows["pieces"][:], rows["speech_tokens"][:])).encode())}
+    made_of = settings_of(settings) | (identity or {}) | clips
+    checkpoint = find_checkpoint(settings.output_dir, made_of, anew, main_process)
     pieces = known_pieces(processor, embeddings)
     collator = AlignmentCollator(processor, store, counts=piece_counts(rows, pieces, embeddings))
     if model.device != settings.device:  # weights in 4 bits are where they stay

@@ -11,6 +11,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer import rotate_checkpoints
 
+from dataset_builders.corpus import Corpus
+from dataset_builders.files import content_of, differences, write_whole
+
 logger = logging.getLogger(__name__)
 
 COMPLETE = "complete"  # the file that is written last
@@ -61,12 +64,25 @@ def settings_of(*arguments) -> dict:
     return json.loads(json.dumps(found, default=str))
 
 
+def contents_of(script_args, model_args, corpus: Corpus | None = None) -> dict[str, str]:
+    """What the models and the set hold that a training is made from: their paths do not say what is there by now.
+
+    Args:
+        script_args, model_args: of the recipe.
+        corpus: whose clips are learned, instead of those of a set.
+    """
+    found = {name: content_of(getattr(script_args, name)) for name in ("audio", "text")}
+    found["model_name_or_path"] = content_of(model_args.model_name_or_path, model_args.model_revision)
+    found["dataset_name"] = corpus.revision if corpus else content_of(script_args.dataset_name, repo_type="dataset")
+    return {f"content of {name}": content for name, content in found.items() if content is not None}
+
+
 def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_process: bool = True) -> str | None:
     """Where this training goes on: the last whole checkpoint in its folder, None to begin.
 
     Args:
         output_dir: of the training.
-        settings: `settings_of` it, kept beside the checkpoints.
+        settings: `settings_of` it and `contents_of` what it is made from, kept beside the checkpoints.
         asked: `--resume_from_checkpoint`: a checkpoint's folder, or `true` for the last one whatever the settings.
         main_process: whether this process writes.
 
@@ -102,15 +118,17 @@ def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_pro
     if main_process:
         _clear(Path(output_dir), everything=last is None)
         run.parent.mkdir(parents=True, exist_ok=True)
-        run.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+        write_whole(run, json.dumps(settings, indent=2, sort_keys=True))
     if last:
         logger.info("going on from %s", last)
     return str(last) if last else None
 
 
 def _changes(before: dict, now: dict) -> list[str]:
-    return [f"{name}: {before[name]} then, {now[name]} now" for name in sorted(before.keys() & now.keys())
-            if before[name] != now[name]]  # fmt: skip
+    """Of what both have: other versions of ours have other settings."""
+    known = {name: value for name, value in before.items() if name in now}
+    changed = differences(known, {name: now[name] for name in known})
+    return [f"{name}: {was} then, {value} now" for name, (was, value) in changed.items()]
 
 
 def _clear(folder: Path, everything: bool) -> None:

@@ -1,5 +1,6 @@
 """The LSM that learns: composed if it must be, loaded, and what learns thawed; and the LLM that it learns from."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
+from dataset_builders.files import content_of, differences, write_whole
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
 from recipes.compose import compose
@@ -20,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 NEVER_IN_4_BITS = ["model.audio_tower", "model.projector", "lm_head"]
-BASE = "base"
+BASE, MADE_OF = "base", "made_of.json"
 
 
 def compose_base(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> str:
@@ -29,19 +31,31 @@ def compose_base(script_args: LsmScriptArguments, training_args: LsmTrainingArgu
     A folder, since adapters name what they are for, and several processes load it.
 
     Raises:
-        ValueError: a model is named besides, or the two cannot be put together.
+        ValueError: a model is named besides, the two cannot be put together, or the folder is of others.
     """
     if model_args.model_name_or_path is not None:
         raise ValueError(
             f"--model_name_or_path {model_args.model_name_or_path} and --text {script_args.text} are two models; name "
             "an LSM, or the audio and text to make one of."
         )
-    folder = Path(training_args.output_dir) / BASE
+    folder, composition = Path(training_args.output_dir) / BASE, script_args.composition or {}
+    parts = {name: getattr(script_args, name) for name in ("audio", "text")}
+    parts = {name: content_of(source) or source for name, source in parts.items()}
+    made_of = json.loads(json.dumps(parts | {"composition": composition}))
     with PartialState().main_process_first():
-        if not folder.is_dir():
+        if folder.is_dir():
+            before = json.loads((folder / MADE_OF).read_text()) if (folder / MADE_OF).is_file() else {}
+            if changed := differences(before, made_of):
+                changes = "; ".join(f"{name}: {was} then, {now} now" for name, (was, now) in changed.items())
+                raise ValueError(
+                    f"{folder} was composed of something else ({changes}): delete it, so that it is composed anew, or "
+                    "name another --output_dir."
+                )
+        else:
             partial = folder.with_name(BASE + ".partial")
             logger.info("composing %s and %s in %s", script_args.audio, script_args.text, folder)
-            compose(script_args.audio, script_args.text, str(partial), **(script_args.composition or {}))
+            compose(script_args.audio, script_args.text, str(partial), **composition)
+            write_whole(partial / MADE_OF, json.dumps(made_of))
             os.replace(partial, folder)
     return str(folder)
 

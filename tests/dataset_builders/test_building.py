@@ -5,7 +5,7 @@ import time
 from collections import Counter
 
 import pytest
-from corpus_files import clip, json_lines, write
+from corpus_files import clip, json_lines, parquet, write
 from datasets import Audio, load_dataset
 
 from dataset_builders.asr_corpora import load_corpus, open_corpus
@@ -305,6 +305,24 @@ def test_a_task_that_measures_generalisation_is_not_trained_on(corpus_dir, backw
 def test_other_settings_do_not_mix_with_what_is_there(built, backwards, both, corpus_dir):
     with pytest.raises(ValueError, match=r"begun with other settings: shard_size was 3, now 500"):
         build(open_corpus(corpus_dir), backwards, built, both)
+
+
+def test_a_build_does_not_go_on_with_a_corpus_that_was_edited(backwards, both, tmp_path):
+    folder = write(tmp_path / "corpus", {"a.wav": clip(1), "a.txt": "one", "b.wav": clip(2), "b.txt": "two"})
+    build(open_corpus(folder), backwards, tmp_path / "set", both)
+    asked = len(backwards.asked)
+    build(open_corpus(folder), backwards, tmp_path / "set", both)
+    (folder / "a.txt").write_text("ten")
+    with pytest.raises(ValueError, match=r"other settings: corpus.revision was 'sha256:\w+', now 'sha256:\w+'. Go on"):
+        build(open_corpus(folder), backwards, tmp_path / "set", both)
+    assert len(backwards.asked) == asked
+
+
+def test_a_corpus_of_parquet_files_is_known_by_what_they_hold(tmp_path):
+    row = {"id": "u", "audio": clip(1), "text": "one"}
+    first = open_corpus(parquet(tmp_path / "corpus", row)).describe()["revision"]
+    assert open_corpus(parquet(tmp_path / "corpus", row)).describe()["revision"] == first
+    assert open_corpus(parquet(tmp_path / "corpus", row | {"text": "two"})).describe()["revision"] != first
 
 
 # The card

@@ -108,6 +108,24 @@ def test_a_folder_with_a_text_beside_each_file(tmp_path):
     assert spoken(open_corpus(folder)) == {"a": ("one", clip(1)), "deep/a": ("two", clip(2, "FLAC"))}
 
 
+@pytest.mark.parametrize("edited", ["metadata.csv", "1.trans.txt", "a.txt", "a.wav", "manifest.jsonl"])
+def test_a_corpus_is_known_by_what_its_files_hold_not_by_its_path(tmp_path, edited):
+    """In each custom; an audio file is another of the same size."""
+    texts = {"metadata.csv": "file_name,text\na.flac,one\n", "1.trans.txt": "a one\n", "a.txt": "one"}
+    texts["manifest.jsonl"] = json_lines({"audio": "a.flac", "text": "one"})
+    custom = "a.txt" if edited == "a.wav" else edited
+    audio = "a.wav" if edited == "a.wav" else "a.flac"
+    path = tmp_path / custom if custom == "manifest.jsonl" else tmp_path
+
+    def revision(files):
+        write(tmp_path, files)
+        return open_corpus(path).describe()["revision"]
+
+    first = revision({audio: clip(1), custom: texts[custom]})
+    assert revision({audio: clip(1), custom: texts[custom]}) == first
+    assert revision({audio: clip(2)} if edited == audio else {edited: texts[edited].replace("one", "two")}) != first
+
+
 def test_a_file_without_a_text_is_refused_by_its_name(tmp_path):
     folder = write(tmp_path, {"a.wav": clip(1), "a.txt": "one", "b.wav": clip(2), "c.wav": clip(3), "c.txt": " \n"})
     rows, refused = read(open_corpus(folder))

@@ -1,8 +1,10 @@
 """The evaluation as one command: who is given what, what is written, and that a killed run goes on."""
 
 import collections
+import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, loa
 from dataset_builders.nano_tasks import answers
 from processing_lsm import load_audio
 from recipes import evaluate as recipe
+from recipes.audio_features import AudioFeatureStore
 from recipes.evaluate import Evaluation, parse_overrides
 from recipes.evaluation.answers import FEATURES
 from recipes.evaluation.questions import read_rows
@@ -464,6 +467,36 @@ def test_answers_given_with_another_setting_are_refused_by_its_name(evaluation, 
     with pytest.raises(ValueError, match=f"out holds answers given with another {name} .*: delete it or name another"):
         evaluation(**{"systems": ["model"], **changes}).run()
     assert scripted.asked == asked
+
+
+def test_a_checkpoint_that_changed_in_place_does_not_go_on_with_the_old_answers(lsm, lsm_dir, nano, tmp_path):
+    """Its size and its path are the same; a card or log beside it is no change, and neither is another path."""
+    shutil.copytree(lsm_dir, tmp_path / "lsm")
+    settings = {"batch_size": 8, "constrained": False, "systems": ["model"], "max_new_tokens": 1}
+
+    def run(folder):
+        return Evaluation(tmp_path / "out", {"model": str(folder)}, [nano("nano")], limit=1, **settings).run()
+
+    first = run(tmp_path / "lsm")
+    (tmp_path / "lsm" / "README.md").write_text("with scores")
+    (tmp_path / "lsm").rename(tmp_path / "moved")
+    assert run(tmp_path / "moved")["tasks"] == first["tasks"]
+    changed = copy.deepcopy(lsm)
+    changed.model.projector.linear.weight.data.zero_()
+    changed.save_pretrained(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"out holds answers given with another base, asr, model .*: delete it"):
+        run(tmp_path / "moved")
+
+
+def test_a_feature_store_of_another_encoder_is_refused(lsm, lsm_dir, processor, nano, heard, tmp_path):
+    other = copy.deepcopy(lsm)
+    other.model.audio_tower.conv1.bias.data += 1
+    store = AudioFeatureStore.build(
+        tmp_path / "features", other, processor, [{"bytes": next(iter(heard)), "path": None}]
+    )
+    settings = {"constrained": False, "systems": ["model"], "limit": 1, "store": store}
+    with pytest.raises(ValueError, match=r"features holds what another model hears \(encoder"):
+        Evaluation(tmp_path / "out", {"model": str(lsm_dir)}, [nano("nano")], **settings).run()
 
 
 def test_answers_to_another_form_of_a_task_are_refused(evaluation, nano):

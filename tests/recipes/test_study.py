@@ -319,3 +319,9 @@ def test_a_second_study_in_the_same_folder_is_refused(config, tmp_path):
     config({"ours": None})
     with stages.alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another process is at work"):
         study.main()
+
+
+def test_a_row_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "study.yaml").write_text("rows:\n  vanilla: {}\n  vanilla: {of: other}\n")
+    with pytest.raises(ValueError, match="duplicate key 'vanilla'"):
+        read(tmp_path / "study.yaml")

@@ -133,6 +133,18 @@ def test_rows_may_be_more_or_fewer_than_the_file_holds(file):
     assert [record["id"] for record in answer(ROWS[3:], Echo(until=0), file, 2)] == ["u3", "u4"]
 
 
+@pytest.mark.parametrize(
+    "change", [{"transcript": "edited"}, {"instruction": "another"}, {"audio": {"bytes": b"another", "path": None}}]
+)
+def test_a_row_that_was_edited_is_asked_again(file, change):
+    rows = [row | {"transcript": "said", "audio": {"bytes": b"clip", "path": None}} for row in ROWS]
+    answer(rows, Echo(), file, 2)
+    edited, again = [rows[0] | change, *rows[1:]], Echo()
+    answer(edited, again, file, 2)
+    assert again.batches == [[rows[0]["id"]]]
+    answer(edited, Echo(until=0), file, 2)
+
+
 def test_as_many_answers_as_questions_or_nothing_is_written(file):
     with pytest.raises(ValueError, match="zip"):
         answer(ROWS, lambda rows: ([Reply("one")], [None] * len(rows)), file, 2)

@@ -1,9 +1,11 @@
 """Alignment: the projector learns to say transcripts in the LLM's own embeddings, by CTC, before the LLM is run."""
 
+import copy
 import io
 import itertools
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from corpus_files import clip, write
 from datasets import Audio, Dataset
 from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -259,6 +262,24 @@ def test_another_alignment_in_the_same_folder_is_refused(run):
     run()
     with pytest.raises(ValueError, match=r"other settings \(learning_rate: 0.001 then, 0.01 now"):
         run(align_learning_rate=1e-2)
+
+
+def test_an_alignment_of_another_model_at_the_same_path_is_refused(run, small_lsm, aligned_dir, tmp_path):
+    model = shutil.copytree(aligned_dir, tmp_path / "model")
+    run(model_name_or_path=str(model))
+    other = copy.deepcopy(small_lsm)
+    other.model.projector.linear.weight.data += 1
+    other.save_pretrained(model)
+    with pytest.raises(ValueError, match=r"content of model_name_or_path: sha256:\w+ then, sha256:\w+ now"):
+        run(model_name_or_path=str(model))
+
+
+def test_an_edited_transcript_in_an_audio_folder_is_learned(tmp_path):
+    folder = write(tmp_path / "corpus", {"a.wav": clip(1), "a.txt": "one"})
+    args = command.AlignArguments(corpus=str(folder))
+    assert command.load_clips(args, 0)["transcript"] == ["one"]
+    (folder / "a.txt").write_text("two")
+    assert command.load_clips(args, 0)["transcript"] == ["two"]
 
 
 def test_two_processes_give_the_losses_of_one(run, aligned_dir, words_dir, tmp_path):

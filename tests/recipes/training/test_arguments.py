@@ -1,10 +1,13 @@
 """What can be said to the recipe, and what is refused by its name."""
 
+import sys
+
 import pytest
 import torch
 from trl import ModelConfig
 
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
+from recipes.training.command_line import parse
 
 
 @pytest.mark.parametrize(
@@ -55,3 +58,14 @@ def test_a_card_has_what_was_said_and_no_more(tmp_path):
     expected = {"dataset_name": "mine", "llm": "lora", "learning_rate": 1e-3, "max_steps": 5, "lora_r": 4}
     assert expected.items() <= found.items()
     assert not {"weight_decay", "seed", "max_length", "dataset_kwargs"} & set(found)
+
+
+def test_a_configuration_with_a_key_twice_is_refused(tmp_path, monkeypatch):
+    config = tmp_path / "sft.yaml"
+    config.write_text("dataset_name: one\noutput_dir: out\ndataset_name: two\n")
+    monkeypatch.setattr(sys, "argv", ["sft", "--seed", "1", "--config", str(config)])
+    with pytest.raises(ValueError, match=r"sft.yaml: not valid YAML: duplicate key 'dataset_name'"):
+        parse(LsmScriptArguments, LsmTrainingArguments, ModelConfig)
+    config.write_text("dataset_name: one\noutput_dir: out\nuse_cpu: true\n")
+    script, training, _ = parse(LsmScriptArguments, LsmTrainingArguments, ModelConfig)
+    assert (script.dataset_name, training.seed) == ("one", 1)

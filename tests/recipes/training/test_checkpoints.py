@@ -1,14 +1,17 @@
 """Work is never lost: stopped at any step, the same command goes on with the same curve."""
 
+import copy
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from recipes import collator
@@ -107,6 +110,25 @@ def test_a_training_of_other_settings_does_not_go_on_unasked(train):
         train(**{**SETTINGS, "learning_rate": 0.1})
     train(**{**SETTINGS, "logging_steps": 5, "save_steps": 5})  # the loss does not depend on these
     train(**{**SETTINGS, "max_steps": 12}, resume_from_checkpoint="true")
+
+
+@pytest.mark.parametrize("changed", ["model_name_or_path", "dataset_name"])
+def test_a_model_or_a_set_that_changed_in_place_is_another(train, lsm, lsm_dir, set_dir, tmp_path, changed):
+    folders = {"model_name_or_path": lsm_dir, "dataset_name": set_dir}
+    options = {name: str(shutil.copytree(folder, tmp_path / name)) for name, folder in folders.items()}
+    options |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "llm": "frozen"}
+    train(**options)
+    if changed == "dataset_name":
+        file = next(Path(options[changed]).glob("data/*/*.parquet"))
+        rows = pq.read_table(file)
+        place, texts = rows.column_names.index("response"), [text.swapcase() for text in rows["response"].to_pylist()]
+        pq.write_table(rows.set_column(place, "response", [texts]), file)
+    else:
+        other = copy.deepcopy(lsm)
+        other.model.projector.linear.weight.data += 1
+        other.save_pretrained(options[changed])
+    with pytest.raises(ValueError, match=rf"content of {changed}: sha256:\w+ then, sha256:\w+ now\): name another"):
+        train(**options)
 
 
 def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path):

@@ -1,15 +1,19 @@
 """Fine-tuning: which weights move, by which objective, and that what is saved can be loaded again."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 from hub_clients import start
 from packaging import version
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM
 from trl import ModelConfig
 
 from recipes.audio_features import AudioFeatureStore
 from recipes.speech_llm import Lsm
+from recipes.training import models
 from recipes.training.arguments import LsmScriptArguments
 from recipes.training.callbacks import read_lines
 from recipes.training.models import load_model
@@ -134,6 +138,27 @@ def test_two_checkpoints_are_composed_once(train, whisper_dir, llm_dir, tmp_path
     assert (output / "base" / "model.safetensors").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="are two models; name an LSM, or the audio and text"):
         train(**{**options, "model_name_or_path": "other"})
+
+
+def test_a_base_that_was_composed_of_something_else_is_refused(
+    parts_of, defaults, whisper_dir, llm_dir, tmp_path, monkeypatch
+):
+    """Of other settings, or of an LLM that changed in place; where it is does not matter."""
+    shutil.copytree(llm_dir, tmp_path / "llm")
+    monkeypatch.setattr(models, "compose", lambda audio, text, output, **composition: Path(output).mkdir(parents=True))
+
+    def base(text, **composition):
+        named = {"audio": str(whisper_dir), "text": str(text), "model_name_or_path": None, "composition": composition}
+        return models.compose_base(*parts_of({**defaults, **named}))
+
+    assert base(tmp_path / "llm", window_frames=8) == base(llm_dir, window_frames=8)
+    with pytest.raises(ValueError, match=r"something else \(composition.window_frames: 8 then, 17 now\): delete it"):
+        base(llm_dir, window_frames=17)
+    other = LlamaForCausalLM.from_pretrained(llm_dir)
+    other.lm_head.weight.data += 1
+    other.save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match=r"something else \(text: sha256:\w+ then, sha256:\w+ now\)"):
+        base(tmp_path / "llm", window_frames=8)
 
 
 def test_every_checkpoint_can_be_loaded_as_it_is(train):

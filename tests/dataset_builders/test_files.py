@@ -1,0 +1,114 @@
+"""What is on disk: known by what it holds, read without losing anything, written whole."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dataset_builders import files
+from dataset_builders.files import content_of, differences, fingerprint, read_yaml
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Two large tensors, a small one between, and what loading reads besides."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save(folder)
+    return folder
+
+
+def save(folder, **changed):
+    tensors = {"a": torch.zeros(2**19), "small": torch.zeros(3), "z": torch.zeros(2**19)}
+    save_file(tensors | changed, folder / "model.safetensors")
+
+
+def test_a_checkpoint_that_changed_in_place_is_another(checkpoint):
+    """Of equal size; also where the small tensor alone changed, which pieces at equal distances would miss."""
+    first, size = fingerprint(checkpoint), (checkpoint / "model.safetensors").stat().st_size
+    save(checkpoint)
+    assert fingerprint(checkpoint) == first
+    for changed in ({"z": torch.ones(2**19)}, {"small": torch.ones(3)}):
+        save(checkpoint, **changed)
+        assert (checkpoint / "model.safetensors").stat().st_size == size
+        assert fingerprint(checkpoint) != first
+
+
+def test_a_checkpoint_is_cheap_to_know(checkpoint, monkeypatch):
+    read = sum(len(piece) for piece in files._pieces(checkpoint / "model.safetensors"))
+    assert read < 0.1 * (checkpoint / "model.safetensors").stat().st_size
+
+
+def test_what_trainings_and_evaluations_write_beside_a_checkpoint_does_not_count(checkpoint, tmp_path):
+    first = fingerprint(checkpoint)
+    for name in ("README.md", "log.jsonl", "training_args.bin", "trainer_state.json", "checkpoint-3/model.safetensors"):
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text("more")
+    assert fingerprint(checkpoint) == first
+    assert fingerprint(checkpoint.rename(tmp_path / "elsewhere")) == first
+    (tmp_path / "elsewhere" / "tokenizer.json").write_text("{}")
+    assert fingerprint(tmp_path / "elsewhere") != first
+
+
+def test_an_adapter_is_known_by_its_base_too(checkpoint, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / files.ADAPTER).write_text(json.dumps({"base_model_name_or_path": str(checkpoint)}))
+    first = fingerprint(tmp_path / "adapter")
+    save(checkpoint, small=torch.ones(3))
+    assert fingerprint(tmp_path / "adapter") != first
+
+
+def test_any_other_file_is_known_by_pieces_and_a_torn_checkpoint_is_no_error(tmp_path):
+    for name in ("rows.parquet", "model.safetensors"):
+        found = []
+        for last in (b"a", b"b"):
+            (tmp_path / name).write_bytes(b"\xff" * 2 * files.WHOLE + last)
+            found.append(fingerprint(tmp_path / name))
+        assert found[0] != found[1]
+
+
+def test_cards_and_hidden_files_of_a_set_do_not_count(tmp_path):
+    (tmp_path / ".build").mkdir()
+    (tmp_path / "rows").write_text("rows")
+    first = fingerprint(tmp_path)
+    (tmp_path / ".build" / "lock").write_text("1")
+    (tmp_path / "README.md").write_text("published")
+    assert fingerprint(tmp_path) == first
+
+
+def test_what_is_nowhere_has_no_content(tmp_path):
+    assert fingerprint(tmp_path / "gone") is None
+    assert fingerprint("") is None
+    assert fingerprint("a" * 100_000) is None
+    assert content_of(str(tmp_path / "gone")) is None
+    assert content_of("no-such/repository") is None
+    assert content_of(None) is None
+
+
+def test_differences_have_names_inside_too():
+    before = {"same": 1, "seed": 0, "draw": {"tasks": ["a"], "pool": "x"}}
+    now = {"same": 1, "seed": 1, "draw": {"tasks": ["b"], "pool": "x"}, "new": 2}
+    assert differences(before, now) == {"seed": (0, 1), "draw.tasks": (["a"], ["b"]), "new": (None, 2)}
+    assert differences(before, dict(before)) == {}
+
+
+# YAML
+
+
+def test_a_key_that_stands_twice_is_refused_by_name(tmp_path):
+    (tmp_path / "a.yaml").write_text("rows:\n  fast: {steps: 1}\n  fast: {steps: 2}\n")
+    with pytest.raises(ValueError, match=r"a.yaml: not valid YAML: duplicate key 'fast'"):
+        read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("base: &b {x: 1, y: 2}\nmore: {<<: *b, y: 3}\n")  # a default is no duplicate
+    assert read_yaml(tmp_path / "a.yaml")["more"] == {"x": 1, "y": 3}
+    with pytest.raises(ValueError, match=r"b.yaml cannot be read as YAML"):
+        read_yaml(tmp_path / "b.yaml")
+
+
+def test_every_configuration_of_ours_can_be_read():
+    from recipes.evaluation.tasks import TASKS_PATH
+
+    configs = [*(TASKS_PATH.parents[1] / "configs").rglob("*.yaml"), TASKS_PATH]
+    assert len(configs) > 15 and all(read_yaml(path) for path in configs)
