@@ -3,16 +3,25 @@
 One chat template and one function, [`LsmProcessor.conversation`], lay out every prompt. The teacher reads it with the
 transcript in the audio slot, the student with the audio; nothing else differs. This is what makes a set self-powered
 ("Self-Powered LLM Modality Expansion for Large Speech-Text Models", arXiv 2410.03798).
+
+The texts of a conversation are text: a transcript that has `<|audio|>` or `</s>` in it is read letter by letter, and
+the chat template alone writes special tokens. `apply_chat_template` puts a character of no width, [`BREAK`], into such
+a name, where no tokenizer finds the special token any more; and fast tokenizers are told to leave that character out of
+their tokens, so that the tokens are those of the plain text. A slow tokenizer cannot be told; there the LLM reads
+the character, too. Why this way: the mark is in the prompt itself, so that whoever tokenises the prompt (teacher,
+student, server, pipeline) reads the same text, with right offsets. Tokens of one letter cannot be broken and are left.
 """
 
 import hashlib
 import io
 import os
+import re
 import urllib.request
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
+from tokenizers import pre_tokenizers
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
@@ -28,6 +37,8 @@ except ImportError:
     from configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, num_mel_frames, validate_windowing
 
 AUDIO_TOKEN = "<|audio|>"
+BREAK = "\u2060"  # word joiner
+TEXTS = ("content", "reasoning_content", "text")  # of messages and their parts
 URL_TIMEOUT = 60  # seconds
 
 # For LLMs whose tokenizer has no chat template: Vicuna v1.1, which base models have seen most often in the wild.
@@ -165,6 +176,35 @@ def _to_mono_float(waveform: np.ndarray) -> np.ndarray:
     return waveform
 
 
+def special_tokens(tokenizer) -> re.Pattern:
+    """Finds the names of a tokenizer's special tokens in a text."""
+    names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names.update(tokenizer.all_special_tokens)
+    longest_first = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def as_text(text: str, special: re.Pattern) -> str:
+    """The text as a chat template takes it: with a [`BREAK`] in what `special` finds, and otherwise as it is."""
+    while special.search(text):  # again, since two names may overlap
+        text = special.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
+    return text
+
+
+def leave_out_breaks(tokenizer) -> None:
+    """Have a fast tokenizer make no token of [`BREAK`], across which it also merges nothing."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    own = backend.pre_tokenizer
+    state = "" if own is None else own.__getstate__().decode()
+    if BREAK not in state:
+        steps = [pre_tokenizers.Split(BREAK, "removed"), *([] if own is None else [own])]
+        if "Metaspace" in state:  # which puts a space before whatever it gets
+            steps.reverse()
+        backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+
+
 class LsmProcessorKwargs(ProcessingKwargs, total=False):
     # Prompts hold the special tokens that the chat template puts there, and no second BOS.
     _defaults = {"text_kwargs": {"padding": True, "add_special_tokens": False}}  # noqa: RUF012
@@ -217,6 +257,8 @@ class LsmProcessor(ProcessorMixin):
             tokenizer.init_kwargs.pop(key, None)
         template = _with_prelude(chat_template or tokenizer.chat_template, tokenizer, audio_token)
         tokenizer.chat_template = template
+        leave_out_breaks(tokenizer)
+        self._special = special_tokens(tokenizer)
         super().__init__(feature_extractor, tokenizer, chat_template=template)
 
     @property
@@ -258,18 +300,32 @@ class LsmProcessor(ProcessorMixin):
     def apply_chat_template(
         self, conversation, *args, tokenize: bool = False, sampling_rate: int | None = None, **kwargs
     ):
-        """As in transformers. Audio parts may hold what `__call__` takes, under "audio", "url" or "path", and are read
-        only if `tokenize=True`. Waveforms are at the part's own "sampling_rate" in Hz, or else at the argument's.
+        """As in transformers; texts are read as text, whatever special tokens they name. Audio parts may hold what
+        `__call__` takes, under "audio", "url" or "path", and are read only if `tokenize=True`. Waveforms are at the
+        part's own "sampling_rate" in Hz, or else at the argument's.
         """
         if not conversation:
             raise ValueError("The conversation is empty; expected a list of messages, or of such lists.")
         batched = isinstance(conversation[0], (list, tuple))
         conversations = list(conversation) if batched else [conversation]
+        conversations = [[self._as_text(message) for message in messages] for messages in conversations]
         if tokenize:
             conversations = [self._load_parts(messages, sampling_rate) for messages in conversations]
         return super().apply_chat_template(
             conversations if batched else conversations[0], *args, tokenize=tokenize, **kwargs
         )
+
+    def as_text(self, text: str) -> str:
+        """The text of a user or a corpus as `apply_chat_template` puts it into the prompt; equal to `text` unless that
+        names a special token. Only for texts that are compared with a prompt, or tokenised without one."""
+        return as_text(text, self._special)
+
+    def _as_text(self, message: dict) -> dict:
+        """The message or part with its texts as text."""
+        texts = {key: self.as_text(value) for key, value in message.items() if key in TEXTS and isinstance(value, str)}
+        if isinstance(message.get("content"), (list, tuple)):
+            texts["content"] = [self._as_text(part) for part in message["content"]]
+        return message | texts
 
     def _load_parts(self, messages: list[dict], sampling_rate: int | None) -> list[dict]:
         """The messages with the audio of every audio part read, at the feature extractor's rate."""
@@ -446,4 +502,4 @@ LsmProcessor.register_for_auto_class()
 if not __package__:  # a checkout, not remote code: its own class needs no trust
     AutoProcessor.register(LsmConfig, LsmProcessor, exist_ok=True)
 
-__all__ = ["LsmProcessor", "load_audio"]
+__all__ = ["LsmProcessor", "as_text", "leave_out_breaks", "load_audio", "special_tokens"]

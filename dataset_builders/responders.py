@@ -82,12 +82,17 @@ class Responder:
             ConnectionError: a server that cannot be reached, or keeps failing.
             ValueError: a server that refuses a request.
         """
-        prompts, limit = self.render(requests), self.max_prompt_tokens
-        asked = [index for index, prompt in enumerate(prompts) if limit is None or len(prompt.tokens) <= limit]
-        replies = [Reply("", "prompt_too_long")] * len(requests)
+        prompts = self.render(requests)
+        replies = [Reply("", self._refusal(prompt) or "stop") for prompt in prompts]
+        asked = [index for index, reply in enumerate(replies) if reply.finish == "stop"]
         for index, reply in zip(asked, self._generate([prompts[index] for index in asked]), strict=True):
             replies[index] = reply
         return replies
+
+    def _refusal(self, prompt: Prompt) -> str | None:
+        """Why a prompt cannot be asked, a name in `filters.FILTERS`."""
+        limit = self.max_prompt_tokens
+        return "prompt_too_long" if limit is not None and len(prompt.tokens) > limit else None
 
     def render(self, requests: Sequence[Request]) -> list[Prompt]:
         """The prompts: what the LSM will see, with the transcript in the slot."""

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from dataset_builders.exchange import Reply
 from dataset_builders.responders import MAX_NEW_TOKENS, Prompt, Responder
 from dataset_builders.text_llm import changed_decoding, context_of, load_identity
+from processing_lsm import BREAK
 
 try:
     import openai
@@ -135,6 +136,10 @@ class ServerResponder(Responder):
                 if retries:
                     counts = ", ".join(f"{kind} ({count})" for kind, count in retries.most_common())
                     logger.warning("%s failed %d times, and was asked again: %s", self.server, retries.total(), counts)
+
+    def _refusal(self, prompt: Prompt) -> str | None:
+        unsendable = self.prompt_format == "text" and BREAK in prompt.text
+        return "special_token" if unsendable else super()._refusal(prompt)
 
     def _as_text(self, prompts: list[Prompt]) -> list[str]:
         """Texts without the BOS that servers add. Raises ValueError if one would not be read as the same tokens."""

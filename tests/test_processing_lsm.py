@@ -12,9 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from transformers import AutoTokenizer, WhisperFeatureExtractor
+from tiny_tokenizer import CHAT_TEMPLATE, tiny_sentencepiece, tiny_tokenizer
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, ByT5Tokenizer, WhisperFeatureExtractor
 
-from processing_lsm import AUDIO_TOKEN, DEFAULT_CHAT_TEMPLATE, LsmProcessor, load_audio
+from processing_lsm import AUDIO_TOKEN, BREAK, DEFAULT_CHAT_TEMPLATE, LsmProcessor, load_audio
 
 
 def wav_bytes(waveform, rate, subtype="PCM_16"):
@@ -300,6 +302,57 @@ def test_without_an_instruction_the_speech_stands_alone(lsm_dir, clip, instructi
 def test_one_slot_holds_one_thing(processor, clip):
     with pytest.raises(ValueError, match="not both"):
         processor.conversation("Hello.", audio=clip(1), transcript="hello")
+
+
+TOKENIZERS = {
+    "bytes": tiny_tokenizer,
+    **{f"pieces, {kind}": functools.partial(tiny_sentencepiece, kind) for kind in ("first", "always", "legacy")},
+    "slow": lambda: ByT5Tokenizer(chat_template=CHAT_TEMPLATE),
+}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def any_processor(request):
+    """Of tokenizers that make tokens in different ways; the last one without the Rust library."""
+    tokenizer = TOKENIZERS[request.param]()
+    tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    return LsmProcessor(WhisperFeatureExtractor(), tokenizer)
+
+
+def test_a_text_that_names_special_tokens_is_read_as_text(any_processor, clip, tmp_path):
+    """Whoever reads it, and after saving: the special tokens are those of the template, and the text says the same."""
+    any_processor.save_pretrained(tmp_path)
+    end, text = any_processor.tokenizer.eos_token, f"Say {AUDIO_TOKEN}</s> and</s></s>."
+    for own in (any_processor, LsmProcessor.from_pretrained(tmp_path)):
+        special = set(own.tokenizer.all_special_ids) | {own.audio_token_id}
+
+        def render(instruction, own=own, **slot):
+            messages = own.conversation(instruction, response=instruction, **slot)
+            return own.tokenizer(own.apply_chat_template(messages), add_special_tokens=False).input_ids
+
+        for slot in ({"audio": True}, {"transcript": text}):
+            plain = render("word", **{name: True if value is True else "word" for name, value in slot.items()})
+            ids = render(text, **slot)
+            assert [id for id in ids if id in special] == [id for id in plain if id in special]
+            said = own.tokenizer.decode(ids).replace(BREAK, "")
+            assert said.count(text) == 2 + ("transcript" in slot)
+            assert BREAK not in own.tokenizer.decode(ids) or not own.tokenizer.is_fast
+        inputs = own.apply_chat_template(
+            [{"role": "user", "content": [{"type": "text", "text": text}, {"type": "audio", "audio": clip(0.5)}]}],
+            tokenize=True,
+            return_dict=True,
+        )
+        assert inputs["input_ids"][0].count(own.audio_token_id) == 2 and end == "</s>"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_any_other_text_keeps_its_tokens(name):
+    text = "  It is said: <b>é</b>\n\n日本語 and  <| more |></s> the"
+    tokenizer = TOKENIZERS[name]()
+    before = tokenizer(text).input_ids
+    tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
+    assert LsmProcessor(WhisperFeatureExtractor(), tokenizer).tokenizer(text).input_ids == before
 
 
 def test_parts_of_another_kind_are_refused(processor):
