@@ -12,6 +12,7 @@ the character, too. Why this way: the mark is in the prompt itself, so that whoe
 student, server, pipeline) reads the same text, with right offsets. Tokens of one letter cannot be broken and are left.
 """
 
+import datetime
 import hashlib
 import io
 import os
@@ -61,6 +62,12 @@ FOLD_SYSTEM = (
     "{%- set messages = [dict(messages[1], content=opening)] + messages[2:] -%}"
     "{%- endif %}\n"
 )
+
+# What templates ask for beyond the messages. Nobody reads a prompt of the day on which it happens to be rendered: a set
+# is built, learned from and asked about on different ones. Llama's own default day.
+TEMPLATE_SETTINGS = {"enable_thinking": False, "date": "2024-07-26"}
+_PINNED = "{#- template settings, as LsmProcessor has them -#}\n"
+_STRFTIME = ("%-d", "%-m", *(f"%{code}" for code in "aAbBdeFHIjmMpSTyY"))
 
 # Prepended to the LLM's own template, which then sees plain strings: parts joined by newlines, audio as its token.
 # The newline at the end is eaten by Jinja's `trim_blocks`, which transformers sets.
@@ -222,9 +229,14 @@ class LsmProcessor(ProcessorMixin):
         audio_token (`str`): the placeholder of one clip in the text; repeated once per speech token.
         window_frames, window_mode, queries_per_window, audio_padding: as in [`LsmConfig`].
         instruction_first (`bool`): whether the instruction stands before or after the speech.
+        template_settings (`dict`, *optional*): what the template asks for beyond the messages, such as
+            `{"enable_thinking": True}` or `{"tools": [...]}`, and `date` (`"2026-11-28"`), which a template with
+            today's date gets for today. By default no thoughts, and one day for all. They are written into the chat
+            template, so that whoever renders it has them; keywords of `apply_chat_template` go before them.
 
     Raises:
-        ValueError: if the tokenizer lacks `audio_token` or an EOS token, or a setting cannot be used.
+        ValueError: if the tokenizer lacks `audio_token` or an EOS token, or a setting cannot be used, such as one that
+            the template does not ask for.
     """
 
     valid_processor_kwargs = LsmProcessorKwargs
@@ -240,6 +252,7 @@ class LsmProcessor(ProcessorMixin):
         queries_per_window=1,
         audio_padding="longest",
         instruction_first=True,
+        template_settings=None,
     ):
         validate_windowing(window_frames, window_mode, queries_per_window, audio_padding)
         self.audio_token = audio_token
@@ -256,6 +269,7 @@ class LsmProcessor(ProcessorMixin):
         for key in ("is_local", "local_files_only", "name_or_path"):  # of this machine, and saved with the tokenizer
             tokenizer.init_kwargs.pop(key, None)
         template = _with_prelude(chat_template or tokenizer.chat_template, tokenizer, audio_token)
+        template, self.template_settings = _pin(template, template_settings)
         tokenizer.chat_template = template
         leave_out_breaks(tokenizer)
         self._special = special_tokens(tokenizer)
@@ -263,7 +277,12 @@ class LsmProcessor(ProcessorMixin):
 
     @property
     def template_hash(self) -> str:
-        """16 hex digits that name the prompt layout: chat template and order, whatever the audio token is called."""
+        """16 hex digits that name the prompt layout: chat template, its settings (date included, since they are written
+        into it) and order, whatever the audio token is called. It covers all that is rendered but the texts.
+
+        Sets and checkpoints of before December 2026 have the same hash where the template asks for no settings. Where
+        it does, their prompts followed the day or opened with a thought; they count as another template's.
+        """
         template = self.chat_template.replace(self.audio_token, "<slot>")
         return hashlib.sha256(f"{template}\ninstruction_first={self.instruction_first}".encode()).hexdigest()[:16]
 
@@ -463,6 +482,33 @@ def _with_prelude(template: str | dict | None, tokenizer, audio_token: str) -> s
         return template
     fold = "" if _takes_system(template, tokenizer) else FOLD_SYSTEM
     return _PRELUDE.replace("AUDIO_TOKEN", audio_token) + fold + template
+
+
+def _pin(template: str, settings: dict | None) -> tuple[str, dict]:
+    """The template with the settings that it asks for written before it, and these settings."""
+    *_, template = template.rpartition(_PINNED)
+    settings = TEMPLATE_SETTINGS | (settings or {})
+    asked_for = set(re.findall(r"\w+", template.replace("strftime_now", "date")))
+    for name in sorted(set(settings) - asked_for):
+        if settings.pop(name) != TEMPLATE_SETTINGS.get(name):
+            raise ValueError(f"The chat template does not ask for {name!r}; leave it out of `template_settings`.")
+    lines = [
+        _today(value)
+        if name == "date"
+        else f"{{%- if {name} is not defined or {name} is none %}}{{% set {name} = {value!r} %}}{{% endif -%}}\n"
+        for name, value in sorted(settings.items())
+    ]
+    return ("".join(lines) + _PINNED if lines else "") + template, settings
+
+
+def _today(date: str) -> str:
+    """A macro that stands for `strftime_now` and always has the same day, at midnight."""
+    try:
+        day = datetime.datetime.fromisoformat(date)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`date` of `template_settings` is {date!r}; expected a day such as '2026-11-28'.") from error
+    written = "".join(f" | replace('{code}', '{day.strftime(code)}')" for code in _STRFTIME)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{written} }}}}{{%- endmacro -%}}\n"
 
 
 def _takes_system(template: str, tokenizer) -> bool:

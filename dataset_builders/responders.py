@@ -14,7 +14,14 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from dataset_builders.exchange import Reply, Request
-from dataset_builders.text_llm import changed_decoding, context_of, kv_bytes_per_token, load_identity, make_room
+from dataset_builders.text_llm import (
+    changed_decoding,
+    context_of,
+    kv_bytes_per_token,
+    load_identity,
+    make_room,
+    read_answers,
+)
 from processing_lsm import LsmProcessor
 
 # What must agree between a row's responder and the LSM that trains on it, for the row to be self-powered.
@@ -68,7 +75,7 @@ class Responder:
 
     @property
     def provenance(self) -> str:
-        """JSON for the `responder` column: LLM id and revision, template hash, decoding settings."""
+        """JSON for the `responder` column: LLM id and revision, template hash and settings, decoding settings."""
         return json.dumps({**self.identity, "decoding": self.decoding}, sort_keys=True)
 
     @property
@@ -117,9 +124,11 @@ class LocalResponder(Responder):
         kv_cache_bytes: what the keys and values of one batch may take; it sets the token budget of a batch (prompts
             and responses, padding included).
         dtype: of the LLM; `"auto"` is the checkpoint's.
+        template_settings: as in [`LsmProcessor`], of a causal LLM; an LSM has its own.
 
     Raises:
-        ValueError: an LSM that does not say which LLM is inside (`config.responder`), or limits that leave no room.
+        ValueError: an LSM that does not say which LLM is inside (`config.responder`) or that is to have other template
+            settings, or limits that leave no room.
     """
 
     engine = "transformers"
@@ -131,8 +140,9 @@ class LocalResponder(Responder):
         max_prompt_tokens: int | None = None,
         kv_cache_bytes: int = KV_CACHE_BYTES,
         dtype: str = "auto",
+        template_settings: dict | None = None,
     ):
-        processor, identity, config = load_identity(llm)
+        processor, identity, config = load_identity(llm, template_settings)
         self.model = AutoModelForCausalLM.from_pretrained(str(llm), trust_remote_code=True, dtype=dtype)
         if config.model_type != "lsm":
             make_room(self.model, processor.tokenizer)
@@ -172,8 +182,8 @@ class LocalResponder(Responder):
         output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         answers = output[:, inputs.input_ids.shape[1] :]
         finished = torch.isin(answers, torch.tensor(end, device=answers.device)).any(dim=1).tolist()
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [Reply(text.strip(), "stop" if done else "length") for text, done in zip(texts, finished, strict=True)]
+        texts = read_answers(tokenizer, answers.tolist())
+        return [Reply(text, "stop" if done else "length") for text, done in zip(texts, finished, strict=True)]
 
 
 def foreign(provenance: str, responder: dict | None) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import TextStreamer
 
+from dataset_builders.text_llm import read_answers
 from recipes.speech_llm import Lsm, load
 
 
@@ -46,7 +47,7 @@ class Conversation:
 
     @torch.inference_mode()
     def ask(self, instruction: str, streamer: TextStreamer | None = None) -> str:
-        """The greedy answer; `streamer` receives it as it is written."""
+        """The greedy answer; `streamer` receives it as it is written, with the thought before it, if any."""
         inputs = self.processor.apply_chat_template(
             self.processor.conversation(instruction, audio=self.heard),
             add_generation_prompt=True,
@@ -55,7 +56,7 @@ class Conversation:
             return_tensors="pt",
         ).to(self.model.device)
         output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, streamer=streamer)
-        return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return read_answers(self.processor.tokenizer, output[:, inputs["input_ids"].shape[1] :].tolist())[0]
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """From rows of a self-powered set to a training batch: the one prompt layout, with labels on the response alone."""
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import compress
@@ -9,6 +10,7 @@ import torch
 from processing_lsm import BREAK, LsmProcessor, load_audio
 from recipes.audio_features import AudioFeatureStore
 
+THOUGHT = re.compile(r"\A\s*(<think>.*?</think>\s*)+", re.DOTALL)
 LEAST_SHARED = 64  # tokens that must not be read again, to pay for calling the LLM twice
 
 
@@ -27,10 +29,13 @@ def render_prompt(processor: LsmProcessor, row: dict, slot: str = "audio") -> st
 def render_response(processor: LsmProcessor, row: dict, prompt: str) -> str:
     """What follows `prompt` when the assistant answers with the row's response: the response and the end of turn.
 
+    A thought before it, of the row (`<think>...</think>`) or of the template (an empty one, with `enable_thinking`), is
+    nothing to learn and left out.
+
     Raises:
         ValueError: an empty response, or a chat template whose prompt is not the beginning of the conversation.
     """
-    if not row["response"].strip():
+    if not THOUGHT.sub("", row["response"]).strip():
         raise ValueError(f"row {row.get('id')!r} has an empty response; expected text to learn.")
     messages = processor.conversation(row["instruction"], audio=True, response=row["response"])
     text = processor.apply_chat_template(messages)
@@ -40,7 +45,9 @@ def render_response(processor: LsmProcessor, row: dict, prompt: str) -> str:
             "template so that add_generation_prompt only appends."
         )
     end = processor.tokenizer.eos_token
-    response = text[len(prompt) :].rstrip()  # templates put a newline behind the end of turn, which nobody needs
+    response = THOUGHT.sub(
+        "", text[len(prompt) :]
+    ).rstrip()  # templates put a newline behind the end of turn, which nobody needs
     return response if response.endswith(end) else response + end
 
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BatchF
 from transformers.utils import find_adapter_config_file, is_mistral_common_available
 
 from dataset_builders.exchange import Reply
-from dataset_builders.text_llm import make_room, text_processor
+from dataset_builders.text_llm import make_room, read_answers, text_processor
 from processing_lsm import as_text, load_audio, special_tokens
 from recipes.audio_features import AudioFeatureStore, audio_key
 from recipes.collator import render_prompt, render_response, response_tokens
@@ -186,8 +186,8 @@ class SpeechLLM:
             settings |= self._only(choices, start, ends)
         output = self.model.generate(**inputs, **settings, pad_token_id=self.tokenizer.pad_token_id)[:, start:]
         finished = torch.isin(output, torch.tensor(ends, device=output.device)).any(dim=1).tolist()
-        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
-        return [Reply(text.strip(), "stop" if done else "length") for text, done in zip(texts, finished, strict=True)]
+        texts = read_answers(self.tokenizer, output.tolist())
+        return [Reply(text, "stop" if done else "length") for text, done in zip(texts, finished, strict=True)]
 
     @staticmethod
     def _only(choices: Sequence[Sequence[list[int]]], start: int, ends: list[int]) -> dict:
@@ -349,6 +349,13 @@ def load(source: str | Path, dtype: str = "auto") -> SpeechLLM:
         make_room(model, processor.tokenizer)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return family(model, processor, Path(source).name if Path(source).exists() else str(source))
+
+
+def template_settings_of(source: str | Path) -> dict | None:
+    """What the chat template of an LSM has been told, for the text LLM beside it; None for other checkpoints."""
+    if AutoConfig.from_pretrained(base_of(source), trust_remote_code=True).model_type != "lsm":
+        return None
+    return AutoProcessor.from_pretrained(source, trust_remote_code=True).template_settings
 
 
 def _role_of(span: tuple[int, int], covered: dict[str, tuple[int, int]]) -> str:

@@ -1,5 +1,7 @@
 import copy
+import datetime
 import functools
+import hashlib
 import io
 import json
 import threading
@@ -12,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from tiny_tokenizer import CHAT_TEMPLATE, tiny_sentencepiece, tiny_tokenizer
+from tiny_tokenizer import CHAT_TEMPLATE, DATED_TEMPLATE, THINKING_TEMPLATE, tiny_sentencepiece, tiny_tokenizer
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, ByT5Tokenizer, WhisperFeatureExtractor
 
@@ -365,6 +367,81 @@ def test_the_template_hash_names_the_layout(processor, lsm_dir):
     assert processor.template_hash == LsmProcessor.from_pretrained(lsm_dir).template_hash
     assert processor.template_hash != other.template_hash
     assert len(processor.template_hash) == 16
+
+
+def with_template(template, **settings):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    return LsmProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=template, **settings)
+
+
+def ask(own, **settings):
+    return own.apply_chat_template(own.conversation("Hi.", audio=True), add_generation_prompt=True, **settings)
+
+
+class Tomorrow(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + datetime.timedelta(days=40)
+
+
+def test_a_template_with_todays_date_has_one_day_for_all(tmp_path, monkeypatch):
+    """Building, training and use are on different days; the prompt, and its hash, are the same."""
+    own = with_template(DATED_TEMPLATE)
+    prompt, name = ask(own), own.template_hash
+    assert prompt.startswith("<s>Today is 26 Jul 2024.\n")
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    again = with_template(DATED_TEMPLATE)
+    assert (ask(again), again.template_hash) == (prompt, name)
+    assert ask(own, date_string="1 May 2026").startswith("<s>Today is 1 May 2026.\n")
+
+
+def test_a_day_and_switches_of_the_template_are_settings_that_are_kept_and_hashed(tmp_path):
+    for template, told, seen in [
+        (DATED_TEMPLATE, {"date": "2026-11-28"}, "Today is 28 Nov 2026."),
+        (THINKING_TEMPLATE, {"enable_thinking": True}, "<|im_start|>assistant\n"),
+        ("{{ tools }}" + THINKING_TEMPLATE, {"tools": [{"name": "f", "x": None}]}, "[{'name': 'f', 'x': None}]"),
+    ]:
+        usual, own = with_template(template), with_template(template, template_settings=told)
+        assert seen in ask(own) and usual.template_hash != own.template_hash
+        own.save_pretrained(tmp_path)
+        loaded = LsmProcessor.from_pretrained(tmp_path)
+        assert told.items() <= loaded.template_settings.items()
+        assert (ask(loaded), loaded.template_hash) == (ask(own), own.template_hash)
+        # Whoever renders the template by itself has them, too.
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        messages = loaded.conversation("Hi.", audio=True)
+        assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == ask(own)
+        changed = LsmProcessor.from_pretrained(tmp_path, template_settings=usual.template_settings)
+        assert (ask(changed), changed.template_hash) == (ask(usual), usual.template_hash)
+
+
+def test_by_default_no_thought_is_asked_for():
+    own = with_template(THINKING_TEMPLATE)
+    assert own.template_settings == {"enable_thinking": False}
+    assert ask(own).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert ask(own, enable_thinking=True).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "message"),
+    [
+        (THINKING_TEMPLATE, {"enable_thinkin": True}, "does not ask for 'enable_thinkin'"),
+        (DATED_TEMPLATE, {"enable_thinking": True}, "does not ask for 'enable_thinking'"),
+        (DATED_TEMPLATE, {"date": "today"}, "is 'today'; expected a day such as '2026-11-28'"),
+    ],
+)
+def test_settings_that_a_template_does_not_ask_for_are_refused(template, settings, message):
+    with pytest.raises(ValueError, match=message):
+        with_template(template, template_settings=settings)
+
+
+def test_a_template_that_asks_for_nothing_is_left_as_it_is_and_keeps_its_hash(processor, lsm_dir):
+    """Sets and checkpoints of before there were settings are named by the hash of the template itself."""
+    assert processor.template_settings == {}
+    source = processor.chat_template.replace(AUDIO_TOKEN, "<slot>") + "\ninstruction_first=True"
+    assert processor.template_hash == hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def test_the_default_template_serves_tokenizers_without_one(processor, llm_dir):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tiny_tokenizer import CHAT_TEMPLATE, tiny_sentencepiece
+from tiny_tokenizer import CHAT_TEMPLATE, THINKING_TEMPLATE, tiny_sentencepiece, tiny_tokenizer
 from transformers import ByT5Tokenizer, WhisperFeatureExtractor
 
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
@@ -199,6 +199,22 @@ def test_a_token_across_the_border_is_cut_there(answered, kind):
     prompt = own.tokenizer(render_prompt(own, row), add_special_tokens=False).input_ids
     assert ids[labels == -100].tolist()[-5:] == prompt[-5:]
     assert own.tokenizer.decode(ids).endswith("<|assistant|>: the speech</s>")
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_thought_is_no_label(answered, thinking):
+    """Neither the empty one that templates put before a finished answer, nor one that an imported row has."""
+    own = processor_of(tiny_tokenizer(), CHAT_TEMPLATE)
+    own = LsmProcessor(
+        own.feature_extractor, own.tokenizer, THINKING_TEMPLATE, template_settings={"enable_thinking": thinking}
+    )
+    thoughtful = answered[1] | {"response": "<think>\nHm.\n</think>\n\nNobody says it."}
+    batch = SpeechResponseCollator(own, teacher=True)([answered[0], thoughtful])
+    for labels in (batch["labels"], batch["teacher_labels"]):
+        said = [own.tokenizer.decode(row[row != -100]) for row in labels]
+        assert said == ["It is asked.</s>", "Nobody says it.</s>"]
+    with pytest.raises(ValueError, match="has an empty response"):
+        SpeechResponseCollator(own)([answered[0] | {"response": "<think>\nHm.\n</think>\n"}])
 
 
 def test_a_slow_tokenizer_has_the_response_by_itself_there():
