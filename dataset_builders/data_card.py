@@ -47,7 +47,7 @@ class Summary:
 
     @classmethod
     def of(cls, reports: Iterable[dict]) -> "Summary":
-        """Add up what `self_powered.write_shard` reports."""
+        """Add up what `building.report` counts."""
         total, content = cls(), hashlib.sha256()
         for report in reports:
             content.update(json.dumps(report["sha256"], sort_keys=True).encode())
