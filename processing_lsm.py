@@ -3,8 +3,16 @@
 One chat template and one function, [`LsmProcessor.conversation`], lay out every prompt. The teacher reads it with the
 transcript in the audio slot, the student with the audio; nothing else differs. This is what makes a set self-powered
 ("Self-Powered LLM Modality Expansion for Large Speech-Text Models", arXiv 2410.03798).
+
+The texts of a conversation are text: a transcript that has `<|audio|>` or `</s>` in it is read letter by letter, and
+the chat template alone writes special tokens. `apply_chat_template` puts a character of no width, [`BREAK`], into such
+a name, where no tokenizer finds the special token any more; and fast tokenizers are told to leave that character out of
+their tokens, so that the tokens are those of the plain text. A slow tokenizer cannot be told; there the LLM reads
+the character, too. Why this way: the mark is in the prompt itself, so that whoever tokenises the prompt (teacher,
+student, server, pipeline) reads the same text, with right offsets. Tokens of one letter cannot be broken and are left.
 """
 
+import datetime
 import hashlib
 import http.client
 import inspect
@@ -16,6 +24,7 @@ import urllib.request
 import numpy as np
 import torch
 from jinja2 import TemplateError
+from tokenizers import pre_tokenizers
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
@@ -32,6 +41,8 @@ except ImportError:
 
 AUDIO_TOKEN = "<|audio|>"
 FILES = (str, os.PathLike, bytes, bytearray, memoryview)  # that audio may come in, besides those that are open
+BREAK = "\u2060"  # word joiner
+TEXTS = ("content", "reasoning_content", "text")  # of messages and their parts
 URL_TIMEOUT = 60  # seconds
 # The highest float sample that is taken, 24 dB over full scale: hot mixes and resampling stay far below, and samples of
 # 16-bit scale are far above unless they are silence.
@@ -57,6 +68,12 @@ FOLD_SYSTEM = (
     "{%- set messages = [dict(messages[1], content=opening)] + messages[2:] -%}"
     "{%- endif %}\n"
 )
+
+# What templates ask for beyond the messages. Nobody reads a prompt of the day on which it happens to be rendered: a set
+# is built, learned from and asked about on different ones. Llama's own default day.
+TEMPLATE_SETTINGS = {"enable_thinking": False, "date": "2024-07-26"}
+_PINNED = "{#- template settings, as LsmProcessor has them -#}\n"
+_STRFTIME = ("%-d", "%-m", *(f"%{code}" for code in "aAbBdeFHIjmMpSTyY"))
 
 # Prepended to the LLM's own template, which then sees plain strings: parts joined by newlines, audio as its token.
 # The newline at the end is eaten by Jinja's `trim_blocks`, which transformers sets.
@@ -229,6 +246,35 @@ TEXT_KEYWORDS = {
 TEMPLATE_KEYWORDS = set(inspect.signature(ProcessorMixin.apply_chat_template).parameters) - {"tools", "documents"}
 
 
+def special_tokens(tokenizer) -> re.Pattern:
+    """Finds the names of a tokenizer's special tokens in a text."""
+    names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names.update(tokenizer.all_special_tokens)
+    longest_first = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def as_text(text: str, special: re.Pattern) -> str:
+    """The text as a chat template takes it: with a [`BREAK`] in what `special` finds, and otherwise as it is."""
+    while special.search(text):  # again, since two names may overlap
+        text = special.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
+    return text
+
+
+def leave_out_breaks(tokenizer) -> None:
+    """Have a fast tokenizer make no token of [`BREAK`], across which it also merges nothing."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    own = backend.pre_tokenizer
+    state = "" if own is None else own.__getstate__().decode()
+    if BREAK not in state:
+        steps = [pre_tokenizers.Split(BREAK, "removed"), *([] if own is None else [own])]
+        if "Metaspace" in state:  # which puts a space before whatever it gets
+            steps.reverse()
+        backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+
+
 class LsmProcessorKwargs(ProcessingKwargs, total=False):
     # Prompts hold the special tokens that the chat template puts there, and no second BOS.
     _defaults = {"text_kwargs": {"padding": True, "add_special_tokens": False}}  # noqa: RUF012
@@ -246,9 +292,14 @@ class LsmProcessor(ProcessorMixin):
         audio_token (`str`): the placeholder of one clip in the text; repeated once per speech token.
         window_frames, window_mode, queries_per_window, audio_padding: as in [`LsmConfig`].
         instruction_first (`bool`): whether the instruction stands before or after the speech.
+        template_settings (`dict`, *optional*): what the template asks for beyond the messages, such as
+            `{"enable_thinking": True}` or `{"tools": [...]}`, and `date` (`"2026-11-28"`), which a template with
+            today's date gets for today. By default no thoughts, and one day for all. They are written into the chat
+            template, so that whoever renders it has them; keywords of `apply_chat_template` go before them.
 
     Raises:
-        ValueError: if the tokenizer lacks `audio_token` or an EOS token, or a setting cannot be used.
+        ValueError: if the tokenizer lacks `audio_token` or an EOS token, or a setting cannot be used, such as one that
+            the template does not ask for.
     """
 
     valid_processor_kwargs = LsmProcessorKwargs
@@ -264,6 +315,7 @@ class LsmProcessor(ProcessorMixin):
         queries_per_window=1,
         audio_padding="longest",
         instruction_first=True,
+        template_settings=None,
     ):
         validate_windowing(window_frames, window_mode, queries_per_window, audio_padding)
         self.audio_token = audio_token
@@ -280,12 +332,20 @@ class LsmProcessor(ProcessorMixin):
         for key in ("is_local", "local_files_only", "name_or_path"):  # of this machine, and saved with the tokenizer
             tokenizer.init_kwargs.pop(key, None)
         template = _with_prelude(chat_template or tokenizer.chat_template, tokenizer, audio_token)
+        template, self.template_settings = _pin(template, template_settings)
         tokenizer.chat_template = template
+        leave_out_breaks(tokenizer)
+        self._special = special_tokens(tokenizer)
         super().__init__(feature_extractor, tokenizer, chat_template=template)
 
     @property
     def template_hash(self) -> str:
-        """16 hex digits that name the prompt layout: chat template and order, whatever the audio token is called."""
+        """16 hex digits that name the prompt layout: chat template, its settings (date included, since they are written
+        into it) and order, whatever the audio token is called. It covers all that is rendered but the texts.
+
+        Sets and checkpoints of before December 2026 have the same hash where the template asks for no settings. Where
+        it does, their prompts followed the day or opened with a thought; they count as another template's.
+        """
         template = self.chat_template.replace(self.audio_token, "<slot>")
         return hashlib.sha256(f"{template}\ninstruction_first={self.instruction_first}".encode()).hexdigest()[:16]
 
@@ -322,8 +382,9 @@ class LsmProcessor(ProcessorMixin):
     def apply_chat_template(
         self, conversation, *args, tokenize: bool = False, sampling_rate: int | None = None, **kwargs
     ):
-        """As in transformers. Audio parts may hold what `__call__` takes, under "audio", "url" or "path", and are read
-        only if `tokenize=True`. Waveforms are at the part's own "sampling_rate" in Hz, or else at the argument's.
+        """As in transformers; texts are read as text, whatever special tokens they name. Audio parts may hold what
+        `__call__` takes, under "audio", "url" or "path", and are read only if `tokenize=True`. Waveforms are at the
+        part's own "sampling_rate" in Hz, or else at the argument's.
 
         Raises:
             ValueError: for no conversation, audio that cannot be used, and keywords that neither the chat template nor
@@ -339,11 +400,24 @@ class LsmProcessor(ProcessorMixin):
         sampling_rate, kwargs["processor_kwargs"] = _keywords(sampling_rate, settings)
         batched = isinstance(conversation[0], (list, tuple))
         conversations = list(conversation) if batched else [conversation]
+        conversations = [[self._as_text(message) for message in messages] for messages in conversations]
         if tokenize:
             conversations = [self._load_parts(messages, sampling_rate) for messages in conversations]
         return super().apply_chat_template(
             conversations if batched else conversations[0], *args, tokenize=tokenize, **kwargs
         )
+
+    def as_text(self, text: str) -> str:
+        """The text of a user or a corpus as `apply_chat_template` puts it into the prompt; equal to `text` unless that
+        names a special token. Only for texts that are compared with a prompt, or tokenised without one."""
+        return as_text(text, self._special)
+
+    def _as_text(self, message: dict) -> dict:
+        """The message or part with its texts as text."""
+        texts = {key: self.as_text(value) for key, value in message.items() if key in TEXTS and isinstance(value, str)}
+        if isinstance(message.get("content"), (list, tuple)):
+            texts["content"] = [self._as_text(part) for part in message["content"]]
+        return message | texts
 
     def _load_parts(self, messages: list[dict], sampling_rate: int | None) -> list[dict]:
         """The messages with the audio of every audio part read, at the feature extractor's rate."""
@@ -517,6 +591,33 @@ def _with_prelude(template: str | dict | None, tokenizer, audio_token: str) -> s
     return _PRELUDE.replace("AUDIO_TOKEN", audio_token) + fold + template
 
 
+def _pin(template: str, settings: dict | None) -> tuple[str, dict]:
+    """The template with the settings that it asks for written before it, and these settings."""
+    *_, template = template.rpartition(_PINNED)
+    settings = TEMPLATE_SETTINGS | (settings or {})
+    asked_for = set(re.findall(r"\w+", template.replace("strftime_now", "date")))
+    for name in sorted(set(settings) - asked_for):
+        if settings.pop(name) != TEMPLATE_SETTINGS.get(name):
+            raise ValueError(f"The chat template does not ask for {name!r}; leave it out of `template_settings`.")
+    lines = [
+        _today(value)
+        if name == "date"
+        else f"{{%- if {name} is not defined or {name} is none %}}{{% set {name} = {value!r} %}}{{% endif -%}}\n"
+        for name, value in sorted(settings.items())
+    ]
+    return ("".join(lines) + _PINNED if lines else "") + template, settings
+
+
+def _today(date: str) -> str:
+    """A macro that stands for `strftime_now` and always has the same day, at midnight."""
+    try:
+        day = datetime.datetime.fromisoformat(date)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`date` of `template_settings` is {date!r}; expected a day such as '2026-11-28'.") from error
+    written = "".join(f" | replace('{code}', '{day.strftime(code)}')" for code in _STRFTIME)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{written} }}}}{{%- endmacro -%}}\n"
+
+
 def _takes_system(template: str, tokenizer) -> bool:
     """Whether a system message gets into the prompt; some templates raise an error, some drop it silently."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
@@ -554,4 +655,4 @@ LsmProcessor.register_for_auto_class()
 if not __package__:  # a checkout, not remote code: its own class needs no trust
     AutoProcessor.register(LsmConfig, LsmProcessor, exist_ok=True)
 
-__all__ = ["LsmProcessor", "load_audio"]
+__all__ = ["LsmProcessor", "as_text", "leave_out_breaks", "load_audio", "special_tokens"]

@@ -47,7 +47,7 @@ class Summary:
 
     @classmethod
     def of(cls, reports: Iterable[dict]) -> "Summary":
-        """Add up what `self_powered.write_shard` reports."""
+        """Add up what `building.report` counts."""
         total, content = cls(), hashlib.sha256()
         for report in reports:
             content.update(json.dumps(report["sha256"], sort_keys=True).encode())
@@ -204,6 +204,7 @@ def _settings(builds: list[BuildFolder], pool: Mapping) -> list[str]:
     return [
         "## How it was made\n",
         f"- LLM: `{responder['model']}`, revision `{responder['revision']}`; prompt template `{responder['template']}`",
+        f"- template settings: `{json.dumps(responder.get('template_settings', {}), sort_keys=True)}`",
         f"- decoding: `{json.dumps(responder['decoding'], sort_keys=True)}`",
         f"- tasks and weights: {draw['weights']}; {draw['tasks_per_utterance']} per utterance; seed {draw['seed']}",
         f"- instruction pool `{draw['pool']}`, its `{draw['paraphrases']}` wordings:\n",
@@ -236,6 +237,7 @@ def rebuild_command(settings: dict) -> str:
         **{f"{role}-column": column for role, column in corpus["columns"].items()},
         "llm": responder["model"],
         "max-new-tokens": responder["decoding"]["max_new_tokens"],
+        "template-settings": json.dumps(found) if (found := responder.get("template_settings")) else None,
         "seed": draw["seed"],
         "tasks-per-utterance": draw["tasks_per_utterance"],
         "limit": settings["limit"],

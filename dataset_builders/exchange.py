@@ -12,8 +12,8 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What was answered, and why it ended: the model's own end of turn, the token limit, or a prompt too long to ask
-    (then `text` is empty)."""
+    """What was answered, and why it ended: the model's own end of turn, the token limit, or a prompt that cannot be
+    asked (then `text` is empty)."""
 
     text: str
-    finish: Literal["stop", "length", "prompt_too_long"] = "stop"
+    finish: Literal["stop", "length", "prompt_too_long", "special_token"] = "stop"

@@ -11,6 +11,7 @@ from dataset_builders.instructions import TRANSCRIPTION, Task
 # `max_prompt_tokens` sets: what an LLM has no room for cannot be asked.
 FILTERS = {
     "prompt_too_long": "the prompt was longer than the limit, so it was not asked",
+    "special_token": "the prompt names a special token, which a server that is sent text would take for one",
     "truncated": "the response was cut at the token limit",
     "empty": "the response has no text",
     "unfinished": "the response does not end like a sentence (tasks that ask for labels or lists excepted)",
@@ -63,6 +64,7 @@ def reason_to_drop(task: Task, transcript: str, reply: Reply, off: Collection[st
         return None
     reasons = {
         "prompt_too_long": reply.finish == "prompt_too_long",
+        "special_token": reply.finish == "special_token",
         "truncated": reply.finish == "length",
         "empty": not reply.text.strip(),
         "unfinished": task.ends_like_a_sentence and not _END.search(reply.text),

@@ -14,7 +14,14 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from dataset_builders.exchange import Reply, Request
-from dataset_builders.text_llm import changed_decoding, context_of, kv_bytes_per_token, load_identity, make_room
+from dataset_builders.text_llm import (
+    changed_decoding,
+    context_of,
+    kv_bytes_per_token,
+    load_identity,
+    make_room,
+    read_answers,
+)
 from processing_lsm import LsmProcessor
 
 # What must agree between a row's responder and the LSM that trains on it, for the row to be self-powered.
@@ -68,7 +75,7 @@ class Responder:
 
     @property
     def provenance(self) -> str:
-        """JSON for the `responder` column: LLM id and revision, template hash, decoding settings."""
+        """JSON for the `responder` column: LLM id and revision, template hash and settings, decoding settings."""
         return json.dumps({**self.identity, "decoding": self.decoding}, sort_keys=True)
 
     @property
@@ -82,12 +89,17 @@ class Responder:
             ConnectionError: a server that cannot be reached, or keeps failing.
             ValueError: a server that refuses a request.
         """
-        prompts, limit = self.render(requests), self.max_prompt_tokens
-        asked = [index for index, prompt in enumerate(prompts) if limit is None or len(prompt.tokens) <= limit]
-        replies = [Reply("", "prompt_too_long")] * len(requests)
+        prompts = self.render(requests)
+        replies = [Reply("", self._refusal(prompt) or "stop") for prompt in prompts]
+        asked = [index for index, reply in enumerate(replies) if reply.finish == "stop"]
         for index, reply in zip(asked, self._generate([prompts[index] for index in asked]), strict=True):
             replies[index] = reply
         return replies
+
+    def _refusal(self, prompt: Prompt) -> str | None:
+        """Why a prompt cannot be asked, a name in `filters.FILTERS`."""
+        limit = self.max_prompt_tokens
+        return "prompt_too_long" if limit is not None and len(prompt.tokens) > limit else None
 
     def render(self, requests: Sequence[Request]) -> list[Prompt]:
         """The prompts: what the LSM will see, with the transcript in the slot."""
@@ -112,9 +124,11 @@ class LocalResponder(Responder):
         kv_cache_bytes: what the keys and values of one batch may take; it sets the token budget of a batch (prompts
             and responses, padding included).
         dtype: of the LLM; `"auto"` is the checkpoint's.
+        template_settings: as in [`LsmProcessor`], of a causal LLM; an LSM has its own.
 
     Raises:
-        ValueError: an LSM that does not say which LLM is inside (`config.responder`), or limits that leave no room.
+        ValueError: an LSM that does not say which LLM is inside (`config.responder`) or that is to have other template
+            settings, or limits that leave no room.
     """
 
     engine = "transformers"
@@ -126,8 +140,9 @@ class LocalResponder(Responder):
         max_prompt_tokens: int | None = None,
         kv_cache_bytes: int = KV_CACHE_BYTES,
         dtype: str = "auto",
+        template_settings: dict | None = None,
     ):
-        processor, identity, config = load_identity(llm)
+        processor, identity, config = load_identity(llm, template_settings)
         self.model = AutoModelForCausalLM.from_pretrained(str(llm), trust_remote_code=True, dtype=dtype)
         if config.model_type != "lsm":
             make_room(self.model, processor.tokenizer)
@@ -167,8 +182,8 @@ class LocalResponder(Responder):
         output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         answers = output[:, inputs.input_ids.shape[1] :]
         finished = torch.isin(answers, torch.tensor(end, device=answers.device)).any(dim=1).tolist()
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [Reply(text.strip(), "stop" if done else "length") for text, done in zip(texts, finished, strict=True)]
+        texts = read_answers(tokenizer, answers.tolist())
+        return [Reply(text, "stop" if done else "length") for text, done in zip(texts, finished, strict=True)]
 
 
 def foreign(provenance: str, responder: dict | None) -> list[str]:

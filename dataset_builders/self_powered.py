@@ -16,6 +16,7 @@ arrays): see `shards.py`. An LLM behind a server answers with `--server URL`: se
 """
 
 import argparse
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -84,6 +85,9 @@ class BuildArguments:
     max_new_tokens: int = _option(MAX_NEW_TOKENS, "Longest response.")
     max_prompt_tokens: int | None = _option(None, "Longer prompts are not asked; what the LLM has room for.")
     dtype: str = _option("auto", "Of a local LLM.")
+    template_settings: str | None = _option(
+        None, "JSON of what the chat template asks for, of an LLM that is in no LSM: '{\"enable_thinking\": true}'."
+    )
     server: str | None = _option(None, "URL of a server that runs the LLM, such as http://localhost:8000/v1.")
     served_model: str | None = _option(None, "The LLM's name on the server, if it is not --llm.")
     prompt_format: str = _option("tokens", "What the server is sent: tokens, or text where it takes no tokens.")
@@ -117,6 +121,8 @@ class BuildArguments:
 
     def load_responder(self) -> Responder:
         limits = {"max_new_tokens": self.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
+        if self.template_settings is not None:
+            limits["template_settings"] = json.loads(self.template_settings)
         if self.server is None:
             return LocalResponder(self.llm, dtype=self.dtype, **limits)
         from dataset_builders.server_responder import ServerResponder

@@ -19,7 +19,8 @@ from transformers import GenerationConfig
 
 from dataset_builders.exchange import Reply
 from dataset_builders.responders import MAX_NEW_TOKENS, Prompt, Responder
-from dataset_builders.text_llm import changed_decoding, context_of, load_identity
+from dataset_builders.text_llm import changed_decoding, context_of, load_identity, without_thought
+from processing_lsm import BREAK
 
 try:
     import openai
@@ -57,6 +58,7 @@ class ServerResponder(Responder):
         timeout: seconds that the server has for one answer.
         api_key: by default that in the environment variable `OPENAI_API_KEY`, if any.
         backoff: seconds before the first retry, doubled for every further one. A server's `Retry-After` comes first.
+        template_settings: as in `LocalResponder`.
 
     Raises:
         ValueError: arguments out of range, an LLM that the server doesn't serve, or a server that refuses to say.
@@ -78,6 +80,7 @@ class ServerResponder(Responder):
         timeout: float = 300.0,
         api_key: str | None = None,
         backoff: float = 0.5,
+        template_settings: dict | None = None,
     ):
         if prompt_format not in ("tokens", "text"):
             raise ValueError(f"{prompt_format=} must be 'tokens' or 'text'.")
@@ -89,7 +92,7 @@ class ServerResponder(Responder):
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
         self._access = {"base_url": self.server, "api_key": key, "max_retries": 0}  # `_ask` has the retries
         served = self._list_served()
-        processor, identity, config = load_identity(llm)
+        processor, identity, config = load_identity(llm, template_settings)
         self.served_model = self._choose(served, served_model, [str(llm), identity["model"]])
         contexts = [context_of(config), served[self.served_model].get("max_model_len")]
         context = min((context for context in contexts if context is not None), default=None)
@@ -135,6 +138,10 @@ class ServerResponder(Responder):
                 if retries:
                     counts = ", ".join(f"{kind} ({count})" for kind, count in retries.most_common())
                     logger.warning("%s failed %d times, and was asked again: %s", self.server, retries.total(), counts)
+
+    def _refusal(self, prompt: Prompt) -> str | None:
+        unsendable = self.prompt_format == "text" and BREAK in prompt.text
+        return "special_token" if unsendable else super()._refusal(prompt)
 
     def _as_text(self, prompts: list[Prompt]) -> list[str]:
         """Texts without the BOS that servers add. Raises ValueError if one would not be read as the same tokens."""
@@ -193,7 +200,7 @@ class ServerResponder(Responder):
     def _read(self, body: str) -> Reply:
         try:
             choice = json.loads(body)["choices"][0]
-            text, finish = self._special.sub("", choice["text"]).strip(), choice["finish_reason"]
+            text, finish = self._special.sub("", without_thought(choice["text"])).strip(), choice["finish_reason"]
         except (ValueError, LookupError, TypeError) as error:
             raise MalformedAnswerError(f"no completion but {body[:200]!r}") from error
         if finish not in ("stop", "length"):

@@ -1,6 +1,8 @@
 """A causal LLM as an LSM has it: its tokenizer and room for speech, its prompts, and which LLM it is."""
 
 import hashlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -79,24 +81,57 @@ def identify(source: str) -> dict[str, str]:
     return {"model": folder.resolve().name, "revision": f"sha256:{digest.hexdigest()[:16]}"}
 
 
-def load_identity(llm: str | Path) -> tuple[LsmProcessor, dict, AutoConfig]:
-    """Processor, identity (`model`, `revision`, `template`) and configuration of an LLM or of the LLM in an LSM.
+def load_identity(llm: str | Path, template_settings: dict | None = None) -> tuple[LsmProcessor, dict, AutoConfig]:
+    """Processor, identity and configuration of an LLM or of the LLM in an LSM.
+
+    The identity is `model`, `revision` and `template`, and `template_settings` where the template asks for some.
+
+    Args:
+        template_settings: as in [`LsmProcessor`], of an LLM; an LSM has its own.
 
     Raises:
-        ValueError: an LSM that does not say which LLM is inside.
+        ValueError: an LSM that does not say which LLM is inside, or that is to have other template settings.
     """
     config = AutoConfig.from_pretrained(str(llm), trust_remote_code=True)
     if config.model_type != "lsm":
-        processor = text_processor(llm)
-        return processor, {**identify(str(llm)), "template": processor.template_hash}, config
+        processor = text_processor(llm, template_settings)
+        return processor, identify(str(llm)) | _template_of(processor), config
+    if template_settings is not None:
+        raise ValueError(f"{llm} is an LSM, which has its own template settings: compose it with those that you want.")
     if config.responder is None:
         raise ValueError(f"{llm} does not say which LLM is inside; compose it with recipes/compose.py.")
-    return AutoProcessor.from_pretrained(str(llm), trust_remote_code=True), config.responder, config
+    processor = AutoProcessor.from_pretrained(str(llm), trust_remote_code=True)
+    return processor, config.responder | _template_of(processor), config
 
 
-def text_processor(llm: str | Path) -> LsmProcessor:
+def _template_of(processor: LsmProcessor) -> dict:
+    settings = {"template_settings": processor.template_settings} if processor.template_settings else {}
+    return {"template": processor.template_hash, **settings}
+
+
+def text_processor(llm: str | Path, template_settings: dict | None = None) -> LsmProcessor:
     """The processor that an LSM composed of this LLM would have: it lays out the very same prompts."""
-    return LsmProcessor(WhisperFeatureExtractor(), load_tokenizer(str(llm)))
+    return LsmProcessor(WhisperFeatureExtractor(), load_tokenizer(str(llm)), template_settings=template_settings)
+
+
+def read_answers(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
+    """What was written, without special tokens, the white space around and the thought before it."""
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    marks = [added.get(mark) for mark in ("<think>", "</think>")]
+    texts = tokenizer.batch_decode([_behind_thought(list(row), *marks) for row in rows], skip_special_tokens=True)
+    return [without_thought(text) for text in texts]
+
+
+def without_thought(text: str) -> str:
+    """The answer that stands behind `<think>...</think>`; none behind a thought that was cut off."""
+    return re.sub(r".*</think>|<think>.*", "", text, flags=re.DOTALL).strip()
+
+
+def _behind_thought(ids: list[int], start: int | None, end: int | None) -> list[int]:
+    """As `without_thought`, of tokens: in some vocabularies the marks are special tokens, of which no text tells."""
+    if end in ids:
+        return ids[len(ids) - ids[::-1].index(end) :]
+    return ids[: ids.index(start)] if start in ids else ids
 
 
 def context_of(config: AutoConfig) -> int | None:

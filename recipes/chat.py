@@ -8,26 +8,34 @@ is a text chat.
 """
 
 import argparse
+import sys
+from collections.abc import Iterator
 
 import torch
+from jinja2 import TemplateError
 from transformers import TextStreamer
 
-from recipes.speech_llm import load
+from dataset_builders.text_llm import read_answers
+from recipes.speech_llm import Lsm, load
 
 
 class Conversation:
     """One clip (or none) and any number of instructions about it, each answered on its own.
 
     Args:
-        model: Hub id or folder of an LSM.
+        model: Hub id or folder of an LSM, or of a text LLM.
         audio: path or URL of a clip, or None for text alone.
 
     Raises:
-        ValueError: the clip cannot be read.
+        ValueError: the clip cannot be read, a text LLM is to hear, or the model is another speech LLM.
     """
 
     def __init__(self, model: str, audio: str | None = None, max_new_tokens: int = 256):
         llm = load(model)
+        if not isinstance(llm, Lsm):
+            raise ValueError(f"{model} is a {type(llm.model).__name__}; expected an LSM or a text LLM.")
+        if audio is not None and not llm.hears:
+            raise ValueError(f"{model} is a text LLM and hears nothing: leave out --audio, or name an LSM.")
         self.model, self.processor = llm.model, llm.processor
         self.max_new_tokens = max_new_tokens
         self.heard = None if audio is None else self._listen(audio)
@@ -39,7 +47,7 @@ class Conversation:
 
     @torch.inference_mode()
     def ask(self, instruction: str, streamer: TextStreamer | None = None) -> str:
-        """The greedy answer; `streamer` receives it as it is written."""
+        """The greedy answer; `streamer` receives it as it is written, with the thought before it, if any."""
         inputs = self.processor.apply_chat_template(
             self.processor.conversation(instruction, audio=self.heard),
             add_generation_prompt=True,
@@ -48,7 +56,7 @@ class Conversation:
             return_tensors="pt",
         ).to(self.model.device)
         output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, streamer=streamer)
-        return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return read_answers(self.processor.tokenizer, output[:, inputs["input_ids"].shape[1] :].tolist())[0]
 
 
 def main() -> None:
@@ -58,18 +66,35 @@ def main() -> None:
     parser.add_argument("--instruction", action="append", help="ask this and stop; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     args = parser.parse_args()
-    chat = Conversation(args.model, args.audio, args.max_new_tokens)
+    try:
+        chat = Conversation(args.model, args.audio, args.max_new_tokens)
+    except ValueError as error:
+        parser.error(str(error))
     streamer = TextStreamer(chat.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    for instruction in args.instruction or []:
-        print(f"> {instruction}")
-        chat.ask(instruction, streamer)
-    while not args.instruction:
+    failed = 0
+    for instruction in args.instruction or _typed():
+        if args.instruction:
+            print(f"> {instruction}")
+        try:
+            chat.ask(instruction, streamer)
+        except (ValueError, RuntimeError, TemplateError, KeyboardInterrupt) as error:  # the next may do better
+            failed += 1
+            print(f"! {str(error) or type(error).__name__}")
+    sys.exit(int(bool(failed and args.instruction)))
+
+
+def _typed() -> Iterator[str]:
+    """What is typed, line by line, until the input ends or is interrupted."""
+    while True:
         try:
             instruction = input("> ")
-        except EOFError:
-            break
+        except (EOFError, KeyboardInterrupt):
+            return
+        except UnicodeDecodeError as error:
+            print(f"! {error}")
+            continue
         if instruction.strip():
-            chat.ask(instruction, streamer)
+            yield instruction
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ python -m recipes.compose \
 """
 
 import argparse
+import json
 import logging
 
 import torch
@@ -43,6 +44,7 @@ def compose(
     qformer_heads: int = 12,
     qformer_ffn: int | None = None,
     instruction_first: bool = True,
+    template_settings: dict | None = None,
     dtype: str | torch.dtype = "auto",
     seed: int = 0,
     weights: bool = True,
@@ -59,6 +61,7 @@ def compose(
         qformer_layers, qformer_hidden, qformer_heads: size of the Q-Former.
         qformer_ffn: width of its feed-forward layers, four times its hidden size if None.
         instruction_first: whether the prompt has the instruction before the speech.
+        template_settings: what the chat template asks for beyond the messages, as in [`LsmProcessor`].
         dtype: of the whole model; `"auto"` is the LLM checkpoint's.
         seed: of the projector's initial weights.
         weights: without them nothing large is read or downloaded, and the model is on the meta device.
@@ -101,6 +104,7 @@ def compose(
         queries_per_window=queries_per_window,
         audio_padding=audio_padding,
         instruction_first=instruction_first,
+        template_settings=template_settings,
     )
     config.responder = {**identify(text), "template": processor.template_hash}
     if output is not None:
@@ -197,6 +201,9 @@ def main() -> None:
     parser.add_argument("--qformer-heads", type=int, default=12)
     parser.add_argument("--qformer-ffn", type=int, help="four times the hidden size if absent")
     parser.add_argument("--instruction-first", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--template-settings", type=json.loads, help="""JSON for the chat template: '{"enable_thinking": true}'"""
+    )
     parser.add_argument("--dtype", default="auto", help="auto (the LLM's), float32, bfloat16 or float16")
     parser.add_argument("--seed", type=int, default=0, help="of the projector's initial weights")
     args = parser.parse_args()

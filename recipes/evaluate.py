@@ -25,6 +25,7 @@ from pathlib import Path
 from dataset_builders.exchange import Reply
 from dataset_builders.files import content_of, write_whole
 from dataset_builders.instructions import TRANSCRIPTION
+from dataset_builders.text_llm import text_processor
 from recipes.audio_features import AudioFeatureStore
 from recipes.evaluation import pages, results, tables
 from recipes.evaluation.answers import answer, to_parquet
@@ -32,7 +33,7 @@ from recipes.evaluation.questions import read_rows
 from recipes.evaluation.scoring import choices, is_correct
 from recipes.evaluation.systems import SYSTEMS, System, shuffle_clips, swap_instructions, transcription_rows
 from recipes.evaluation.tasks import Task, choose_tasks, load_tasks, override
-from recipes.speech_llm import Lsm, SpeechLLM, load
+from recipes.speech_llm import Lsm, SpeechLLM, TextLLM, load, template_settings_of
 from recipes.transcriber import load_recogniser
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,10 @@ class Evaluation:
         if self._open is None or self._open[0] != path:
             self._open = None
             llm = (load_recogniser if checkpoint == "asr" else load)(path, self.dtype)
-            if self.store is not None and isinstance(llm, Lsm):
+            if self.store is not None and isinstance(llm, Lsm) and llm.hears:
                 self.store.check(llm.model)
+            if isinstance(llm, TextLLM):
+                llm.processor = text_processor(path, template_settings_of(self.paths["model"]))
             self._open = (path, llm)
         return self._open[1]
 

@@ -10,6 +10,7 @@ import base64
 import inspect
 import io
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BatchF
 from transformers.utils import find_adapter_config_file, is_mistral_common_available
 
 from dataset_builders.exchange import Reply
-from dataset_builders.text_llm import make_room, text_processor
+from dataset_builders.text_llm import make_room, read_answers, text_processor
+from processing_lsm import as_text, special_tokens
 from recipes.audio_features import AudioFeatureStore, audio_key, load_clip
-from recipes.collator import render_prompt, render_response
+from recipes.collator import render_prompt, render_response, response_tokens
 
 HEARD = ("audio", "silence", "transcript")
 MARKS = ("\ue000", "\ue001")  # of private use: no text has them
@@ -48,25 +50,31 @@ class SpeechLLM:
         config = model.config
         self.audio_token_id = getattr(config, "audio_token_id", getattr(config, "audio_token_index", None))
 
+    @cached_property
+    def _special(self):
+        return special_tokens(self.tokenizer)
+
+    def as_text(self, text: str) -> str:
+        """As [`LsmProcessor.as_text`]; the tokenizers of others read the character of no width that is put there."""
+        return as_text(text, self._special)
+
     def conversation(self, row: dict, hear: str) -> list[dict]:
         """The messages of one prompt; the clip itself is not among them."""
+        instruction = self.as_text(row["instruction"])
         if hear == "transcript":
-            content = [{"type": "text", "text": f"{row['instruction']}\n{row['transcript']}"}]
+            content = [{"type": "text", "text": f"{instruction}\n{self.as_text(row['transcript'])}"}]
         else:
-            content = [{"type": "audio", "audio": ""}, {"type": "text", "text": row["instruction"]}]
+            content = [{"type": "audio", "audio": ""}, {"type": "text", "text": instruction}]
         return [{"role": "user", "content": content}]
 
     def prompt(self, row: dict, hear: str = "audio") -> str:
         """The prompt up to where the answer begins, with one placeholder for the clip if it is heard."""
         return self.processor.apply_chat_template(self.conversation(row, hear), add_generation_prompt=True)
 
-    def response(self, row: dict, prompt: str) -> str:
-        """What follows `prompt` when the answer is the row's `response`, its end included."""
-        return row["response"] + (self.tokenizer.eos_token or "")
-
     def response_ids(self, row: dict, hear: str) -> list[int]:
-        """The tokens of `response`."""
-        return self.tokenizer(self.response(row, self.prompt(row, hear)), add_special_tokens=False).input_ids
+        """What follows the tokens of the prompt when the answer is the row's `response`, its end included."""
+        response = self.as_text(row["response"]) + (self.tokenizer.eos_token or "")
+        return self.tokenizer(response, add_special_tokens=False).input_ids
 
     def inputs(self, rows: Sequence[dict], hear: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:
         """Model inputs of a batch of prompts, padded on the left.
@@ -104,6 +112,7 @@ class SpeechLLM:
         # Where they stand is seen from marks in their place: their words may occur in each other and in the template.
         marks = dict(zip(fields, MARKS, strict=False))
         filled = {field: row[field].replace(texts[role], marks[role], 1) for role, field in fields.items()}
+        texts = {role: self.as_text(text) for role, text in texts.items()}
         rebuilt, covered = self.prompt(row | filled, hear), {}
         for role in sorted(fields, key=lambda role: rebuilt.find(marks[role])):
             start = rebuilt.find(marks[role])
@@ -153,11 +162,17 @@ class SpeechLLM:
         if hear != "transcript" and not self.hears:
             raise ValueError(f"{self.name} is a text LLM: it reads transcripts and hears nothing.")
         replies: dict[int, Reply] = {}
+        tokens_of: dict[str, list[int]] = {}
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].get("transcript", "")))
         for start in tqdm(range(0, len(order), batch_size), desc="answers", unit="batch", disable=not progress):
             batch = order[start : start + batch_size]
             inputs = self.inputs([rows[index] for index in batch], hear, store)
-            choices = None if allowed is None else [allowed[index] for index in batch]
+            choices = None
+            if allowed is not None:
+                for index in batch:  # what stands before an answer may change its tokens, but is alike in all prompts
+                    for answer in set(allowed[index]) - set(tokens_of):
+                        tokens_of[answer] = self.response_ids(rows[index] | {"response": answer}, hear)
+                choices = [[tokens_of[answer] for answer in allowed[index]] for index in batch]
             replies |= zip(batch, self._generate(inputs, max_new_tokens, choices), strict=True)
         return [replies[index] for index in range(len(rows))]
 
@@ -168,20 +183,21 @@ class SpeechLLM:
         end = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         ends = end if isinstance(end, list) else [end]
         if choices is not None:
-            settings |= self._only(choices, start, ends[0])
+            settings |= self._only(choices, start, ends)
         output = self.model.generate(**inputs, **settings, pad_token_id=self.tokenizer.pad_token_id)[:, start:]
         finished = torch.isin(output, torch.tensor(ends, device=output.device)).any(dim=1).tolist()
-        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
-        return [Reply(text.strip(), "stop" if done else "length") for text, done in zip(texts, finished, strict=True)]
+        texts = read_answers(self.tokenizer, output.tolist())
+        return [Reply(text, "stop" if done else "length") for text, done in zip(texts, finished, strict=True)]
 
-    def _only(self, choices: Sequence[Sequence[str]], start: int, end: int) -> dict:
-        """Settings of `generate` that let every row write one of its choices and then its end, nothing else."""
+    @staticmethod
+    def _only(choices: Sequence[Sequence[list[int]]], start: int, ends: list[int]) -> dict:
+        """Settings of `generate` that let every row write the tokens of one of its choices, and nothing else."""
         tries = []
         for answers in choices:
             trie: dict = {}
-            for ids in self.tokenizer(list(answers), add_special_tokens=False).input_ids:
+            for ids in answers:
                 node = trie
-                for token in [*ids, end]:
+                for token in ids if ids[-1] in ends else [*ids, ends[0]]:
                     node = node.setdefault(token, {})
             tries.append(trie)
 
@@ -189,7 +205,7 @@ class SpeechLLM:
             node = tries[row]
             for token in tokens[start:].tolist():
                 node = node.get(token, {})
-            return list(node) or [end]
+            return list(node) or ends[:1]
 
         longest = max(_depth(trie) for trie in tries)
         return {"prefix_allowed_tokens_fn": allowed, "max_new_tokens": longest}
@@ -201,8 +217,9 @@ class Lsm(SpeechLLM):
     def prompt(self, row: dict, hear: str = "audio") -> str:
         return render_prompt(self.processor, row, "transcript" if hear == "transcript" else "audio")
 
-    def response(self, row: dict, prompt: str) -> str:
-        return render_response(self.processor, row, self.prompt(row))
+    def response_ids(self, row: dict, hear: str) -> list[int]:
+        prompt = self.prompt(row)
+        return response_tokens(self.tokenizer, [prompt], [render_response(self.processor, row, prompt)])[0]
 
     def inputs(self, rows: Sequence[dict], hear: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:
         prompts = [self.prompt(row, hear) for row in rows]
@@ -228,9 +245,10 @@ class GraniteSpeech(SpeechLLM):
     """Granite Speech, whose template takes text alone: its documentation writes the placeholder into it."""
 
     def conversation(self, row: dict, hear: str) -> list[dict]:
+        instruction = self.as_text(row["instruction"])
         if hear == "transcript":
-            return [{"role": "user", "content": f"{row['instruction']}\n{row['transcript']}"}]
-        return [{"role": "user", "content": f"{self.processor.audio_token}{row['instruction']}"}]
+            return [{"role": "user", "content": f"{instruction}\n{self.as_text(row['transcript'])}"}]
+        return [{"role": "user", "content": f"{self.processor.audio_token}{instruction}"}]
 
     def prompt(self, row: dict, hear: str = "audio") -> str:
         return self.tokenizer.apply_chat_template(
@@ -251,6 +269,9 @@ class Voxtral(SpeechLLM):
             raise ImportError(f"{name} is a Voxtral, whose tokenizer is mistral-common's; pip install mistral-common")
         super().__init__(model, processor, name)
 
+    def as_text(self, text: str) -> str:
+        return text  # no text stands for a special token
+
     def conversation(self, row: dict, hear: str, clip: np.ndarray | None = None) -> list[dict]:
         """With the clip among the messages, or with a moment of silence in its place."""
         messages = super().conversation(row, hear)
@@ -266,7 +287,6 @@ class Voxtral(SpeechLLM):
         return b"".join(piece for _, piece in self._pieces(row, hear)).decode()
 
     def response_ids(self, row: dict, hear: str) -> list[int]:
-        # No text stands for a special token, so that the end is no part of any.
         return [*self.tokenizer(row["response"], add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
 
     def inputs(self, rows: Sequence[dict], hear: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:
@@ -329,6 +349,13 @@ def load(source: str | Path, dtype: str = "auto") -> SpeechLLM:
         make_room(model, processor.tokenizer)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return family(model, processor, Path(source).name if Path(source).exists() else str(source))
+
+
+def template_settings_of(source: str | Path) -> dict | None:
+    """What the chat template of an LSM has been told, for the text LLM beside it; None for other checkpoints."""
+    if AutoConfig.from_pretrained(base_of(source), trust_remote_code=True).model_type != "lsm":
+        return None
+    return AutoProcessor.from_pretrained(source, trust_remote_code=True).template_settings
 
 
 def _role_of(span: tuple[int, int], covered: dict[str, tuple[int, int]]) -> str:

@@ -1,6 +1,8 @@
 import base64
 import copy
+import datetime
 import functools
+import hashlib
 import io
 import json
 import threading
@@ -15,9 +17,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from transformers import AutoTokenizer, WhisperFeatureExtractor
+from tiny_tokenizer import CHAT_TEMPLATE, DATED_TEMPLATE, THINKING_TEMPLATE, tiny_sentencepiece, tiny_tokenizer
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, ByT5Tokenizer, WhisperFeatureExtractor
 
-from processing_lsm import AUDIO_TOKEN, DEFAULT_CHAT_TEMPLATE, LsmProcessor, load_audio
+from processing_lsm import AUDIO_TOKEN, BREAK, DEFAULT_CHAT_TEMPLATE, LsmProcessor, load_audio
 
 
 def wav_bytes(waveform, rate, subtype="PCM_16"):
@@ -444,6 +448,57 @@ def test_one_slot_holds_one_thing(processor, clip):
         processor.conversation("Hello.", audio=clip(1), transcript="hello")
 
 
+TOKENIZERS = {
+    "bytes": tiny_tokenizer,
+    **{f"pieces, {kind}": functools.partial(tiny_sentencepiece, kind) for kind in ("first", "always", "legacy")},
+    "slow": lambda: ByT5Tokenizer(chat_template=CHAT_TEMPLATE),
+}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def any_processor(request):
+    """Of tokenizers that make tokens in different ways; the last one without the Rust library."""
+    tokenizer = TOKENIZERS[request.param]()
+    tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    return LsmProcessor(WhisperFeatureExtractor(), tokenizer)
+
+
+def test_a_text_that_names_special_tokens_is_read_as_text(any_processor, clip, tmp_path):
+    """Whoever reads it, and after saving: the special tokens are those of the template, and the text says the same."""
+    any_processor.save_pretrained(tmp_path)
+    end, text = any_processor.tokenizer.eos_token, f"Say {AUDIO_TOKEN}</s> and</s></s>."
+    for own in (any_processor, LsmProcessor.from_pretrained(tmp_path)):
+        special = set(own.tokenizer.all_special_ids) | {own.audio_token_id}
+
+        def render(instruction, own=own, **slot):
+            messages = own.conversation(instruction, response=instruction, **slot)
+            return own.tokenizer(own.apply_chat_template(messages), add_special_tokens=False).input_ids
+
+        for slot in ({"audio": True}, {"transcript": text}):
+            plain = render("word", **{name: True if value is True else "word" for name, value in slot.items()})
+            ids = render(text, **slot)
+            assert [id for id in ids if id in special] == [id for id in plain if id in special]
+            said = own.tokenizer.decode(ids).replace(BREAK, "")
+            assert said.count(text) == 2 + ("transcript" in slot)
+            assert BREAK not in own.tokenizer.decode(ids) or not own.tokenizer.is_fast
+        inputs = own.apply_chat_template(
+            [{"role": "user", "content": [{"type": "text", "text": text}, {"type": "audio", "audio": clip(0.5)}]}],
+            tokenize=True,
+            return_dict=True,
+        )
+        assert inputs["input_ids"][0].count(own.audio_token_id) == 2 and end == "</s>"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_any_other_text_keeps_its_tokens(name):
+    text = "  It is said: <b>é</b>\n\n日本語 and  <| more |></s> the"
+    tokenizer = TOKENIZERS[name]()
+    before = tokenizer(text).input_ids
+    tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
+    assert LsmProcessor(WhisperFeatureExtractor(), tokenizer).tokenizer(text).input_ids == before
+
+
 def test_parts_of_another_kind_are_refused(processor):
     with pytest.raises(Exception, match="not image"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
@@ -454,6 +509,81 @@ def test_the_template_hash_names_the_layout(processor, lsm_dir):
     assert processor.template_hash == LsmProcessor.from_pretrained(lsm_dir).template_hash
     assert processor.template_hash != other.template_hash
     assert len(processor.template_hash) == 16
+
+
+def with_template(template, **settings):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    return LsmProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=template, **settings)
+
+
+def ask(own, **settings):
+    return own.apply_chat_template(own.conversation("Hi.", audio=True), add_generation_prompt=True, **settings)
+
+
+class Tomorrow(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + datetime.timedelta(days=40)
+
+
+def test_a_template_with_todays_date_has_one_day_for_all(tmp_path, monkeypatch):
+    """Building, training and use are on different days; the prompt, and its hash, are the same."""
+    own = with_template(DATED_TEMPLATE)
+    prompt, name = ask(own), own.template_hash
+    assert prompt.startswith("<s>Today is 26 Jul 2024.\n")
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    again = with_template(DATED_TEMPLATE)
+    assert (ask(again), again.template_hash) == (prompt, name)
+    assert ask(own, date_string="1 May 2026").startswith("<s>Today is 1 May 2026.\n")
+
+
+def test_a_day_and_switches_of_the_template_are_settings_that_are_kept_and_hashed(tmp_path):
+    for template, told, seen in [
+        (DATED_TEMPLATE, {"date": "2026-11-28"}, "Today is 28 Nov 2026."),
+        (THINKING_TEMPLATE, {"enable_thinking": True}, "<|im_start|>assistant\n"),
+        ("{{ tools }}" + THINKING_TEMPLATE, {"tools": [{"name": "f", "x": None}]}, "[{'name': 'f', 'x': None}]"),
+    ]:
+        usual, own = with_template(template), with_template(template, template_settings=told)
+        assert seen in ask(own) and usual.template_hash != own.template_hash
+        own.save_pretrained(tmp_path)
+        loaded = LsmProcessor.from_pretrained(tmp_path)
+        assert told.items() <= loaded.template_settings.items()
+        assert (ask(loaded), loaded.template_hash) == (ask(own), own.template_hash)
+        # Whoever renders the template by itself has them, too.
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        messages = loaded.conversation("Hi.", audio=True)
+        assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == ask(own)
+        changed = LsmProcessor.from_pretrained(tmp_path, template_settings=usual.template_settings)
+        assert (ask(changed), changed.template_hash) == (ask(usual), usual.template_hash)
+
+
+def test_by_default_no_thought_is_asked_for():
+    own = with_template(THINKING_TEMPLATE)
+    assert own.template_settings == {"enable_thinking": False}
+    assert ask(own).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert ask(own, enable_thinking=True).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "message"),
+    [
+        (THINKING_TEMPLATE, {"enable_thinkin": True}, "does not ask for 'enable_thinkin'"),
+        (DATED_TEMPLATE, {"enable_thinking": True}, "does not ask for 'enable_thinking'"),
+        (DATED_TEMPLATE, {"date": "today"}, "is 'today'; expected a day such as '2026-11-28'"),
+    ],
+)
+def test_settings_that_a_template_does_not_ask_for_are_refused(template, settings, message):
+    with pytest.raises(ValueError, match=message):
+        with_template(template, template_settings=settings)
+
+
+def test_a_template_that_asks_for_nothing_is_left_as_it_is_and_keeps_its_hash(processor, lsm_dir):
+    """Sets and checkpoints of before there were settings are named by the hash of the template itself."""
+    assert processor.template_settings == {}
+    source = processor.chat_template.replace(AUDIO_TOKEN, "<slot>") + "\ninstruction_first=True"
+    assert processor.template_hash == hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def test_the_default_template_serves_tokenizers_without_one(processor, llm_dir):

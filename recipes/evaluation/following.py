@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jiwer
 import numpy as np
-from whisper_normalizer.basic import BasicTextNormalizer
 
 from dataset_builders.building import draw_rows
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
+from recipes.evaluation.metrics import error_rate, normalize_text
 
 COPY_WER = 0.2  # an answer this close to the transcript is a copy of it
 NANO_CHECKER = "dataset_builders.nano_tasks"
@@ -37,8 +37,7 @@ def held_out_rows(corpus: Iterable[dict], tasks: Sequence[str], seed: int = 0) -
 
 def is_copy(transcript: str, response: str) -> bool:
     """Whether a response is the transcript: word error rate below 0.2 after normalisation."""
-    normalize = BasicTextNormalizer()
-    said, answered = normalize(transcript).strip(), normalize(response).strip()
+    said, answered = normalize_text(transcript), normalize_text(response)
     return bool(said) and jiwer.wer(said, answered) < COPY_WER
 
 
@@ -48,16 +47,15 @@ def score(rows: Sequence[dict], responses: Sequence[str], checker: Checker) -> d
     Returns:
         `following`: mean over the self-powered tasks of the share right; `tasks`: that share for every task asked;
         `transcript_copy`: share of answers to tasks other than repetition and transcription that are the transcript;
-        `wer`: of the transcription rows. A figure without rows is left out.
+        `wer`: of the transcription rows, as `metrics.error_rate` has it of English. A figure without rows is left out.
     """
     right: dict[str, list[bool]] = {}
     copies, spoken, written = [], [], []
-    normalize = BasicTextNormalizer()
     for row, response in zip(rows, responses, strict=True):
         right.setdefault(row["task"], []).append(checker(row["task"], row["transcript"], response))
         if row["task"] == TRANSCRIPTION:
-            spoken.append(normalize(row["transcript"]).strip())
-            written.append(normalize(response).strip())
+            spoken.append(row["transcript"])
+            written.append(response)
         elif row["task"] != "repetition":
             copies.append(is_copy(row["transcript"], response))
     tasks = {task: float(np.mean(hits)) for task, hits in sorted(right.items())}
@@ -68,5 +66,5 @@ def score(rows: Sequence[dict], responses: Sequence[str], checker: Checker) -> d
     if copies:
         scores["transcript_copy"] = float(np.mean(copies))
     if spoken:
-        scores["wer"] = jiwer.wer(spoken, written)
+        scores["wer"] = error_rate(spoken, written)[1].value
     return scores

@@ -54,7 +54,7 @@ def bootstrap_ratio(
     """`sum(numerators) / sum(denominators)`, one of each per row. Draws whose denominators are all 0 do not count.
 
     Raises:
-        ValueError: no rows, as many of one as of the other, or denominators whose sum is not above 0.
+        ValueError: no rows, more of one than of the other, or denominators whose sum is not above 0.
     """
     _check_rows(numerators=numerators, denominators=denominators)
     above, below = np.asarray(numerators, float), np.asarray(denominators, float)

@@ -160,14 +160,14 @@ class Slot:
     """
 
     def __init__(self, processor: LsmProcessor):
-        self.tokenizer = processor.tokenizer
+        self.tokenizer, self.as_text = processor.tokenizer, processor.as_text
         self.before, self.after = render_prompt(
             processor, {"instruction": "Listen.", "transcript": MARK}, "transcript"
         ).split(MARK)
 
     def pieces(self, transcripts: Sequence[str]) -> list[list[int]]:
         """The ids of every transcript; none for a transcript without text."""
-        transcripts = [transcript.strip() for transcript in transcripts]
+        transcripts = [self.as_text(transcript.strip()) for transcript in transcripts]
         if not self.tokenizer.is_fast:  # such tokenizers do not say which characters a token covers
             return self.tokenizer(transcripts, add_special_tokens=False).input_ids
         texts = [self.before + transcript + self.after for transcript in transcripts]

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
+from configuration_lsm import LsmConfig
 from dataset_builders.files import content_of, differences, write_whole
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
@@ -83,6 +84,7 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=True, **settings)
     if is_deepspeed_zero3_enabled():
         model._weight_conversions = None  # transformers would undo, on saving, a renaming that it did not do on loading
+    update_template(model.config, processor)
     check_vocabulary(processor, model.get_input_embeddings().num_embeddings, model.config.audio_token_id)
     prepare(model, llm, model_args)
     return model, processor
@@ -119,6 +121,12 @@ def quantization(model_args: ModelConfig) -> BitsAndBytesConfig:
         bnb_4bit_quant_storage=model_args.bnb_4bit_quant_storage,
         llm_int8_skip_modules=NEVER_IN_4_BITS,
     )
+
+
+def update_template(config: LsmConfig, processor: LsmProcessor) -> None:
+    """Have the responder's template be the processor's own: that of the configuration is from when it was composed."""
+    if config.responder is not None:
+        config.responder = {**config.responder, "template": processor.template_hash}
 
 
 def check_vocabulary(processor: LsmProcessor, embeddings: int, audio_token_id: int | None) -> None:

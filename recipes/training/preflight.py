@@ -24,7 +24,7 @@ from recipes.compose import compose
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import Costs, count
 from recipes.training.memory import Target, estimate
-from recipes.training.models import check_vocabulary, prepare, without_ears
+from recipes.training.models import check_vocabulary, prepare, update_template, without_ears
 from recipes.training.rows import Ruler, check_response_tasks, check_row, open_stream, refuse_foreign, task_names
 from recipes.training.throughput import GIB
 from recipes.training.trainer import LsmTrainer
@@ -102,6 +102,7 @@ class Preflight:
             with torch.device("meta"):
                 self.shapes = LsmForConditionalGeneration(config)
         embeddings = self.shapes.get_input_embeddings().num_embeddings
+        update_template(self.shapes.config, self.processor)
         check_vocabulary(self.processor, embeddings, self.shapes.config.audio_token_id)
         self.costs = Costs.of(
             self.shapes,

@@ -174,9 +174,10 @@ class Ruler:
         """
         self.processor, self.context = processor, context
         bare = render_prompt(processor, {"instruction": ""})
-        self.template = self._tokens([bare])[0] - 1  # the placeholder
+        self.template = len(processor.tokenizer(bare, add_special_tokens=False).input_ids) - 1  # the placeholder
 
     def _tokens(self, texts: list[str]) -> list[int]:
+        texts = [self.processor.as_text(text) for text in texts]
         return [len(ids) for ids in self.processor.tokenizer(texts, add_special_tokens=False).input_ids]
 
     def measure(self, rows: dict[str, list]) -> dict[str, np.ndarray]:

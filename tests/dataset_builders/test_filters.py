@@ -19,6 +19,7 @@ def dropped(text, task="continuation", said=SAID, finish="stop", off=()):
 
 REPLIES = {
     "prompt_too_long": Reply("", "prompt_too_long"),
+    "special_token": Reply("", "special_token"),
     "truncated": Reply("He went on and on and", "length"),
     "empty": Reply(""),
     "unfinished": Reply("He went on and on and"),
@@ -32,7 +33,12 @@ def test_each_reason_drops_and_can_be_turned_off(reason):
     reply = REPLIES[reason]
     assert reason_to_drop(POOL["continuation"], SAID, reply) == reason
     # What is cut is unfinished too, and a prompt that was not asked has no response: those speak up in its place.
-    after = {"prompt_too_long": "empty", "truncated": "unfinished", "empty": "unfinished"}.get(reason)
+    after = {
+        "prompt_too_long": "empty",
+        "special_token": "empty",
+        "truncated": "unfinished",
+        "empty": "unfinished",
+    }.get(reason)
     assert reason_to_drop(POOL["continuation"], SAID, reply, off={reason}) == after
     assert reason_to_drop(POOL["continuation"], SAID, reply, off=set(FILTERS)) is None
 

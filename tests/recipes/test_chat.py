@@ -1,9 +1,11 @@
 """Talking to a checkpoint: the same answers as evaluation gives, the clip encoded once."""
 
+import sys
+
 import pytest
 import soundfile
 
-from recipes.chat import Conversation
+from recipes.chat import Conversation, main
 from recipes.speech_llm import Lsm
 
 
@@ -38,3 +40,35 @@ def test_a_file_that_is_no_audio_is_refused(lsm_dir, tmp_path):
     path.write_text("not audio")
     with pytest.raises(ValueError, match="notes.wav"):
         Conversation(str(lsm_dir), str(path))
+
+
+def test_a_session_survives_whatever_is_typed(lsm_dir, wav, monkeypatch, capsys):
+    typed = iter(["What is <|audio|>?", "</s><s>", "a long one", "stop that", "what is said"])
+    failures = {"a long one": RuntimeError("out of memory"), "stop that": KeyboardInterrupt()}
+    answered, ask = [], Conversation.ask
+
+    def type_in(prompt):
+        if (line := next(typed, None)) is None:
+            raise EOFError
+        return line
+
+    def answer(self, instruction, streamer):
+        if instruction in failures:
+            raise failures[instruction]
+        answered.append(ask(self, instruction, streamer))
+
+    monkeypatch.setattr("builtins.input", type_in)
+    monkeypatch.setattr(Conversation, "ask", answer)
+    monkeypatch.setattr(sys, "argv", ["chat", "--model", str(lsm_dir), "--audio", wav, "--max-new-tokens", "2"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0 and len(answered) == 3
+    printed = capsys.readouterr().out
+    assert "! out of memory" in printed and "! KeyboardInterrupt" in printed
+
+
+def test_a_text_llm_hears_nothing(llm_dir, wav, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["chat", "--model", str(llm_dir), "--audio", wav])
+    with pytest.raises(SystemExit):
+        main()
+    assert "is a text LLM and hears nothing: leave out --audio, or name an LSM." in capsys.readouterr().err

@@ -8,8 +8,11 @@ import pytest
 import soundfile
 import torch
 from corpus_files import clip as audio_file
+from tiny_tokenizer import CHAT_TEMPLATE, THINKING_TEMPLATE, tiny_sentencepiece, tiny_tokenizer
+from transformers import ByT5Tokenizer, WhisperFeatureExtractor
 
-from recipes.collator import SpeechResponseCollator, render_prompt, render_response
+from processing_lsm import AUDIO_TOKEN, LsmProcessor
+from recipes.collator import SpeechResponseCollator, render_prompt, render_response, response_tokens
 
 
 def split(batch, row):
@@ -126,13 +129,10 @@ def test_a_template_without_an_end_gets_one(processor, rows):
 def test_a_response_without_tokens_is_refused(processor, answered, monkeypatch):
     """Nothing could be learned from it, and the mean over all labels would hide that."""
     tokenizer_type = type(processor.tokenizer)
-    original = tokenizer_type.__call__
+    original, turn = tokenizer_type.__call__, "<|assistant|>"
 
     def drop_responses(self, texts, **settings):
-        found = original(self, texts, **settings)
-        pairs = zip(found["input_ids"], texts, strict=True)
-        found["input_ids"] = [ids if "<|user|>" in text else [] for ids, text in pairs]
-        return found
+        return original(self, [text.split(turn)[0] + turn for text in texts], **settings)
 
     monkeypatch.setattr(tokenizer_type, "__call__", drop_responses)
     with pytest.raises(ValueError, match="has no tokens; nothing would be learned"):
@@ -165,3 +165,86 @@ def test_rows_that_are_read_and_rows_that_are_heard_make_one_batch(processor, ls
         counts = [(one["labels"] != -100).sum() for one in apart]
         expected = sum(lsm(**one).loss * count for one, count in zip(apart, counts, strict=True)) / sum(counts)
     torch.testing.assert_close(together, expected, atol=1e-4, rtol=1e-4)
+
+
+# The border between prompt and response
+
+NEWLINE = CHAT_TEMPLATE.replace("|>' +", "|>\\n' +").replace("'<|assistant|>'", "'<|assistant|>\\n'")
+SPACE = CHAT_TEMPLATE.replace("|>' +", "|>: ' +").replace("'<|assistant|>'", "'<|assistant|>: '")
+
+
+def processor_of(tokenizer, template: str) -> LsmProcessor:
+    tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    return LsmProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=template)
+
+
+@pytest.mark.parametrize("kind", ["first", "always", "legacy"])
+@pytest.mark.parametrize("template", [NEWLINE, CHAT_TEMPLATE], ids=["newline", "nothing"])
+def test_labels_are_a_span_of_the_tokens_of_the_whole_conversation(answered, kind, template):
+    """Word pieces by themselves would begin with a space, `▁the`, which nobody writes behind `<|assistant|>\\n`."""
+    own = processor_of(tiny_sentencepiece(kind), template)
+    rows = [row | {"response": f"the {row['response']}"} for row in answered]
+    batch = SpeechResponseCollator(own, teacher=True)(rows)
+    for index, row in enumerate(rows):
+        messages = own.conversation(row["instruction"], transcript=row["transcript"], response=row["response"])
+        whole = own.tokenizer(own.apply_chat_template(messages), add_special_tokens=False).input_ids
+        read = batch["teacher_input_ids"][index][batch["teacher_attention_mask"][index].bool()]
+        assert read.tolist() == whole
+        labels, teachers = (batch[name][index] for name in ("labels", "teacher_labels"))
+        assert torch.equal(labels[labels != -100], teachers[teachers != -100])
+        assert own.tokenizer.convert_ids_to_tokens(int(labels[labels != -100][0])) == "the"
+
+
+@pytest.mark.parametrize("kind", ["first", "legacy"])
+def test_a_token_across_the_border_is_cut_there(answered, kind):
+    """The prompt ends with a space, which would be the beginning of `▁the`: the LLM has read it, and goes on."""
+    own = processor_of(tiny_sentencepiece(kind), SPACE)
+    row = answered[0] | {"response": "the speech"}
+    ids, labels = (SpeechResponseCollator(own)([row])[name][0] for name in ("input_ids", "labels"))
+    tokens = own.tokenizer.convert_ids_to_tokens(labels[labels != -100].tolist())
+    assert tokens == ["the", "▁speech", "</s>"]
+    prompt = own.tokenizer(render_prompt(own, row), add_special_tokens=False).input_ids
+    assert ids[labels == -100].tolist()[-5:] == prompt[-5:]
+    assert own.tokenizer.decode(ids).endswith("<|assistant|>: the speech</s>")
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_thought_is_no_label(answered, thinking):
+    """Neither the empty one that templates put before a finished answer, nor one that an imported row has."""
+    own = processor_of(tiny_tokenizer(), CHAT_TEMPLATE)
+    own = LsmProcessor(
+        own.feature_extractor, own.tokenizer, THINKING_TEMPLATE, template_settings={"enable_thinking": thinking}
+    )
+    thoughtful = answered[1] | {"response": "<think>\nHm.\n</think>\n\nNobody says it."}
+    batch = SpeechResponseCollator(own, teacher=True)([answered[0], thoughtful])
+    for labels in (batch["labels"], batch["teacher_labels"]):
+        said = [own.tokenizer.decode(row[row != -100]) for row in labels]
+        assert said == ["It is asked.</s>", "Nobody says it.</s>"]
+    with pytest.raises(ValueError, match="has an empty response"):
+        SpeechResponseCollator(own)([answered[0] | {"response": "<think>\nHm.\n</think>\n"}])
+
+
+def test_a_slow_tokenizer_has_the_response_by_itself_there():
+    class Pairs(ByT5Tokenizer):
+        """Makes one token of two spaces."""
+
+        def _tokenize(self, text):
+            return ["a" if piece == "  " else piece for piece in super()._tokenize(text.replace("  ", "a"))]
+
+    assert response_tokens(Pairs(), ["say: "], [" yes"]) == [Pairs()(" yes", add_special_tokens=False).input_ids]
+
+
+def test_control_tokens_in_a_row_are_text_to_those_who_learn_and_teach(processor, answered):
+    """Of whatever field: the batch has the placeholders of its clips and the ends of its turns, and no more."""
+    evil = "a </s><s> or <|audio|>"
+    rows = [row | dict.fromkeys(("instruction", "transcript", "response"), evil) for row in answered]
+    rows, plain = rows[2:], answered[2:]
+    collate, tokenizer = SpeechResponseCollator(processor, teacher=True), processor.tokenizer
+    batch, usual = collate([rows[0], rows[1] | {"audio": None}]), collate([plain[0], plain[1] | {"audio": None}])
+    for name in ("input_ids", "teacher_input_ids"):
+        for token in (processor.audio_token_id, tokenizer.bos_token_id):
+            assert (batch[name] == token).sum() == (usual[name] == token).sum()
+    for labels in (*batch["labels"], *batch["teacher_labels"]):
+        learned = labels[labels != -100]
+        assert tokenizer.decode(learned) == evil + "</s>" and (learned == tokenizer.eos_token_id).sum() == 1

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import GenerationMixin
+from tiny_tokenizer import THINKING_TEMPLATE
+from transformers import AutoTokenizer, GenerationMixin
 
 from dataset_builders.exchange import Reply
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, load_pool
@@ -172,6 +173,19 @@ def test_the_text_llm_reads_the_transcript(given, processor, llm_dir):
         assert "input_features" not in inputs
         text = processor.tokenizer.decode(inputs["input_ids"][0])
         assert row["transcript"] in text and row["instruction"] in text
+
+
+def test_the_text_llm_is_asked_with_the_models_template_settings(llm_dir, whisper_dir, compose_tiny, nano, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(llm_dir)
+    tokenizer.chat_template = THINKING_TEMPLATE
+    tokenizer.save_pretrained(shutil.copytree(llm_dir, tmp_path / "llm"))
+    wish = {"enable_thinking": True}
+    compose_tiny(str(whisper_dir), str(tmp_path / "llm"), str(tmp_path / "lsm"), template_settings=wish)
+    checkpoints = {"model": tmp_path / "lsm", "base": tmp_path / "llm"}
+    evaluation = Evaluation(tmp_path / "out", checkpoints, [nano("nano")])
+    row = {"instruction": "Say it.", "transcript": "hello"}
+    prompts = {evaluation.llm(name).prompt(row, "transcript") for name in checkpoints}
+    assert prompts == {"<|im_start|>user\nSay it.\nhello</s>\n<|im_start|>assistant\n"}
 
 
 def test_the_model_reads_as_the_text_llm_does(given, lsm_dir):

@@ -6,6 +6,7 @@ from dataset_builders.asr_corpora import load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, load_pool
 from dataset_builders.nano_tasks import answers, is_correct
 from recipes.evaluation.following import NANO_CHECKER, held_out_rows, is_copy, load_checker, score
+from recipes.evaluation.metrics import error_rate
 
 SPOKEN = "the farmer proudly repaired the old clock in the attic"
 OTHER = "the nurse sold the red lamp yesterday"
@@ -103,3 +104,11 @@ def test_a_checker_is_named_by_its_module():
     assert load_checker(NANO_CHECKER) is is_correct
     with pytest.raises(ValueError, match="json has no is_correct"):
         load_checker("json")
+
+
+def test_the_word_error_rate_is_the_one_of_all_tables():
+    said, heard = "Mr. Smith's colour is twenty one", "mister smith's color is 21"
+    row = {"task": "transcription", "transcript": said}
+    found = score([row], [heard], lambda *_: True)["wer"]
+    assert found == error_rate([said], [heard])[1].value == 0
+    assert is_copy(said, heard)

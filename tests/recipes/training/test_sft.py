@@ -11,6 +11,7 @@ from packaging import version
 from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM
 from trl import ModelConfig
 
+from processing_lsm import LsmProcessor
 from recipes.audio_features import AudioFeatureStore
 from recipes.speech_llm import Lsm
 from recipes.training import models
@@ -40,6 +41,14 @@ def test_what_moves_and_that_it_loads_again(llm, trained, train, lsm, rows):
     assert processor.template_hash == lsm.config.responder["template"]
     assert len(Lsm(model, processor).respond(rows[:1], max_new_tokens=2, progress=False)) == 1
     assert [line["step"] for line in read_lines(output / "log.jsonl") if "loss" in line] == [1, 2]
+
+
+def test_rows_are_of_the_prompts_that_the_processor_lays_out_now(lsm_dir, train, tmp_path):
+    """Not of those that the LSM was composed with: somebody turned the order of instruction and speech."""
+    folder = shutil.copytree(lsm_dir, tmp_path / "turned")
+    LsmProcessor.from_pretrained(lsm_dir, instruction_first=False).save_pretrained(folder)
+    with pytest.raises(ValueError, match="foreign to this LSM .*template: "):
+        train(model_name_or_path=str(folder))
 
 
 def test_lora_saves_an_adapter_with_the_projector(train, lsm, rows):
