@@ -11,10 +11,18 @@ from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from dataset_builders.exchange import Reply, Request
-from dataset_builders.text_llm import changed_decoding, context_of, kv_bytes_per_token, load_identity, make_room
+from dataset_builders.text_llm import (
+    ONE_ANSWER,
+    base_of,
+    changed_decoding,
+    context_of,
+    kv_bytes_per_token,
+    load_identity,
+    make_room,
+    open_model,
+)
 from processing_lsm import LsmProcessor
 
 # What must agree between a row's responder and the LSM that trains on it, for the row to be self-powered.
@@ -106,8 +114,8 @@ class LocalResponder(Responder):
     """An LLM run by transformers, answering greedily from text alone.
 
     Args:
-        llm: a causal LLM, or an LSM as `recipes/compose.py` writes it whose LLM has not been trained since: folder or
-            Hub id.
+        llm: a causal LLM, or an LSM as `recipes/compose.py` writes it whose LLM has not been trained since, or an
+            adapter for one of them: folder or Hub id.
         max_new_tokens, max_prompt_tokens: as in `Responder`.
         kv_cache_bytes: what the keys and values of one batch may take; it sets the token budget of a batch (prompts
             and responses, padding included).
@@ -128,7 +136,9 @@ class LocalResponder(Responder):
         dtype: str = "auto",
     ):
         processor, identity, config = load_identity(llm)
-        self.model = AutoModelForCausalLM.from_pretrained(str(llm), trust_remote_code=True, dtype=dtype)
+        # An LSM answers as the LLM that it was made of, which an adapter has changed since.
+        source = base_of(llm) if config.model_type == "lsm" else llm
+        self.model = open_model(source, trust_remote_code=True, dtype=dtype)
         if config.model_type != "lsm":
             make_room(self.model, processor.tokenizer)
         if self.model.generation_config.eos_token_id is None:
@@ -164,7 +174,7 @@ class LocalResponder(Responder):
     def _generate_batch(self, rows: list[list[int]]) -> list[Reply]:
         tokenizer, end = self.processor.tokenizer, self.model.generation_config.eos_token_id
         inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.model.device)
-        output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        output = self.model.generate(**inputs, **ONE_ANSWER, max_new_tokens=self.max_new_tokens)
         answers = output[:, inputs.input_ids.shape[1] :]
         finished = torch.isin(answers, torch.tensor(end, device=answers.device)).any(dim=1).tolist()
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from configuration_lsm import num_encoder_frames
 from dataset_builders.asr_corpora import open_corpus
+from dataset_builders.text_llm import load_processor, open_model
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor, load_audio
 
@@ -152,10 +153,10 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder of the store")
     parser.add_argument("--batch-size", type=int, default=32, help="clips at a time")
     args = parser.parse_args()
-    model = LsmForConditionalGeneration.from_pretrained(args.model).eval()
+    model = open_model(args.model, LsmForConditionalGeneration, merge=False).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     clips = (utterance["audio"] for split in args.splits for utterance in open_corpus(args.corpus, split))
-    processor = LsmProcessor.from_pretrained(args.model)
+    processor = load_processor(args.model)
     store = AudioFeatureStore.build(args.output, model, processor, clips, args.batch_size)
     print(f"{args.output}: {len(store.clips)} clips, {len(store.frames)} frames")
 

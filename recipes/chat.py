@@ -12,6 +12,7 @@ import argparse
 import torch
 from transformers import TextStreamer
 
+from dataset_builders.text_llm import GREEDY
 from recipes.speech_llm import load
 
 
@@ -47,7 +48,7 @@ class Conversation:
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device)
-        output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, streamer=streamer)
+        output = self.model.generate(**inputs, **GREEDY, max_new_tokens=self.max_new_tokens, streamer=streamer)
         return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
