@@ -11,15 +11,17 @@ from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from dataset_builders.exchange import Reply, Request
 from dataset_builders.text_llm import (
+    ONE_ANSWER,
+    base_of,
     changed_decoding,
     context_of,
     kv_bytes_per_token,
     load_identity,
     make_room,
+    open_model,
     read_answers,
 )
 from processing_lsm import LsmProcessor
@@ -118,8 +120,8 @@ class LocalResponder(Responder):
     """An LLM run by transformers, answering greedily from text alone.
 
     Args:
-        llm: a causal LLM, or an LSM as `recipes/compose.py` writes it whose LLM has not been trained since: folder or
-            Hub id.
+        llm: a causal LLM, or an LSM as `recipes/compose.py` writes it whose LLM has not been trained since, or an
+            adapter for one of them: folder or Hub id.
         max_new_tokens, max_prompt_tokens: as in `Responder`.
         kv_cache_bytes: what the keys and values of one batch may take; it sets the token budget of a batch (prompts
             and responses, padding included).
@@ -143,7 +145,9 @@ class LocalResponder(Responder):
         template_settings: dict | None = None,
     ):
         processor, identity, config = load_identity(llm, template_settings)
-        self.model = AutoModelForCausalLM.from_pretrained(str(llm), trust_remote_code=True, dtype=dtype)
+        # An LSM answers as the LLM that it was made of, which an adapter has changed since.
+        source = base_of(llm) if config.model_type == "lsm" else llm
+        self.model = open_model(source, trust_remote_code=True, dtype=dtype)
         if config.model_type != "lsm":
             make_room(self.model, processor.tokenizer)
         if self.model.generation_config.eos_token_id is None:
@@ -179,7 +183,7 @@ class LocalResponder(Responder):
     def _generate_batch(self, rows: list[list[int]]) -> list[Reply]:
         tokenizer, end = self.processor.tokenizer, self.model.generation_config.eos_token_id
         inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.model.device)
-        output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        output = self.model.generate(**inputs, **ONE_ANSWER, max_new_tokens=self.max_new_tokens)
         answers = output[:, inputs.input_ids.shape[1] :]
         finished = torch.isin(answers, torch.tensor(end, device=answers.device)).any(dim=1).tolist()
         texts = read_answers(tokenizer, answers.tolist())

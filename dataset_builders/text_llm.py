@@ -1,15 +1,21 @@
 """A causal LLM as an LSM has it: its tokenizer and room for speech, its prompts, and which LLM it is."""
 
 import hashlib
+import json
+import logging
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
@@ -17,11 +23,131 @@ from transformers import (
     PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
 )
+from transformers.utils import cached_file, find_adapter_config_file
 
 from configuration_lsm import num_positions
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
 
+logger = logging.getLogger(__name__)
+
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+# One answer to a prompt, and that alone, whatever a checkpoint's generation settings are.
+ONE_ANSWER = {"do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False}
+GREEDY = {**ONE_ANSWER, "num_beams": 1}
+# Generation settings that decide which others have a meaning.
+DECIDING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
+
+
+# Checkpoints: whole ones, and adapters with what they are for
+
+
+def adapter_of(source: str | Path, revision: str | None = None) -> dict | None:
+    """The `adapter_config.json` of an adapter, folder or Hub id; None for any other checkpoint."""
+    file = find_adapter_config_file(str(source), revision=revision)
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def base_of(source: str | Path, revision: str | None = None) -> str:
+    """What an adapter is for, folder or Hub id; any other checkpoint itself.
+
+    A base that is not where the adapter says is looked for in and beside the adapter's folder, since folders are moved
+    together.
+
+    Raises:
+        ValueError: the adapter names nothing, or a folder that is not here.
+    """
+    adapter = adapter_of(source, revision)
+    if adapter is None:
+        return str(source)
+    base = adapter.get("base_model_name_or_path")
+    if base is None:
+        raise ValueError(f"{source} is an adapter whose adapter_config.json has no `base_model_name_or_path`.")
+    folder = Path(source).resolve()
+    moved = [near / Path(base).name for near in (folder, *folder.parents[:2]) if folder.is_dir()]
+    found = [place for place in (Path(base), *moved) if place.is_dir()]
+    if found:
+        return str(found[0])
+    try:
+        validate_repo_id(base)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{source} is an adapter for {base}, which is no folder here: put that folder there or beside the adapter."
+        ) from error
+    return base
+
+
+def open_model(
+    source: str | Path, auto=AutoModelForCausalLM, *, revision: str | None = None, merge: bool = True, **settings
+) -> PreTrainedModel:
+    """The model of a checkpoint; an adapter is merged into what it is for.
+
+    Args:
+        source: folder or Hub id.
+        auto: class of transformers whose `from_pretrained` opens what is no adapter.
+        revision: of a Hub id.
+        merge: False leaves the low-rank changes of an adapter out, and takes the modules that it saved whole.
+        settings: of `from_pretrained`.
+
+    Raises:
+        ValueError: weights are missing, or the adapter does not fit what it is for, or cannot be merged.
+    """
+    adapter = adapter_of(source, revision)
+    if adapter is None:
+        model, loaded = auto.from_pretrained(str(source), revision=revision, output_loading_info=True, **settings)
+        refuse_missing(source, loaded["missing_keys"])
+        return model
+    from peft import PeftModel  # takes seconds to import
+
+    base = base_of(source, revision)
+    model = open_model(base, auto, revision=adapter.get("revision"), **settings)
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # read by PEFT
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            adapted = PeftModel.from_pretrained(model, str(source), revision=revision)
+        except (RuntimeError, UserWarning) as error:
+            raise ValueError(f"the adapter {source} does not fit {base}: {error}") from error
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        raise ValueError(f"{source} is an adapter of type {adapter['peft_type']}, which cannot be merged into {base}.")
+    model = adapted.merge_and_unload() if merge else adapted.unload()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learns)
+    model.name_or_path = base
+    if "projector" in (adapter.get("modules_to_save") or ()):
+        model.config.projector_trained = True
+    return model
+
+
+def refuse_missing(source: str | Path, missing: set[str]) -> None:
+    """Of a checkpoint, which would otherwise get random weights in their place."""
+    if missing:
+        raise ValueError(f"{source} lacks {len(missing)} of its weights, such as {sorted(missing)[:3]}.")
+
+
+def where(file: str, source: str | Path, revision: str | None = None) -> tuple[str, str | None]:
+    """The checkpoint that has this file, and its revision: `source`, or what that is an adapter for."""
+    adapter = adapter_of(source, revision)
+    if adapter is None or cached_file(
+        str(source), file, revision=revision, _raise_exceptions_for_missing_entries=False
+    ):
+        return str(source), revision
+    return where(file, base_of(source, revision), adapter.get("revision"))
+
+
+def load_config(source: str | Path, revision: str | None = None, **settings):
+    """The configuration of a checkpoint, or of what an adapter is for; `settings` of `AutoConfig.from_pretrained`."""
+    source, revision = where("config.json", source, revision)
+    return AutoConfig.from_pretrained(source, revision=revision, **settings)
+
+
+def load_processor(source: str | Path, revision: str | None = None):
+    """The processor of a speech LLM, or of what an adapter is for if it has none of its own."""
+    source, revision = where("processor_config.json", source, revision)
+    return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=True)
+
+
+# The LLM in it
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -31,7 +157,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         ValueError: if it has no EOS token.
     """
     # Batches are padded where generation wants it; a training collator pads on the right by asking for it.
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    source, revision = where("tokenizer_config.json", source)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
     if tokenizer.eos_token is None:
         raise ValueError(f"The tokenizer of {source} has no EOS token, so no answer could end; set its `eos_token`.")
     tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
@@ -62,13 +189,47 @@ def never_write(generation_config: GenerationConfig, audio_token_id: int, pad_to
     generation_config.suppress_tokens = [*(generation_config.suppress_tokens or []), audio_token_id]
 
 
+def valid_settings(given: dict, name: str) -> GenerationConfig:
+    """Generation settings without those that have no effect beside the others (a temperature where nothing is
+    sampled), or cannot be: transformers would refuse to save a model that has them. What is left out is logged.
+
+    Args:
+        given: the content of a `generation_config.json`.
+        name: of the checkpoint, for the log.
+    """
+    kept, refused = {}, {}
+    for setting in sorted(given, key=lambda setting: setting not in DECIDING):
+        try:
+            GenerationConfig(**kept, **{setting: given[setting]}).validate(strict=True)
+            kept[setting] = given[setting]
+        except (TypeError, ValueError):
+            refused[setting] = given[setting]
+    if refused:
+        listed = ", ".join(f"{setting}={value}" for setting, value in refused.items())
+        logger.warning("%s: these generation settings cannot be or have no effect, and are left out: %s", name, listed)
+    return GenerationConfig(**kept)
+
+
+def generation_settings(llm: str) -> GenerationConfig:
+    """The `valid_settings` of an LLM, or of what an adapter is for."""
+    source, revision = where("generation_config.json", llm)
+    file = cached_file(source, "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if file is not None:
+        given = json.loads(Path(file).read_text(encoding="utf-8"))
+    else:  # an older checkpoint, whose settings are part of its configuration
+        config = {"config_file_name": "config.json", "_from_model_config": True}
+        given = GenerationConfig.from_pretrained(source, revision=revision, **config).to_diff_dict()
+    return valid_settings(given, llm)
+
+
 def identify(source: str) -> dict[str, str]:
     """Which checkpoint this is: `model`, its Hub id or the folder's name, and `revision`, its commit or the hash of
     its weights (`"sha256:"` and 16 hex digits)."""
     folder = Path(source)
     if not folder.is_dir():
-        cached = try_to_load_from_cache(source, "config.json")
-        if not isinstance(cached, str):
+        files = (try_to_load_from_cache(source, name) for name in ("config.json", "adapter_config.json"))
+        cached = next((file for file in files if isinstance(file, str)), None)
+        if cached is None:
             raise ValueError(f"{source} is neither a folder nor in the Hub cache, so its commit cannot be told.")
         return {"model": source, "revision": Path(cached).parent.name}
     files = sorted(file for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern))
@@ -92,7 +253,7 @@ def load_identity(llm: str | Path, template_settings: dict | None = None) -> tup
     Raises:
         ValueError: an LSM that does not say which LLM is inside, or that is to have other template settings.
     """
-    config = AutoConfig.from_pretrained(str(llm), trust_remote_code=True)
+    config = load_config(llm, trust_remote_code=True)
     if config.model_type != "lsm":
         processor = text_processor(llm, template_settings)
         return processor, identify(str(llm)) | _template_of(processor), config
@@ -100,7 +261,7 @@ def load_identity(llm: str | Path, template_settings: dict | None = None) -> tup
         raise ValueError(f"{llm} is an LSM, which has its own template settings: compose it with those that you want.")
     if config.responder is None:
         raise ValueError(f"{llm} does not say which LLM is inside; compose it with recipes/compose.py.")
-    processor = AutoProcessor.from_pretrained(str(llm), trust_remote_code=True)
+    processor = load_processor(llm)
     return processor, config.responder | _template_of(processor), config
 
 

@@ -24,6 +24,7 @@ from configuration_lsm import num_encoder_frames
 from dataset_builders.asr_corpora import open_corpus
 from dataset_builders.corpus import decode
 from dataset_builders.files import differences
+from dataset_builders.text_llm import load_processor, open_model
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor, load_audio
 
@@ -269,16 +270,14 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder of the store")
     parser.add_argument("--batch-size", type=int, default=32, help="clips at a time")
     args = parser.parse_args()
-    model = LsmForConditionalGeneration.from_pretrained(args.model).eval()
+    model = open_model(args.model, LsmForConditionalGeneration, merge=False).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def clips():
         return (utterance["audio"] for split in args.splits for utterance in open_corpus(args.corpus, split))
 
     there = Path(args.output).exists()
-    store = AudioFeatureStore.build(
-        args.output, model, LsmProcessor.from_pretrained(args.model), clips(), args.batch_size
-    )
+    store = AudioFeatureStore.build(args.output, model, load_processor(args.model), clips(), args.batch_size)
     if there:
         refuse_missing(store, map(audio_key, clips()), "--output")
     print(f"{args.output}: {len(store.clips)} clips, {len(store.frames)} frames")

@@ -15,7 +15,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import TextStreamer
 
-from dataset_builders.text_llm import read_answers
+from dataset_builders.text_llm import GREEDY, read_answers
 from recipes.speech_llm import Lsm, load
 
 
@@ -55,7 +55,7 @@ class Conversation:
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device)
-        output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, streamer=streamer)
+        output = self.model.generate(**inputs, **GREEDY, max_new_tokens=self.max_new_tokens, streamer=streamer)
         return read_answers(self.processor.tokenizer, output[:, inputs["input_ids"].shape[1] :].tolist())[0]
 
 

@@ -7,12 +7,16 @@ python -m recipes.compose \
 """
 
 import argparse
+import contextlib
 import json
 import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     WhisperConfig,
@@ -21,7 +25,15 @@ from transformers import (
 )
 
 from configuration_lsm import LsmConfig
-from dataset_builders.text_llm import identify, load_tokenizer, make_room
+from dataset_builders.text_llm import (
+    generation_settings,
+    identify,
+    load_config,
+    load_tokenizer,
+    make_room,
+    open_model,
+    refuse_missing,
+)
 from modeling_lsm import LsmForConditionalGeneration, LsmProjector
 from processing_lsm import LsmProcessor
 from recipes.model_card import write_base_card
@@ -53,10 +65,11 @@ def compose(
 
     Args:
         audio: Hub id or folder of a Whisper checkpoint, of which the encoder is kept.
-        text: Hub id or folder of a causal LLM, or of a vision-language model, whose LLM is taken. What its tokenizer
-            lacks gets a default: a pad token is the EOS token; a chat template is `DEFAULT_CHAT_TEMPLATE`; and where
-            the template takes no system message, `FOLD_SYSTEM` puts that into the user's first (`processing_lsm.py`).
-        output: folder to save model, processor, code and card to, if given.
+        text: Hub id or folder of a causal LLM, or of an adapter for one, which is merged into it; or of a
+            vision-language model, whose LLM is taken. What its tokenizer lacks gets a default: a pad token is the EOS
+            token; a chat template is `DEFAULT_CHAT_TEMPLATE`; and where the template takes no system message,
+            `FOLD_SYSTEM` puts that into the user's first (`processing_lsm.py`).
+        output: folder to save model, processor, code and card to, if given. It is there once it could be loaded again.
         window_frames, window_mode, queries_per_window, audio_padding, normalize_speech: as in [`LsmConfig`].
         qformer_layers, qformer_hidden, qformer_heads: size of the Q-Former.
         qformer_ffn: width of its feed-forward layers, four times its hidden size if None.
@@ -108,33 +121,59 @@ def compose(
     )
     config.responder = {**identify(text), "template": processor.template_hash}
     if output is not None:
-        model.save_pretrained(output)
-        processor.save_pretrained(output)
-        write_base_card(output, audio, text, config)
+        with whole_folder(output) as partial:
+            model.save_pretrained(partial)
+            processor.save_pretrained(partial)
+            write_base_card(partial, audio, text, config)
     return model, processor
+
+
+@contextlib.contextmanager
+def whole_folder(output: str | Path) -> Iterator[Path]:
+    """A folder to write an LSM into, which becomes `output` once it can be loaded; what fails leaves nothing behind."""
+    output = Path(output).resolve()
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        LsmForConditionalGeneration.from_pretrained(partial, device_map="meta")  # keys and shapes, no weights
+        output.mkdir(exist_ok=True)
+        for stale in output.glob("model*.safetensors*"):  # which might be taken for these
+            stale.unlink()
+        for file in partial.iterdir():
+            os.replace(file, output / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _load(audio: str, text: str, dtype: str | torch.dtype, weights: bool) -> tuple:
     """Encoder, feature extractor, LLM and tokenizer, checked to fit together."""
-    tokenizer = load_tokenizer(text)
+    text_config = load_config(text)
+    _check_llm(text, text_config)
+    tokenizer, settings = load_tokenizer(text), generation_settings(text)
     if weights:
-        llm, loaded = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, output_loading_info=True)
-        _check_loaded(text, loaded["missing_keys"])
+        llm = open_model(text, dtype=dtype, generation_config=settings)
         whisper, loaded = WhisperModel.from_pretrained(audio, dtype=llm.dtype, output_loading_info=True)
-        _check_loaded(audio, {key for key in loaded["missing_keys"] if key.startswith("encoder.")})
+        refuse_missing(audio, {key for key in loaded["missing_keys"] if key.startswith("encoder.")})
     else:
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(text)
-            llm = AutoModelForCausalLM.from_config(config, **({} if dtype == "auto" else {"dtype": dtype}))
+            llm = AutoModelForCausalLM.from_config(text_config, **({} if dtype == "auto" else {"dtype": dtype}))
             whisper = WhisperModel(WhisperConfig.from_pretrained(audio))
     feature_extractor = WhisperFeatureExtractor.from_pretrained(audio)
     _check_parts(whisper, feature_extractor, llm)
     return whisper, feature_extractor, llm, tokenizer
 
 
-def _check_loaded(source: str, missing: set[str]) -> None:
-    if missing:
-        raise ValueError(f"{source} lacks {len(missing)} of its weights, such as {sorted(missing)[:3]}.")
+def _check_llm(text: str, config) -> None:
+    if config.model_type == LsmConfig.model_type:
+        raise ValueError(f"{text} is an LSM already, or an adapter for one; name the LLM that it was made of.")
+    if (quantized := getattr(config, "quantization_config", None)) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise ValueError(
+            f"{text} is quantised ({method}), and an LSM is made of whole weights: name the checkpoint that it was "
+            "quantised from; `recipes.sft --llm qlora` has the LLM in 4 bits while it learns."
+        )
 
 
 def _check_parts(whisper: WhisperModel, feature_extractor: WhisperFeatureExtractor, llm: PreTrainedModel) -> None:

@@ -24,6 +24,7 @@ from configuration_lsm import LsmConfig
 from dataset_builders.text_llm import identify, load_tokenizer, never_write
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
+from recipes.compose import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,10 @@ def convert(checkpoint: str, output: str, tokenizer: str | None = None, qformer_
     if words is not None:
         processor = _processor(config, words)
         model.config.responder = {**identify(checkpoint), "template": processor.template_hash}
-        processor.save_pretrained(output)
-    model.save_pretrained(output)
+    with whole_folder(output) as partial:
+        if words is not None:
+            processor.save_pretrained(partial)
+        model.save_pretrained(partial)
     return unused
 
 

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate import PartialState
 from transformers import set_seed
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
-from dataset_builders.text_llm import context_of
+from dataset_builders.text_llm import base_of, context_of
 from recipes.audio_features import store_features
 from recipes.collator import SpeechResponseCollator
 from recipes.model_card import base_models_of
@@ -36,7 +36,7 @@ from recipes.training.callbacks import FollowingCallback, LogCallback
 from recipes.training.checkpoints import contents_of, find_checkpoint, naming_last_checkpoint, settings_of
 from recipes.training.command_line import parse
 from recipes.training.costs import Costs
-from recipes.training.models import compose_base, load_model, load_teacher
+from recipes.training.models import adapter_settings, compose_base, go_on_from, load_model, load_teacher
 from recipes.training.preflight import preflight
 from recipes.training.rows import Ruler, check_response_tasks, count_tasks, load_rows, stream_rows
 from recipes.training.trainer import LsmTrainer
@@ -51,7 +51,7 @@ def card_of(script_args, training_args, model_args, dataset) -> dict:
         "rows": {} if script_args.dataset_streaming else count_tasks(dataset),
         "settings": {"llm": script_args.llm, "objective": training_args.objective}
         | given(script_args, training_args, model_args),
-        "adapter_of": name if model_args.use_peft else None,
+        "adapter_of": base_of(name, model_args.model_revision) if model_args.use_peft else None,
     }
 
 
@@ -113,7 +113,7 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
         args=training_args,
         train_dataset=dataset,
         data_collator=SpeechResponseCollator(processor, store, teacher=training_args.objective == "distill"),
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_settings(model_args),
         callbacks=[LogCallback()],
         processor=processor,
         costs=costs,
@@ -121,6 +121,8 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
         teacher=teacher,
         card=card_of(script_args, training_args, model_args, dataset),
     )
+    if model_args.use_peft:
+        go_on_from(trainer.model, model_args)
     if script_args.following_corpus:
         trainer.add_callback(FollowingCallback(trainer, script_args, processor, store))
     with naming_last_checkpoint(training_args.output_dir):

@@ -17,13 +17,20 @@ import numpy as np
 import soundfile
 import torch
 import transformers
-from peft import PeftConfig, PeftModel
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BatchFeature
-from transformers.utils import find_adapter_config_file, is_mistral_common_available
+from transformers import AutoModelForCausalLM, BatchFeature
+from transformers.utils import is_mistral_common_available
 
 from dataset_builders.exchange import Reply
-from dataset_builders.text_llm import make_room, read_answers, text_processor
+from dataset_builders.text_llm import (
+    GREEDY,
+    load_config,
+    load_processor,
+    make_room,
+    open_model,
+    read_answers,
+    text_processor,
+)
 from processing_lsm import as_text, special_tokens
 from recipes.audio_features import AudioFeatureStore, audio_key, load_clip
 from recipes.collator import render_prompt, render_response, response_tokens
@@ -179,7 +186,7 @@ class SpeechLLM:
     def _generate(self, inputs: BatchFeature, max_new_tokens: int, choices) -> list[Reply]:
         inputs = inputs.to(self.model.device)
         start = inputs["input_ids"].shape[1]
-        settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        settings = {**GREEDY, "max_new_tokens": max_new_tokens}
         end = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         ends = end if isinstance(end, list) else [end]
         if choices is not None:
@@ -320,12 +327,6 @@ class Voxtral(SpeechLLM):
 FAMILIES: dict[str, type[SpeechLLM]] = {"lsm": Lsm, "granite_speech": GraniteSpeech, "voxtral": Voxtral}
 
 
-def base_of(source: str | Path) -> str | Path:
-    """What an adapter is for; any other checkpoint itself."""
-    is_adapter = find_adapter_config_file(str(source)) is not None
-    return PeftConfig.from_pretrained(source).base_model_name_or_path if is_adapter else source
-
-
 def load(source: str | Path, dtype: str = "auto") -> SpeechLLM:
     """Open a checkpoint, on the GPU if there is one.
 
@@ -333,17 +334,14 @@ def load(source: str | Path, dtype: str = "auto") -> SpeechLLM:
         source: folder or Hub id of an LSM, a speech LLM or a text LLM, or of an adapter for one of them.
         dtype: of its weights; `"auto"` is the checkpoint's.
     """
-    base = base_of(source)
-    config = AutoConfig.from_pretrained(base, trust_remote_code=True)
+    config = load_config(source, trust_remote_code=True)
     speech = any(hasattr(config, name) for name in ("audio_token_id", "audio_token_index"))
     family = FAMILIES.get(config.model_type, SpeechLLM) if speech else TextLLM
     # The families are spread over several auto classes; a checkpoint of theirs says which class it is.
     auto = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
-    model = auto.from_pretrained(base, trust_remote_code=True, dtype=dtype)
-    if base != source:
-        model = PeftModel.from_pretrained(model, source).merge_and_unload()
+    model = open_model(source, auto, trust_remote_code=True, dtype=dtype)
     if speech:
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+        processor = load_processor(source)
     else:
         processor = text_processor(source)
         make_room(model, processor.tokenizer)
@@ -353,9 +351,9 @@ def load(source: str | Path, dtype: str = "auto") -> SpeechLLM:
 
 def template_settings_of(source: str | Path) -> dict | None:
     """What the chat template of an LSM has been told, for the text LLM beside it; None for other checkpoints."""
-    if AutoConfig.from_pretrained(base_of(source), trust_remote_code=True).model_type != "lsm":
+    if load_config(source, trust_remote_code=True).model_type != "lsm":
         return None
-    return AutoProcessor.from_pretrained(source, trust_remote_code=True).template_settings
+    return load_processor(source).template_settings
 
 
 def _role_of(span: tuple[int, int], covered: dict[str, tuple[int, int]]) -> str:

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, pipeline
+from transformers import pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
 from dataset_builders.exchange import Reply
+from dataset_builders.text_llm import load_config
 from recipes.audio_features import load_clip
-from recipes.speech_llm import SpeechLLM, base_of, load
+from recipes.speech_llm import SpeechLLM, load
 
 CHUNK = 30  # seconds: Whisper's own, and what CTC models have memory for
 
@@ -43,6 +44,6 @@ class Transcriber:
 
 def load_recogniser(source: str | Path, dtype: str = "auto") -> Transcriber | SpeechLLM:
     """What a cascade hears with: a recogniser, or a speech LLM that is asked to transcribe."""
-    kind = AutoConfig.from_pretrained(base_of(source), trust_remote_code=True).model_type
+    kind = load_config(source, trust_remote_code=True).model_type
     recognises = kind in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES or kind in MODEL_FOR_CTC_MAPPING_NAMES
     return Transcriber(source, dtype) if recognises else load(source, dtype)

@@ -364,8 +364,7 @@ def needs_alignment(model: LsmForConditionalGeneration, args) -> bool:
         args: [`LsmTrainingArguments`](recipes.training.arguments).
     """
     if args.align_steps is None:
-        learned = model.config.projector_trained or getattr(model, "_hf_peft_config_loaded", False)
-        args.align_steps = 0 if learned else STEPS
+        args.align_steps = 0 if model.config.projector_trained else STEPS
     return args.align_steps > 0
 
 

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, DynamicCache, PreTrainedModel
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from transformers import BitsAndBytesConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config
 
 from configuration_lsm import LsmConfig
 from dataset_builders.files import content_of, differences, write_whole
+from dataset_builders.text_llm import adapter_of, load_processor, open_model, valid_settings
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
 from recipes.compose import compose
@@ -24,6 +27,9 @@ logger = logging.getLogger(__name__)
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 NEVER_IN_4_BITS = ["model.audio_tower", "model.projector", "lm_head"]
 BASE, MADE_OF = "base", "made_of.json"
+ADAPTED = ("lora", "qlora")
+# What `ModelConfig` says of an adapter, and what its own configuration calls it.
+ADAPTER_SETTINGS = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
 
 
 def compose_base(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> str:
@@ -66,6 +72,9 @@ def load_model(
 ) -> tuple[LsmForConditionalGeneration, LsmProcessor]:
     """The LSM with what is to learn thawed, and its processor. `model_args` gets the adapter's settings.
 
+    An adapter to begin with is merged where no adapter learns; where one does, `go_on_from` gives it these low-rank
+    changes.
+
     What learns is in float32, since the updates of small learning rates vanish in bfloat16; the rest is in
     `model_args.dtype`.
 
@@ -75,13 +84,18 @@ def load_model(
     name, revision, llm = model_args.model_name_or_path, model_args.model_revision, script_args.llm
     if name is None:
         raise ValueError("no model: give --model_name_or_path (an LSM), or --audio and --text to make one of.")
+    model_args.use_peft = llm in ADAPTED
+    adapter_settings(model_args)  # before anything is loaded
     settings = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     if llm == "qlora":
         # 4-bit weights are made on the device where they stay.
         device = {"": PartialState().local_process_index} if torch.cuda.is_available() else None
         settings |= {"quantization_config": quantization(model_args), "device_map": device}
-    processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=True, **settings)
+    processor = load_processor(name, revision)
+    settings |= {"trust_remote_code": True, "merge": llm not in ADAPTED}
+    model = open_model(name, revision=revision, **settings)
+    model.generation_config = valid_settings(model.generation_config.to_diff_dict(), name)
+    model.config.text_config.pad_token_id = processor.tokenizer.pad_token_id  # as Trainer would, with a warning
     if is_deepspeed_zero3_enabled():
         model._weight_conversions = None  # transformers would undo, on saving, a renaming that it did not do on loading
     update_template(model.config, processor)
@@ -98,10 +112,47 @@ def prepare(model: LsmForConditionalGeneration, llm: str, model_args: ModelConfi
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    model_args.use_peft = llm in ("lora", "qlora")
+    model_args.use_peft = llm in ADAPTED
     if model_args.use_peft:
         model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGETS
         model_args.lora_modules_to_save = model_args.lora_modules_to_save or ["projector"]
+
+
+def adapter_settings(model_args: ModelConfig) -> PeftConfig | None:
+    """The settings of the adapter that learns, None if none does: of the one that the training begins with, or what
+    `model_args` says.
+
+    Raises:
+        ValueError: `model_args` asks for another adapter than the one that is there.
+    """
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    new = get_peft_config(model_args)
+    if new is None or name is None or adapter_of(name, revision) is None:
+        if new is not None and revision != "main":
+            new.revision = revision
+        return new
+    adapter, default = PeftConfig.from_pretrained(name, revision=revision), ModelConfig()
+    if adapter.peft_type != PeftType.LORA:
+        raise ValueError(f"{name} is an adapter of type {adapter.peft_type.value}; LoRA alone learns on.")
+    adapter.inference_mode = False
+    for said, has in ADAPTER_SETTINGS.items():
+        value = getattr(model_args, said)
+        if value != getattr(default, said) and value != getattr(adapter, has):
+            raise ValueError(
+                f"--{said} {value}, but the adapter {name} has {getattr(adapter, has)}, and learns on as it is: leave "
+                f"--{said} out, or begin with an LSM without an adapter."
+            )
+    return adapter
+
+
+def go_on_from(model: PeftModel, model_args: ModelConfig) -> None:
+    """Give a model with a new adapter the low-rank changes of the one that the training begins with, if it does; the
+    modules that this one saved whole are the model's already."""
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if adapter_of(name, revision) is not None:
+        saved = load_peft_weights(name, device="cpu", revision=revision)
+        changes = {key: value for key, value in saved.items() if "lora_" in key}
+        set_peft_model_state_dict(model, get_peft_model_state_dict(model) | changes)
 
 
 def can_share_prefix(model: PreTrainedModel) -> bool:
@@ -152,7 +203,7 @@ def load_teacher(
     if training_args.objective != "distill" or script_args.llm != "full":
         return None
     dtype = torch.bfloat16 if training_args.bf16 else torch.float32
-    teacher = AutoModelForCausalLM.from_pretrained(
+    teacher = open_model(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=True, dtype=dtype
     )
     return without_ears(teacher)

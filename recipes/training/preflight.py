@@ -14,17 +14,24 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset_builder
 from huggingface_hub import HfApi, constants
-from transformers import AutoConfig, AutoProcessor, PrinterCallback
-from trl import ModelConfig, get_peft_config
+from transformers import PrinterCallback
+from trl import ModelConfig
 
-from dataset_builders.text_llm import context_of
+from dataset_builders.text_llm import base_of, context_of, load_config, load_processor
 from modeling_lsm import LsmForConditionalGeneration
 from recipes.collator import SpeechResponseCollator, render_prompt, render_response
 from recipes.compose import compose
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import Costs, count
 from recipes.training.memory import Target, estimate
-from recipes.training.models import check_vocabulary, prepare, update_template, without_ears
+from recipes.training.models import (
+    ADAPTED,
+    adapter_settings,
+    check_vocabulary,
+    prepare,
+    update_template,
+    without_ears,
+)
 from recipes.training.rows import Ruler, check_response_tasks, check_row, open_stream, refuse_foreign, task_names
 from recipes.training.throughput import GIB
 from recipes.training.trainer import LsmTrainer
@@ -97,10 +104,13 @@ class Preflight:
             raise ValueError("no model: give --model_name_or_path (an LSM), or --audio and --text to make one of.")
         else:
             revision = self.model_args.model_revision
-            self.processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
+            self.processor = load_processor(name, revision)
+            config = load_config(name, revision, trust_remote_code=True)
             with torch.device("meta"):
                 self.shapes = LsmForConditionalGeneration(config)
+        if script_args.llm in ADAPTED:
+            self.model_args.use_peft = True
+            adapter_settings(self.model_args)
         embeddings = self.shapes.get_input_embeddings().num_embeddings
         update_template(self.shapes.config, self.processor)
         check_vocabulary(self.processor, embeddings, self.shapes.config.audio_token_id)
@@ -120,7 +130,8 @@ class Preflight:
     def download(self) -> str:
         """Whether the weights may be had, and whether there is room for them."""
         named = (self.script_args.audio, self.script_args.text, self.model_args.model_name_or_path)
-        names = [name for name in named if name is not None and not Path(name).exists()]
+        named = dict.fromkeys(part for name in named if name for part in (name, base_of(name)))
+        names = [name for name in named if not Path(name).exists()]
         if not names:
             return "nothing: all is on this machine"
         total, api = 0, HfApi()
@@ -222,7 +233,7 @@ class Preflight:
                 args=args,
                 train_dataset=Dataset.from_list([self.rows[index] for index in dearest]),
                 data_collator=SpeechResponseCollator(self.processor, teacher=args.objective == "distill"),
-                peft_config=get_peft_config(self.model_args),
+                peft_config=adapter_settings(self.model_args),
                 processor=self.processor,
                 costs=Costs.of(model, mode, distill=args.objective == "distill"),
                 teacher=teacher,
