@@ -12,13 +12,13 @@ self-powered set or an ASR corpus. Writes `bias.json`, the pictures and `report.
 import argparse
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from dataset_builders.files import write_whole
 from dataset_builders.instructions import SELF_POWERED_TASKS
 from dataset_builders.nano_grammar import Sentence
 from recipes import figures
@@ -111,9 +111,7 @@ def _is_nano(row: dict) -> bool:
 def write(output: Path, bias: dict, label: str, beside: dict[str, dict] | None = None) -> None:
     """`bias.json`, the pictures and `report.html`; `beside` are the bias.json of models drawn in the same picture."""
     output.mkdir(parents=True, exist_ok=True)
-    partial = output / "bias.json.partial"
-    partial.write_text(json.dumps(bias, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, output / "bias.json")
+    write_whole(output / "bias.json", json.dumps(bias, indent=1) + "\n")
     together = {**(beside or {}), label: bias}
     figures.plot_layers(together, output / "layers")
     figures.plot_composition(bias, output / "composition", label)

@@ -2,12 +2,12 @@
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import soundfile
 
+from dataset_builders.files import write_whole
 from processing_lsm import load_audio
 from recipes import figures
 from recipes.evaluation.scoring import is_correct
@@ -50,9 +50,7 @@ def write(output: Path, found: dict, asked: Mapping, answers: Mapping) -> None:
     """`results.json`, `results.md`, `model_index.yaml`, the pictures and `report.html`."""
     texts = {"results.json": json.dumps(found, indent=1) + "\n", "results.md": markdown(found)}
     for name, text in (texts | {"model_index.yaml": model_index(found)}).items():
-        partial = output / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, output / name)
+        write_whole(output / name, text)
     blocks: list = [Text(NOTE), Table("Summary", *summary(found))]
     if comparisons(found)[1]:
         blocks.append(Table("Relative change of the share of right answers", *comparisons(found)))

@@ -1,13 +1,17 @@
 """What is on disk: known by what it holds, read without losing anything, written whole."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from hub_clients import run
 from safetensors.torch import save_file
 
 from dataset_builders import files
 from dataset_builders.files import content_of, differences, fingerprint, read_yaml
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -112,3 +116,33 @@ def test_every_configuration_of_ours_can_be_read():
 
     configs = [*(TASKS_PATH.parents[1] / "configs").rglob("*.yaml"), TASKS_PATH]
     assert len(configs) > 15 and all(read_yaml(path) for path in configs)
+
+
+# The Hub
+
+COMMITS = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+from huggingface_hub import HfApi
+from dataset_builders.files import content_of
+api, found = HfApi(), []
+for kind in ("model", "dataset"):
+    api.create_repo("me/it", repo_type=kind)
+    for content in (b"{}", b"[]"):
+        api.upload_file(path_or_fileobj=content, path_in_repo="config.json", repo_id="me/it", repo_type=kind)
+        found.append((content_of("me/it", repo_type=kind), api.repo_info("me/it", repo_type=kind).sha))
+print(json.dumps(found))
+"""
+CACHED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from dataset_builders.files import content_of
+print(json.dumps(content_of("me/it")))
+"""
+
+
+def test_what_is_on_the_hub_is_known_by_its_commit_also_offline(hub, tmp_path):
+    found = run(COMMITS, hub, tmp_path / "home", str(ROOT))
+    assert [content for content, _ in found] == [commit for _, commit in found]
+    assert found[0] != found[1] and found[2] != found[3]
+    assert run(CACHED, hub, tmp_path / "home", str(ROOT), HF_HUB_OFFLINE="1") == found[1][0]
