@@ -153,7 +153,7 @@ class HubCorpus(Corpus):
             own = file.startswith((f"hf://datasets/{self.name}@", f"hf://datasets/{self.name}/"))
             own = own and ".." not in file.split("/")
         if not own or not all(hop.startswith("zip://") for hop in inside):
-            root = f"under {self.folder}; see --data-root" if self.folder else f"a file of {self.name}"
+            root = f"under {self.folder}; see --data-root of a build" if self.folder else f"a file of {self.name}"
             raise RefusedRowError(where, "outside the data root", f"{path} is not {root}")
         return "::".join([*inside, file])
 
@@ -267,5 +267,7 @@ def _preset(preset: str | None, corpus: str) -> Preset:
     by_id = {known.corpus: name for name, known in PRESETS.items() if known.corpus}
     name = preset or by_id.get(corpus) or (corpus if corpus in PRESETS else None)
     if name == corpus and PRESETS[name].corpus is None:
-        raise ValueError(f"{name} is not on the Hub: name its TSV file, or a mirror's id, and --preset {name}.")
+        raise ValueError(
+            f"{name} is not on the Hub: name its TSV file, or a mirror's id, and --preset {name} of a build."
+        )
     return PRESETS[name] if name else Preset(None, {}, "plain", None, None)

@@ -156,8 +156,8 @@ def choose_columns(there: list[str], told: dict[str, str], corpus: str) -> dict[
         elif role in told or role != "id":
             names = " or ".join(map(repr, candidates))
             raise ValueError(
-                f"{corpus} has no column {names} for the {role}; it has {there}. Name its columns with --audio-column, "
-                "--transcript-column and --id-column."
+                f"{corpus} has no column {names} for the {role}; it has {there}. Name its columns: by "
+                "--audio-column, --transcript-column and --id-column of a build."
             )
     return chosen
 

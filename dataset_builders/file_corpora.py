@@ -1,5 +1,6 @@
 """Corpora whose audio lies in files of their own: manifests and audio folders."""
 
+import codecs
 import csv
 import hashlib
 import io
@@ -20,8 +21,14 @@ OTHER_AUDIO = (".m4a", ".aac", ".mp4", ".webm", ".wma", ".amr", ".3gp", ".mka") 
 DOCUMENTS = ("readme", "license", "licence", "notice")  # texts of no clip
 FIRST_LINES = 100  # they show which columns there are
 CUT = "cut the audio into utterances first"
-# What is not UTF-8 is kept as it is, so that its line alone is refused.
-TEXT = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
+
+
+def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
+    """A file of text in UTF-8, or in UTF-16 that says so by its byte order mark. Other bytes are kept as they are, so
+    that their line alone is refused."""
+    with open(path, "rb") as file:
+        utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return open(path, encoding="utf-16" if utf16 else "utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 class FileCorpus(Corpus):
@@ -80,7 +87,7 @@ class FileCorpus(Corpus):
         file = Path(os.path.normpath(self.data_root / given))
         if not file.is_relative_to(self.data_root):
             raise RefusedRowError(
-                where, "outside the data root", f"{given} is not under {self.data_root}; see --data-root"
+                where, "outside the data root", f"{given} is not under {self.data_root}; see --data-root of a build"
             )
         return file
 
@@ -98,7 +105,7 @@ class ManifestCorpus(FileCorpus):
     expected = "a line for each, of JSON or below a header"
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:
-        with open(self.path, newline="", **TEXT) as text:
+        with open_text(self.path, newline="") as text:
             yield from _table_lines(text, self.path.suffix, self.path.name)
 
 
@@ -137,7 +144,7 @@ class AudioFolder(FileCorpus):
 
     def _metadata_lines(self, table: Path) -> Iterator[tuple[str, dict | RefusedRowError]]:
         folder = table.parent.relative_to(self.path)
-        with open(table, newline="", **TEXT) as text:
+        with open_text(table, newline="") as text:
             for where, line in _table_lines(text, table.suffix, str(folder / table.name)):
                 if isinstance(line, dict) and isinstance(line.get("file_name"), str) and line["file_name"]:
                     line["file_name"] = str(folder / line["file_name"])
@@ -146,7 +153,9 @@ class AudioFolder(FileCorpus):
     def _chapter_lines(self, transcripts: Path) -> Iterator[tuple[str, dict | RefusedRowError]]:
         """LibriSpeech's release: `84-121123.trans.txt` with lines `84-121123-0000 GO DO YOU HEAR`, beside the FLACs."""
         folder = transcripts.parent.relative_to(self.path)
-        for number, line in enumerate(transcripts.read_text(**TEXT).split("\n"), 1):
+        with open_text(transcripts) as file:
+            lines = file.read().split("\n")
+        for number, line in enumerate(lines, 1):
             id, _, text = line.partition(" ")
             if line.strip():  # columns as LibriSpeech has them on the Hub
                 where = f"{transcripts.name} line {number}"
@@ -161,7 +170,8 @@ class AudioFolder(FileCorpus):
                 details = f"{file.suffix} is not read; convert it to one of {', '.join(AUDIO_FILES)}"
                 yield name, RefusedRowError(name, "unreadable audio", details)
             elif text.is_file():
-                yield name, {"file_name": name, "transcript": text.read_text(**TEXT)}
+                with open_text(text) as opened:
+                    yield name, {"file_name": name, "transcript": opened.read()}
             else:
                 yield name, RefusedRowError(name, "no transcript", f"there is no {text.name} beside it")
         for file in files:

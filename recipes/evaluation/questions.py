@@ -67,7 +67,7 @@ def read_rows(
     if limit is not None and limit < 1:
         raise ValueError(f"{limit=} must be 1 or more.")
     pool = load_pool() if pool is None else pool
-    told = f"--data {task.name}=PATH says where it is, --data {task.name}.columns.audio=COLUMN what its columns are"
+    told = f"here --data {task.name}=PATH says where it is, and --data {task.name}.columns.audio=COLUMN which is which"
     try:
         source = open_data(task.data)
     except ValueError as error:

@@ -18,7 +18,7 @@ from datasets import Audio, ClassLabel
 
 from dataset_builders.asr_corpora import HubCorpus, open_corpus
 from dataset_builders.corpus import Corpus, RefusedRowError
-from dataset_builders.file_corpora import TEXT, FileCorpus, ManifestCorpus
+from dataset_builders.file_corpora import FileCorpus, ManifestCorpus, open_text
 
 Line = tuple[str, dict | RefusedRowError]  # where it stands, and its columns
 UNKNOWN = "unknown transcript"  # stands in for the column of a corpus that has none
@@ -67,7 +67,7 @@ class SnipsCorpus(FileCorpus):
     expected = "lines `SPEAKER-snips-SPLIT-NUMBER BOS words EOS`, a tab, tags and intent"
 
     def lines(self, file: int) -> Iterator[Line]:
-        with open(self.path, **TEXT) as text:
+        with open_text(self.path) as text:
             for number, line in enumerate(text, 1):
                 id, _, rest = line.strip().partition(" ")
                 if f"-{self.split}-" in id:

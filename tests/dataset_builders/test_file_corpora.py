@@ -28,6 +28,14 @@ def test_a_manifest_of_cells(tmp_path, suffix):
     assert spoken(corpus) == {"u1": ("one, so to say", clip(1))}
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_manifest_in_utf_16_is_read(tmp_path, encoding):
+    """As spreadsheets save "Unicode text"."""
+    text = "\ufeffaudio\ttext\r\na.wav\tsüß 日本\r\n".encode(encoding)
+    (write(tmp_path, {"a.wav": clip(1)}) / "asr.tsv").write_bytes(text)
+    assert spoken(open_corpus(tmp_path / "asr.tsv")) == {"a": ("süß 日本", clip(1))}
+
+
 def test_quotes_are_kept_in_tsv_and_read_in_csv(tmp_path):
     row = '"""No."""'
     for suffix, cell in {".csv": ",", ".tsv": "\t"}.items():
