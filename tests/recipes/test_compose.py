@@ -4,12 +4,25 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperConfig, WhisperFeatureExtractor, WhisperModel
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    TextStreamer,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
 
 from dataset_builders.text_llm import identify
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
+from recipes.chat import Conversation
 from recipes.compose import compose, main
+
+SMALL = {"qformer_hidden": 16, "qformer_heads": 2}
 
 
 def test_no_second_copy_of_the_llm(compose_tiny, whisper_dir, llm_dir):
@@ -105,6 +118,139 @@ def test_parts_that_do_not_fit_are_refused(compose_tiny, whisper_dir, llm_dir, t
         compose_tiny(str(folder), str(llm_dir))
     with pytest.raises(ValueError, match="lacks"):
         compose_tiny(str(llm_dir), str(llm_dir))
+
+
+# Generation settings of others
+
+
+@pytest.fixture
+def compose_with(llm_dir, whisper_dir, tmp_path):
+    """`compose_with(temperature=0.9, ...)`: the generation settings of an LSM of an LLM that has these."""
+
+    def go(**given) -> GenerationConfig:
+        shutil.copytree(llm_dir, tmp_path / "llm")
+        file = tmp_path / "llm" / "generation_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | given))
+        compose(str(whisper_dir), str(tmp_path / "llm"), weights=False, **SMALL)  # as a preflight does
+        compose(str(whisper_dir), str(tmp_path / "llm"), str(tmp_path / "lsm"), **SMALL)
+        return LsmForConditionalGeneration.from_pretrained(tmp_path / "lsm").generation_config
+
+    return go
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
+        {"num_beams": 4, "early_stopping": True, "length_penalty": 2.0},
+        {"max_length": 4096},
+        {"forced_eos_token_id": 1},
+        {"suppress_tokens": [7, 9]},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"return_dict_in_generate": True, "output_scores": True},
+    ],
+)
+def test_generation_settings_of_the_llm_are_kept(compose_with, processor, given, caplog):
+    found = compose_with(**given)
+    for name, value in given.items():
+        expected = [*value, processor.audio_token_id] if name == "suppress_tokens" else value
+        assert getattr(found, name) == expected, name
+    assert "left out" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "left_out"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6, "max_length": 4096}, "temperature=0.9, top_p=0.6"),  # Vicuna's
+        ({"typical_p": 0.5}, "typical_p=0.5"),
+        ({"early_stopping": True, "length_penalty": 2.0}, "early_stopping=True, length_penalty=2.0"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2"),
+        ({"output_scores": True}, "output_scores=True"),
+        ({"use_cache": False, "cache_implementation": "static"}, "cache_implementation=static"),
+        ({"pad_token_id": -1}, "pad_token_id=-1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    ],
+)
+def test_generation_settings_that_cannot_be_are_left_out_and_said(compose_with, given, left_out, caplog):
+    found = compose_with(**given)
+    found.validate(strict=True)
+    assert f"have no effect, and are left out: {left_out}\n" in caplog.text
+    assert found.max_length == given.get("max_length", GenerationConfig().max_length)
+
+
+def test_an_lsm_answers_greedily_whatever_its_settings_are(compose_with, tmp_path):
+    compose_with(num_beams=2, num_return_sequences=2, return_dict_in_generate=True)
+    chat = Conversation(str(tmp_path / "lsm"), max_new_tokens=2)
+    assert isinstance(chat.ask("what", TextStreamer(chat.processor.tokenizer)), str)  # beams cannot be streamed
+
+
+# What fails leaves nothing behind, and what is written can be loaded
+
+
+def test_a_compose_that_fails_leaves_nothing_behind(whisper_dir, llm_dir, tmp_path, monkeypatch):
+    def card(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("recipes.compose.write_base_card", card)
+    with pytest.raises(OSError, match="disk full"):
+        compose(str(whisper_dir), str(llm_dir), str(tmp_path / "lsm"), **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_could_not_be_loaded_is_not_said_to_be_written(whisper_dir, llm_dir, tmp_path, monkeypatch):
+    def without_its_head(self, folder, save=LsmForConditionalGeneration.save_pretrained):
+        save(self, folder, state_dict={k: v for k, v in self.state_dict().items() if "lm_head" not in k})
+
+    monkeypatch.setattr(LsmForConditionalGeneration, "save_pretrained", without_its_head)
+    with pytest.raises(ValueError, match=r"1 missing_keys: \['lm_head.weight'\]"):
+        compose(str(whisper_dir), str(llm_dir), str(tmp_path / "lsm"), **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_lsm_takes_the_place_of_another_and_leaves_other_files_alone(whisper_dir, llm_dir, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("of an older LSM")
+    for frames in (8, 9):
+        compose(str(whisper_dir), str(llm_dir), str(tmp_path), window_frames=frames, **SMALL)
+    assert LsmForConditionalGeneration.from_pretrained(tmp_path).config.window_frames == 9
+    assert (tmp_path / "notes.txt").exists() and not list(tmp_path.glob("model-*"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_an_adapter_is_merged_into_its_llm(whisper_dir, llm_dir, tmp_path, with_tokenizer):
+    llm = AutoModelForCausalLM.from_pretrained(llm_dir)
+    adapted = get_peft_model(llm, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora")
+    if with_tokenizer:
+        AutoTokenizer.from_pretrained(llm_dir).save_pretrained(tmp_path / "lora")
+    compose(str(whisper_dir), str(tmp_path / "lora"), str(tmp_path / "lsm"), **SMALL)
+    lsm = LsmForConditionalGeneration.from_pretrained(tmp_path / "lsm").eval()
+    ids = torch.tensor([[0, 9, 8, 7]])
+    expected = adapted.eval()(ids).logits
+    assert (expected - AutoModelForCausalLM.from_pretrained(llm_dir)(ids).logits).abs().max() > 0.01
+    torch.testing.assert_close(lsm(ids).logits[..., : expected.shape[-1]], expected, atol=1e-4, rtol=0)
+    assert lsm.config.responder["model"] == "lora"
+
+
+def test_llms_that_cannot_become_part_of_an_lsm_are_refused_by_name(
+    whisper_dir, lsm_dir, llm_dir, wide_lsm_dir, tmp_path
+):
+    """Before anything is loaded, where the configuration tells."""
+    llm = AutoModelForCausalLM.from_pretrained(llm_dir)
+    tuned = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(llm, tuned).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ValueError, match="prompt is an adapter of type PROMPT_TUNING, which cannot be merged"):
+        compose(str(whisper_dir), str(tmp_path / "prompt"), **SMALL)
+    bits = BitsAndBytesConfig(load_in_4bit=True)
+    AutoModelForCausalLM.from_pretrained(wide_lsm_dir.parent / "llm", quantization_config=bits).save_pretrained(
+        tmp_path / "bits"
+    )
+    for weights in (True, False):
+        with pytest.raises(ValueError, match=r"bits is quantised \(bitsandbytes\).* --llm qlora"):
+            compose(str(whisper_dir), str(tmp_path / "bits"), weights=weights, **SMALL)
+        with pytest.raises(ValueError, match=f"{lsm_dir.name} is an LSM already"):
+            compose(str(whisper_dir), str(lsm_dir), weights=weights, **SMALL)
 
 
 def test_the_command_line(whisper_dir, llm_dir, tmp_path, monkeypatch, capsys):
