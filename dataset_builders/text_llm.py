@@ -21,7 +21,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
 )
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import (
+    cached_file,
+    find_adapter_config_file,
+    is_protobuf_available,
+    is_sentencepiece_available,
+)
 
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
 
@@ -51,11 +56,15 @@ def base_of(source: str | Path, revision: str | None = None) -> str:
     together.
 
     Raises:
-        ValueError: the adapter names nothing, or a folder that is not here.
+        ValueError: the adapter names nothing, or a folder that is not here, or is of a type that cannot be merged.
     """
     adapter = adapter_of(source, revision)
     if adapter is None:
         return str(source)
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # takes seconds to import
+
+    if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(adapter["peft_type"]), "merge_and_unload"):
+        raise ValueError(f"{source} is an adapter of type {adapter['peft_type']}, which cannot be merged into its LLM.")
     base = adapter.get("base_model_name_or_path")
     if base is None:
         raise ValueError(f"{source} is an adapter whose adapter_config.json has no `base_model_name_or_path`.")
@@ -86,14 +95,14 @@ def open_model(
         settings: of `from_pretrained`.
 
     Raises:
-        ValueError: weights are missing, or the adapter does not fit what it is for, or cannot be merged.
+        ValueError: as in `base_of`, or weights are missing, or the adapter does not fit what it is for.
     """
     adapter = adapter_of(source, revision)
     if adapter is None:
         model, loaded = auto.from_pretrained(str(source), revision=revision, output_loading_info=True, **settings)
         refuse_missing(source, loaded["missing_keys"])
         return model
-    from peft import PeftModel  # takes seconds to import
+    from peft import PeftModel
 
     base = base_of(source, revision)
     model = open_model(base, auto, revision=adapter.get("revision"), **settings)
@@ -105,8 +114,6 @@ def open_model(
             adapted = PeftModel.from_pretrained(model, str(source), revision=revision)
         except (RuntimeError, UserWarning) as error:
             raise ValueError(f"the adapter {source} does not fit {base}: {error}") from error
-    if not hasattr(adapted.base_model, "merge_and_unload"):
-        raise ValueError(f"{source} is an adapter of type {adapter['peft_type']}, which cannot be merged into {base}.")
     model = adapted.merge_and_unload() if merge else adapted.unload()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in learns)
@@ -151,11 +158,20 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The LLM's tokenizer with the audio placeholder, and with EOS as pad token if it has none.
 
     Raises:
+        ImportError: it is a sentencepiece model, which takes packages that are not installed.
         ValueError: if it has no EOS token.
     """
     # Batches are padded where generation wants it; a training collator pads on the right by asking for it.
     source, revision = where("tokenizer_config.json", source)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
+    except (ImportError, ValueError) as error:  # which would name tiktoken, whatever is missing
+        model = cached_file(source, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False)
+        if model is None or (is_sentencepiece_available() and is_protobuf_available()):
+            raise
+        raise ImportError(
+            f"the tokenizer of {source} is a sentencepiece model alone; pip install sentencepiece protobuf"
+        ) from error
     if tokenizer.eos_token is None:
         raise ValueError(f"The tokenizer of {source} has no EOS token, so no answer could end; set its `eos_token`.")
     tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
