@@ -1,9 +1,11 @@
 """A causal LLM as an LSM has it: its tokenizer and room for speech, its prompts, and which LLM it is."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -107,8 +109,7 @@ def open_model(
     base = base_of(source, revision)
     model = open_model(base, auto, revision=adapter.get("revision"), **settings)
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # read by PEFT
+    with calling_peft():
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:
             adapted = PeftModel.from_pretrained(model, str(source), revision=revision)
@@ -121,6 +122,14 @@ def open_model(
     if "projector" in (adapter.get("modules_to_save") or ()):
         model.config.projector_trained = True
     return model
+
+
+@contextlib.contextmanager
+def calling_peft() -> Iterator[None]:
+    """Without the warning of transformers for whoever reads a name that PEFT still reads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def refuse_missing(source: str | Path, missing: set[str]) -> None:
