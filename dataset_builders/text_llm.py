@@ -1,11 +1,12 @@
 """A causal LLM as an LSM has it: its tokenizer and room for speech, its prompts, and which LLM it is."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +24,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
 )
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import (
+    cached_file,
+    find_adapter_config_file,
+    is_protobuf_available,
+    is_sentencepiece_available,
+)
 
 from configuration_lsm import num_positions
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
@@ -54,11 +60,15 @@ def base_of(source: str | Path, revision: str | None = None) -> str:
     together.
 
     Raises:
-        ValueError: the adapter names nothing, or a folder that is not here.
+        ValueError: the adapter names nothing, or a folder that is not here, or is of a type that cannot be merged.
     """
     adapter = adapter_of(source, revision)
     if adapter is None:
         return str(source)
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # takes seconds to import
+
+    if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(adapter["peft_type"]), "merge_and_unload"):
+        raise ValueError(f"{source} is an adapter of type {adapter['peft_type']}, which cannot be merged into its LLM.")
     base = adapter.get("base_model_name_or_path")
     if base is None:
         raise ValueError(f"{source} is an adapter whose adapter_config.json has no `base_model_name_or_path`.")
@@ -89,27 +99,24 @@ def open_model(
         settings: of `from_pretrained`.
 
     Raises:
-        ValueError: weights are missing, or the adapter does not fit what it is for, or cannot be merged.
+        ValueError: as in `base_of`, or weights are missing, or the adapter does not fit what it is for.
     """
     adapter = adapter_of(source, revision)
     if adapter is None:
         model, loaded = auto.from_pretrained(str(source), revision=revision, output_loading_info=True, **settings)
         refuse_missing(source, loaded["missing_keys"])
         return model
-    from peft import PeftModel  # takes seconds to import
+    from peft import PeftModel
 
     base = base_of(source, revision)
     model = open_model(base, auto, revision=adapter.get("revision"), **settings)
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # read by PEFT
+    with calling_peft():
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:
             adapted = PeftModel.from_pretrained(model, str(source), revision=revision)
         except (RuntimeError, UserWarning) as error:
             raise ValueError(f"the adapter {source} does not fit {base}: {error}") from error
-    if not hasattr(adapted.base_model, "merge_and_unload"):
-        raise ValueError(f"{source} is an adapter of type {adapter['peft_type']}, which cannot be merged into {base}.")
     model = adapted.merge_and_unload() if merge else adapted.unload()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in learns)
@@ -117,6 +124,14 @@ def open_model(
     if "projector" in (adapter.get("modules_to_save") or ()):
         model.config.projector_trained = True
     return model
+
+
+@contextlib.contextmanager
+def calling_peft() -> Iterator[None]:
+    """Without the warning of transformers for whoever reads a name that PEFT still reads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def refuse_missing(source: str | Path, missing: set[str]) -> None:
@@ -154,11 +169,20 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The LLM's tokenizer with the audio placeholder, and with EOS as pad token if it has none.
 
     Raises:
+        ImportError: it is a sentencepiece model, which takes packages that are not installed.
         ValueError: if it has no EOS token.
     """
     # Batches are padded where generation wants it; a training collator pads on the right by asking for it.
     source, revision = where("tokenizer_config.json", source)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
+    except (ImportError, ValueError) as error:  # which would name tiktoken, whatever is missing
+        model = cached_file(source, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False)
+        if model is None or (is_sentencepiece_available() and is_protobuf_available()):
+            raise
+        raise ImportError(
+            f"the tokenizer of {source} is a sentencepiece model alone; pip install sentencepiece protobuf"
+        ) from error
     if tokenizer.eos_token is None:
         raise ValueError(f"The tokenizer of {source} has no EOS token, so no answer could end; set its `eos_token`.")
     tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)

@@ -36,7 +36,7 @@ from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments,
 from recipes.training.callbacks import LOG, read_lines
 from recipes.training.checkpoints import contents_of
 from recipes.training.command_line import parse
-from recipes.training.models import compose_base, load_model
+from recipes.training.models import check_model, compose_base, load_model
 from recipes.training.rows import load_rows
 
 
@@ -87,6 +87,7 @@ def _utterances(corpus: str, split: str, revision: str | None):
 def main(script_args: AlignArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
     main_process, output = PartialState().is_main_process, Path(training_args.output_dir)
     training_args.align_steps = training_args.align_steps or STEPS  # an alignment of no steps is not what was asked
+    check_model(script_args, model_args)
     set_seed(training_args.seed)
     if script_args.text is not None:
         model_args.model_name_or_path = compose_base(script_args, training_args, model_args)

@@ -36,7 +36,7 @@ from recipes.training.callbacks import FollowingCallback, LogCallback
 from recipes.training.checkpoints import contents_of, find_checkpoint, naming_last_checkpoint, settings_of
 from recipes.training.command_line import parse
 from recipes.training.costs import Costs
-from recipes.training.models import adapter_settings, compose_base, go_on_from, load_model, load_teacher
+from recipes.training.models import adapter_settings, check_model, compose_base, go_on_from, load_model, load_teacher
 from recipes.training.preflight import preflight
 from recipes.training.rows import Ruler, check_response_tasks, count_tasks, load_rows, stream_rows
 from recipes.training.trainer import LsmTrainer
@@ -58,6 +58,7 @@ def card_of(script_args, training_args, model_args, dataset) -> dict:
 def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
     settings = settings_of(script_args, training_args, model_args) | contents_of(script_args, model_args)
     settings["num_processes"] = PartialState().num_processes
+    check_model(script_args, model_args)
     main_process = PartialState().is_main_process
     with PartialState().main_process_first():
         checkpoint = find_checkpoint(

@@ -10,6 +10,39 @@ from trl import ScriptArguments, SFTConfig
 
 MODES = ("full", "lora", "qlora", "frozen")
 OBJECTIVES = ("response", "distill")
+# Options of TRL that cannot work with speech, or would change nothing, and what does what they are for.
+ROWS_TOGETHER = "clips are not packed; rows of like cost go together by themselves (--train_sampling_strategy)"
+RESPONSES_ALONE = "the loss is of the responses alone"
+HELD_OUT = "there is no set to evaluate on; --following_corpus asks held-out instructions while it trains"
+OWN_PROMPTS = "the LSM's processor lays out prompts and ends them; change the LLM's tokenizer and compose the LSM anew"
+REFUSED = {
+    **dict.fromkeys(("packing", "eval_packing", "padding_free", "pad_to_multiple_of"), ROWS_TOGETHER),
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), RESPONSES_ALONE),
+    **dict.fromkeys(("eval_strategy", "do_eval", "eval_on_start", "load_best_model_at_end"), HELD_OUT),
+    **dict.fromkeys(("chat_template_path", "eos_token", "pad_token", "dataset_text_field"), OWN_PROMPTS),
+    "model_init_kwargs": "--dtype and --attn_implementation say how the model is loaded",
+    "truncation_mode": "nothing is ever cut",
+    "shuffle_dataset": "--train_sampling_strategy says in which order rows are learned",
+    "dataset_num_proc": "rows are read as they are",
+    "router_aux_loss_coef": "the balance of a router's experts is not learned",
+    "load_in_4bit": "--llm qlora has the LLM in 4 bits",
+    "load_in_8bit": "--llm qlora has the LLM in 4 bits",
+}
+
+
+def refuse_without_effect(args) -> None:
+    """Refuse options that `args`, [`LsmTrainingArguments`] as they were said or a `ModelConfig`, have from TRL and that
+    would stop the training later or change nothing.
+
+    Raises:
+        ValueError: names the option and the way out.
+    """
+    for option in fields(args):
+        value = getattr(args, option.name)
+        # Responses alone are learned, which one may say.
+        plain = (option.default, None, option.name == "completion_only_loss")
+        if option.name in REFUSED and not any(value is one or value == one for one in plain):
+            raise ValueError(f"--{option.name} {value} is of no use here: {REFUSED[option.name]}. Leave it out.")
 
 
 @dataclass
@@ -139,6 +172,7 @@ class LsmTrainingArguments(SFTConfig):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are no numbers."})
 
     def __post_init__(self):
+        refuse_without_effect(self)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"--objective {self.objective!r} is unknown; expected one of {', '.join(OBJECTIVES)}.")
         for name, least in {"align_steps": 0, "align_batch_size": 1}.items():
@@ -148,6 +182,9 @@ class LsmTrainingArguments(SFTConfig):
             raise ValueError(f"--temperature {self.temperature} must be more than 0.")
         self._check_distillation()
         self.max_length = None  # a cut prompt has fewer placeholders than its clip has tokens
+        for name in ("checkpointing", "checkpointing_kwargs"):  # which TRL calls by its older name
+            if getattr(self, f"activation_{name}", ...) is None:
+                setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         self.remove_unused_columns = False  # the collator reads them
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         if self.bf16 is None and not self.fp16:  # TRL's is yes, also where there is no GPU that can
@@ -159,6 +196,12 @@ class LsmTrainingArguments(SFTConfig):
         super().__post_init__()
 
     def _check_distillation(self) -> None:
+        for name, none in {"loss_type": "nll", "label_smoothing_factor": 0.0}.items():
+            if getattr(self, name) != none and self.objective == "distill":
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} is for --objective response; --objective is distill, whose loss "
+                    f"is another. Leave --{name} out."
+                )
         if self.distill_top_k is not None and self.distill_top_k < 1:
             raise ValueError(f"--distill_top_k {self.distill_top_k} must be 1 or more; leave it out for all tokens.")
         for name in ("distill_top_k", "response_tasks"):

@@ -20,7 +20,7 @@ from dataset_builders.text_llm import adapter_of, load_processor, open_model, va
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
 from recipes.compose import compose
-from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
+from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, refuse_without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,19 @@ BASE, MADE_OF = "base", "made_of.json"
 ADAPTED = ("lora", "qlora")
 # What `ModelConfig` says of an adapter, and what its own configuration calls it.
 ADAPTER_SETTINGS = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+
+
+def check_model(script_args: LsmScriptArguments, model_args: ModelConfig) -> None:
+    """Refuse what can be known to go wrong before anything is composed or loaded.
+
+    Raises:
+        ValueError: an option of TRL's that would change nothing, or another adapter than the one to begin with.
+    """
+    refuse_without_effect(model_args)
+    if model_args.use_peft and script_args.llm not in ADAPTED:
+        raise ValueError(f"--use_peft {model_args.use_peft}, but --llm is {script_args.llm}: name lora or qlora there.")
+    model_args.use_peft = script_args.llm in ADAPTED
+    adapter_settings(model_args)
 
 
 def compose_base(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> str:
@@ -84,8 +97,6 @@ def load_model(
     name, revision, llm = model_args.model_name_or_path, model_args.model_revision, script_args.llm
     if name is None:
         raise ValueError("no model: give --model_name_or_path (an LSM), or --audio and --text to make one of.")
-    model_args.use_peft = llm in ADAPTED
-    adapter_settings(model_args)  # before anything is loaded
     settings = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     if llm == "qlora":
         # 4-bit weights are made on the device where they stay.
@@ -115,7 +126,7 @@ def prepare(model: LsmForConditionalGeneration, llm: str, model_args: ModelConfi
     model_args.use_peft = llm in ADAPTED
     if model_args.use_peft:
         model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGETS
-        model_args.lora_modules_to_save = model_args.lora_modules_to_save or ["projector"]
+        model_args.lora_modules_to_save = list(dict.fromkeys(["projector", *(model_args.lora_modules_to_save or ())]))
 
 
 def adapter_settings(model_args: ModelConfig) -> PeftConfig | None:

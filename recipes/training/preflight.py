@@ -25,8 +25,8 @@ from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import Costs, count
 from recipes.training.memory import Target, estimate
 from recipes.training.models import (
-    ADAPTED,
     adapter_settings,
+    check_model,
     check_vocabulary,
     prepare,
     update_template,
@@ -95,6 +95,7 @@ class Preflight:
     def model(self) -> str:
         """The model on the meta device, its processor, and what learns."""
         script_args, name = self.script_args, self.model_args.model_name_or_path
+        check_model(script_args, self.model_args)
         if script_args.text is not None:
             if name is not None:
                 raise ValueError(f"--model_name_or_path {name} and --text {script_args.text} are two models; name one.")
@@ -108,9 +109,6 @@ class Preflight:
             config = load_config(name, revision, trust_remote_code=True)
             with torch.device("meta"):
                 self.shapes = LsmForConditionalGeneration(config)
-        if script_args.llm in ADAPTED:
-            self.model_args.use_peft = True
-            adapter_settings(self.model_args)
         embeddings = self.shapes.get_input_embeddings().num_embeddings
         update_template(self.shapes.config, self.processor)
         check_vocabulary(self.processor, embeddings, self.shapes.config.audio_token_id)

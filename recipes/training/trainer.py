@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
+from dataset_builders.text_llm import calling_peft
 from processing_lsm import LsmProcessor
 from recipes.model_card import write_trained_card
 from recipes.training.callbacks import FOLLOWING, LOG, read_lines
@@ -48,7 +49,8 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
     ):
         self.processor, self.card, self.row_costs, self.sampler = processor, card, row_costs, None
         # TRL takes whoever comes with a processor for a model of images.
-        super().__init__(*args, processing_class=processor.tokenizer, **kwargs)
+        with calling_peft():
+            super().__init__(*args, processing_class=processor.tokenizer, **kwargs)
         refuse_pretence(self.accelerator)
         if self.is_fsdp_enabled:
             prepare_for_fsdp2(self.model, self.accelerator)

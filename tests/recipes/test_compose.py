@@ -233,24 +233,58 @@ def test_an_adapter_is_merged_into_its_llm(whisper_dir, llm_dir, tmp_path, with_
     assert lsm.config.responder["model"] == "lora"
 
 
-def test_llms_that_cannot_become_part_of_an_lsm_are_refused_by_name(
-    whisper_dir, lsm_dir, llm_dir, wide_lsm_dir, tmp_path
-):
-    """Before anything is loaded, where the configuration tells."""
-    llm = AutoModelForCausalLM.from_pretrained(llm_dir)
+@pytest.mark.parametrize("weights", [True, False])
+def test_llms_that_cannot_become_part_of_an_lsm_are_refused_by_name(whisper_dir, lsm_dir, wide_lsm_dir, weights):
+    """A preflight, which reads no weights, knows it too."""
+    folder = wide_lsm_dir.parent
+    llm, bits = AutoModelForCausalLM.from_pretrained(folder / "llm"), BitsAndBytesConfig(load_in_4bit=True)
     tuned = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    get_peft_model(llm, tuned).save_pretrained(tmp_path / "prompt")
-    with pytest.raises(ValueError, match="prompt is an adapter of type PROMPT_TUNING, which cannot be merged"):
-        compose(str(whisper_dir), str(tmp_path / "prompt"), **SMALL)
-    bits = BitsAndBytesConfig(load_in_4bit=True)
-    AutoModelForCausalLM.from_pretrained(wide_lsm_dir.parent / "llm", quantization_config=bits).save_pretrained(
-        tmp_path / "bits"
-    )
-    for weights in (True, False):
-        with pytest.raises(ValueError, match=r"bits is quantised \(bitsandbytes\).* --llm qlora"):
-            compose(str(whisper_dir), str(tmp_path / "bits"), weights=weights, **SMALL)
-        with pytest.raises(ValueError, match=f"{lsm_dir.name} is an LSM already"):
-            compose(str(whisper_dir), str(lsm_dir), weights=weights, **SMALL)
+    get_peft_model(llm, tuned).save_pretrained(folder / "prompt")
+    llm = AutoModelForCausalLM.from_pretrained(folder / "llm", quantization_config=bits)
+    llm.save_pretrained(folder / "bits")
+    refusals = {
+        folder / "prompt": "prompt is an adapter of type PROMPT_TUNING, which cannot be merged",
+        folder / "bits": r"bits is quantised \(bitsandbytes\).* --llm qlora",
+        lsm_dir: f"{lsm_dir.name} is an LSM already",
+    }
+    for text, message in refusals.items():
+        with pytest.raises(ValueError, match=message):
+            compose(str(whisper_dir), str(text), weights=weights, **SMALL)
+
+
+@pytest.fixture
+def sentencepiece_llm_dir(llm_dir, tmp_path):
+    """An LLM as Vicuna v1.5 is published: its tokenizer is a `tokenizer.model` alone."""
+    (tmp_path / "vicuna").mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(llm_dir / name, tmp_path / "vicuna")
+    tokens = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "vicuna" / "tokenizer_config.json").write_text(json.dumps(tokens))
+    (tmp_path / "vicuna" / "tokenizer.model").touch()
+    return tmp_path / "vicuna"
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone(whisper_dir, sentencepiece_llm_dir, tmp_path):
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer  # declared; not in older environments
+    pytest.importorskip("google.protobuf")
+    with (sentencepiece_llm_dir / "tokenizer.model").open("wb") as file:
+        said = iter(["the speech says what is said and what is asked"] * 20)
+        settings = {"model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2}
+        trainer.train(sentence_iterator=said, model_writer=file, vocab_size=284, **settings)
+    compose(str(whisper_dir), str(sentencepiece_llm_dir), str(tmp_path / "lsm"), **SMALL)
+    tokenizer = LsmProcessor.from_pretrained(tmp_path / "lsm").tokenizer
+    assert tokenizer.decode(tokenizer("what is said").input_ids, skip_special_tokens=True) == "what is said"
+
+
+@pytest.mark.parametrize("missing", ["sentencepiece", "protobuf"])
+def test_packages_that_a_tokenizer_needs_are_named(whisper_dir, sentencepiece_llm_dir, monkeypatch, missing):
+    def from_pretrained(*_, **__):
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file.")  # as transformers says then
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(f"dataset_builders.text_llm.is_{missing}_available", lambda: False)
+    with pytest.raises(ImportError, match=r"vicuna is a sentencepiece model alone; pip install sentencepiece protobuf"):
+        compose(str(whisper_dir), str(sentencepiece_llm_dir), **SMALL)
 
 
 def test_the_command_line(whisper_dir, llm_dir, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """What can be said to the recipe, and what is refused by its name."""
 
+import logging
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ from trl import ModelConfig
 
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
 from recipes.training.command_line import parse
+from recipes.training.models import check_model, load_model
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,74 @@ def test_settings_of_the_script_that_cannot_be(setting, message):
 def test_settings_of_the_training_that_cannot_be(setting, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         LsmTrainingArguments(output_dir=str(tmp_path), **setting)
+
+
+# Options of TRL's
+
+
+@pytest.mark.parametrize(
+    ("option", "way_out"),
+    [
+        ({"packing": True}, "--packing True is of no use here: .* rows of like cost go together .* Leave it out"),
+        ({"eval_packing": True}, "--eval_packing True"),
+        ({"padding_free": True}, "--padding_free True"),
+        ({"pad_to_multiple_of": 8}, "--pad_to_multiple_of 8"),
+        ({"assistant_only_loss": True}, "--assistant_only_loss True is of no use here: .* the responses alone"),
+        ({"completion_only_loss": False}, "--completion_only_loss False is of no use here: .* the responses alone"),
+        ({"eval_strategy": "steps"}, "--eval_strategy steps is of no use here: .* --following_corpus"),
+        ({"do_eval": True}, "--do_eval True"),
+        ({"load_best_model_at_end": True}, "--load_best_model_at_end True"),
+        ({"chat_template_path": "x"}, "--chat_template_path x .* compose the LSM anew"),
+        ({"eos_token": "x"}, "--eos_token x"),
+        ({"pad_token": "x"}, "--pad_token x"),
+        ({"dataset_text_field": "x"}, "--dataset_text_field x"),
+        ({"model_init_kwargs": {"dtype": "float16"}}, "--model_init_kwargs .* --dtype and --attn_implementation"),
+        ({"truncation_mode": "keep_end"}, "--truncation_mode keep_end .* nothing is ever cut"),
+        ({"shuffle_dataset": True}, "--shuffle_dataset True .* --train_sampling_strategy"),
+        ({"dataset_num_proc": 2}, "--dataset_num_proc 2"),
+        ({"router_aux_loss_coef": 0.1}, "--router_aux_loss_coef 0.1"),
+        ({"loss_type": "dft"}, "--loss_type dft is for --objective response"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor 0.1 is for --objective response"),
+    ],
+)
+def test_options_that_cannot_work_or_change_nothing_are_refused_with_the_way_out(option, way_out, tmp_path):
+    with pytest.raises(ValueError, match=way_out):
+        LsmTrainingArguments(output_dir=str(tmp_path), **option)
+
+
+def test_options_that_ask_for_what_is_done_anyway_are_taken(tmp_path):
+    anyway = {"completion_only_loss": True, "packing": False, "eval_strategy": "no", "pad_to_multiple_of": None}
+    LsmTrainingArguments(output_dir=str(tmp_path), **anyway)
+    LsmTrainingArguments(output_dir=str(tmp_path), objective="response", loss_type="dft", label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize(
+    ("option", "way_out"),
+    [
+        ({"load_in_4bit": True}, "--load_in_4bit True is of no use here: --llm qlora"),
+        ({"load_in_8bit": True}, "--load_in_8bit True is of no use here: --llm qlora"),
+        ({"use_peft": True}, "--use_peft True, but --llm is frozen: name lora or qlora there"),
+    ],
+)
+def test_options_of_the_model_too_before_it_is_looked_for(option, way_out):
+    with pytest.raises(ValueError, match=way_out):
+        check_model(LsmScriptArguments(dataset_name="any"), ModelConfig(model_name_or_path="nobody/has-this", **option))
+
+
+def test_the_projector_learns_beside_modules_of_ones_own(lsm_dir):
+    config = ModelConfig(model_name_or_path=str(lsm_dir), lora_modules_to_save=["lm_head"])
+    load_model(LsmScriptArguments(dataset_name="any", llm="lora"), config)
+    assert config.lora_modules_to_save == ["projector", "lm_head"]
+
+
+@pytest.mark.parametrize("llm", ["frozen", "lora"])
+def test_a_training_begins_without_noise(train, llm, recwarn, caplog, monkeypatch):
+    """Neither deprecations of names that we give nor news of what was to be expected."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    train(llm=llm, max_steps=1, gradient_checkpointing=True)
+    warned = [str(warning.message) for warning in recwarn if "torch.jit" not in str(warning.message)]
+    assert not [message for message in warned if "deprecated" in message]
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_speech_is_never_cut_nor_its_columns_taken_away(tmp_path):

@@ -186,14 +186,14 @@ def test_older_checkpoints_go_when_the_next_is_whole(train, defaults):
 def test_a_dying_worker_ends_in_a_clear_error(train, monkeypatch, defaults):
     """As when the kernel kills it for its memory."""
     checkpoint = Path(defaults["output_dir"]) / "checkpoint-3" / COMPLETE
-    trainer_process, load_audio = os.getpid(), collator.load_audio
+    trainer_process, load_clip = os.getpid(), collator.load_clip
 
-    def die(source):
+    def die(*args):
         if os.getpid() != trainer_process and checkpoint.exists():
             os.kill(os.getpid(), signal.SIGKILL)
-        return load_audio(source)
+        return load_clip(*args)
 
-    monkeypatch.setattr(collator, "load_audio", die)
+    monkeypatch.setattr(collator, "load_clip", die)
     with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed by signal|exited unexpectedly)") as stopped:
         train(**SETTINGS, dataloader_num_workers=1, dataloader_prefetch_factor=1)
     assert "checkpoint-3; the same command goes on from it" in stopped.value.__notes__[0]
