@@ -203,6 +203,7 @@ class Preflight:
         """Two steps of the real trainer on the dearest rows seen, with random weights of the same shapes."""
         cuda = torch.cuda.is_available()
         config, note = copy.deepcopy(self.shapes.config), ""
+        config.text_config.pad_token_id = self.processor.tokenizer.pad_token_id  # as Trainer would, with a warning
         costs = self.costs.row(**self.sizes)
         batch = self.training_args.per_device_train_batch_size
         here = self.target == Target.here(self.training_args) and sum(self.parts.values()) < _memory_here()
