@@ -77,13 +77,6 @@ def num_positions(text_config: PretrainedConfig) -> int | None:
     return max(positions, int(factor * (original or positions)))
 
 
-def seconds_that_fit(tokens: int, *, window_frames: int, window_mode: str, queries_per_window: int) -> int:
-    """Seconds of speech, rounded down, that take at most so many tokens in the prompt."""
-    settings = {"window_frames": window_frames, "window_mode": window_mode, "queries_per_window": queries_per_window}
-    chunk = num_audio_tokens([1500], **settings)[0]  # of 30 s
-    return max(tokens, 0) * 30 // chunk
-
-
 def validate_windowing(window_frames: int, window_mode: str, queries_per_window: int, audio_padding: str) -> None:
     """Raise a `ValueError` that names the first setting that cannot be used."""
     if window_mode not in WINDOW_MODES:
@@ -175,6 +168,16 @@ class LsmConfig(PretrainedConfig):
         # `register_for_auto_class` remembers one auto class only.
         kwargs["auto_map"] = kwargs.get("auto_map") or dict(_AUTO_MAP)
         super().__init__(**kwargs)
+
+    @property
+    def windowing(self) -> dict:
+        """What [`num_audio_tokens`] wants to know besides the lengths."""
+        return {name: getattr(self, name) for name in ("window_frames", "window_mode", "queries_per_window")}
+
+    def seconds_that_fit(self, tokens: int) -> int:
+        """Seconds of speech, rounded down, that take at most so many tokens in the prompt."""
+        chunk = num_audio_tokens([1500], **self.windowing)[0]  # of 30 s
+        return max(tokens, 0) * 30 // chunk
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

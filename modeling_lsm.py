@@ -18,23 +18,9 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 try:
-    from .configuration_lsm import (
-        LsmConfig,
-        num_audio_tokens,
-        num_encoder_frames,
-        num_positions,
-        seconds_that_fit,
-        window_layout,
-    )
+    from .configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, num_positions, window_layout
 except ImportError:
-    from configuration_lsm import (
-        LsmConfig,
-        num_audio_tokens,
-        num_encoder_frames,
-        num_positions,
-        seconds_that_fit,
-        window_layout,
-    )
+    from configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, num_positions, window_layout
 
 logger = logging.get_logger(__name__)
 AUDIO_INPUTS = ("input_features", "input_features_mask", "audio_hidden_states", "audio_embeds")
@@ -313,12 +299,8 @@ class LsmModel(LsmPreTrainedModel):
             num_tokens=torch.tensor(self._num_audio_tokens(encoder_frames)),
         )
 
-    @property
-    def _windowing(self) -> dict:
-        return {name: getattr(self.config, name) for name in ("window_frames", "window_mode", "queries_per_window")}
-
     def _num_audio_tokens(self, encoder_frames: list[int]) -> list[int]:
-        return num_audio_tokens(encoder_frames, **self._windowing)
+        return num_audio_tokens(encoder_frames, **self.config.windowing)
 
     @staticmethod
     def _encoder_frames(input_features, input_features_mask, audio_hidden_states) -> list[int]:
@@ -358,7 +340,7 @@ class LsmModel(LsmPreTrainedModel):
         if tokens <= positions:
             return
         speech = int((prompt[row] == self.config.audio_token_id).sum()) if prompt.ndim == 2 else 0
-        fits = seconds_that_fit(positions - tokens + speech, **self._windowing)
+        fits = self.config.seconds_that_fit(positions - tokens + speech)
         way_out = f"{fits} s of speech fit beside its other tokens: cut the audio" if speech else "cut it"
         raise ValueError(
             f"The prompt takes {tokens} tokens, {speech} of them speech, but the LLM has {positions} positions; "

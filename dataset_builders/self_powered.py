@@ -16,7 +16,6 @@ arrays): see `shards.py`. An LLM behind a server answers with `--server URL`: se
 """
 
 import argparse
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,6 +43,7 @@ from dataset_builders.instructions import POOL_PATH, Draw, load_pool, parse_weig
 from dataset_builders.original_format import OriginalRows, export_original, import_original
 from dataset_builders.publishing import push_to_hub
 from dataset_builders.responders import MAX_NEW_TOKENS, LocalResponder, Responder
+from dataset_builders.text_llm import parse_template_settings
 from dataset_builders.transcripts import NORMALIZERS
 
 logger = logging.getLogger(__name__)
@@ -121,8 +121,7 @@ class BuildArguments:
 
     def load_responder(self) -> Responder:
         limits = {"max_new_tokens": self.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
-        if self.template_settings is not None:
-            limits["template_settings"] = json.loads(self.template_settings)
+        limits["template_settings"] = parse_template_settings(self.template_settings)
         if self.server is None:
             return LocalResponder(self.llm, dtype=self.dtype, **limits)
         from dataset_builders.server_responder import ServerResponder

@@ -289,6 +289,22 @@ def load_identity(llm: str | Path, template_settings: dict | None = None) -> tup
     return processor, config.responder | _template_of(processor), config
 
 
+def parse_template_settings(text: str | None) -> dict | None:
+    """The `template_settings` of [`LsmProcessor`] as a command line has them.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    try:
+        found = None if text is None else json.loads(text)
+    except json.JSONDecodeError:
+        found = text
+    if not isinstance(found, dict | None):
+        example = '{"enable_thinking": true}'
+        raise ValueError(f"--template-settings {text} is no JSON object; expected one such as '{example}'.")
+    return found
+
+
 def _template_of(processor: LsmProcessor) -> dict:
     settings = {"template_settings": processor.template_settings} if processor.template_settings else {}
     return {"template": processor.template_hash, **settings}

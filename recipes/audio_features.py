@@ -248,11 +248,11 @@ def store_features(folder: str | None, dataset, model, processor) -> tuple[Audio
     clips = ({**row["audio"], "id": row.get("id")} for row in rows if row["audio"])
     store = AudioFeatureStore.build(folder, model, processor, clips)
     dataset = dataset.map(lambda row: {"audio_key": row["audio"] and audio_key(row["audio"])}, remove_columns="audio")
-    refuse_missing(store, (key for key in dataset["audio_key"] if key is not None), "--audio_feature_store")
+    refuse_other_clips(store, (key for key in dataset["audio_key"] if key is not None), "--audio_feature_store")
     return store, dataset
 
 
-def refuse_missing(store: AudioFeatureStore, keys: Iterable[str], option: str) -> None:
+def refuse_other_clips(store: AudioFeatureStore, keys: Iterable[str], option: str) -> None:
     """Refuse a store that was made for other clips."""
     there = [key in store for key in keys]
     if missing := there.count(False):
@@ -279,7 +279,7 @@ def main() -> None:
     there = Path(args.output).exists()
     store = AudioFeatureStore.build(args.output, model, load_processor(args.model), clips(), args.batch_size)
     if there:
-        refuse_missing(store, map(audio_key, clips()), "--output")
+        refuse_other_clips(store, map(audio_key, clips()), "--output")
     print(f"{args.output}: {len(store.clips)} clips, {len(store.frames)} frames")
 
 

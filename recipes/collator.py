@@ -45,9 +45,8 @@ def render_response(processor: LsmProcessor, row: dict, prompt: str) -> str:
             "template so that add_generation_prompt only appends."
         )
     end = processor.tokenizer.eos_token
-    response = THOUGHT.sub(
-        "", text[len(prompt) :]
-    ).rstrip()  # templates put a newline behind the end of turn, which nobody needs
+    # Templates put a newline behind the end of turn, which nobody needs.
+    response = THOUGHT.sub("", text[len(prompt) :]).rstrip()
     return response if response.endswith(end) else response + end
 
 

@@ -8,7 +8,6 @@ python -m recipes.compose \
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -32,6 +31,7 @@ from dataset_builders.text_llm import (
     load_tokenizer,
     make_room,
     open_model,
+    parse_template_settings,
     refuse_missing,
 )
 from modeling_lsm import LsmForConditionalGeneration, LsmProjector
@@ -240,13 +240,12 @@ def main() -> None:
     parser.add_argument("--qformer-heads", type=int, default=12)
     parser.add_argument("--qformer-ffn", type=int, help="four times the hidden size if absent")
     parser.add_argument("--instruction-first", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument(
-        "--template-settings", type=json.loads, help="""JSON for the chat template: '{"enable_thinking": true}'"""
-    )
+    parser.add_argument("--template-settings", help="""JSON for the chat template: '{"enable_thinking": true}'""")
     parser.add_argument("--dtype", default="auto", help="auto (the LLM's), float32, bfloat16 or float16")
     parser.add_argument("--seed", type=int, default=0, help="of the projector's initial weights")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
+    args.template_settings = parse_template_settings(args.template_settings)
     model, _ = compose(**vars(args))
     parameters = sum(parameter.numel() for parameter in model.model.projector.parameters())
     print(f"Wrote {args.output}: {parameters / 1e6:.1f} M new parameters between {args.audio} and {args.text}.")

@@ -55,6 +55,19 @@ def card_of(script_args, training_args, model_args, dataset) -> dict:
     }
 
 
+def rows_of(script_args, training_args, model, processor, costs: Costs) -> tuple:
+    """The rows to learn from, with their costs and the store of their clips' features; a stream has neither."""
+    check_response_tasks(training_args.response_tasks, script_args)
+    if script_args.dataset_streaming:
+        batch = training_args.per_device_train_batch_size * PartialState().num_processes
+        return stream_rows(script_args, training_args.seed, model.config.responder, costs, processor, batch), None, None
+    with PartialState().main_process_first():
+        rows = load_rows(script_args, training_args.seed, model.config.responder)
+        row_costs = costs.row(**Ruler(processor, context_of(model.config)).measure_all(rows))
+        store, rows = store_features(script_args.audio_feature_store, rows, model, processor)
+    return rows, row_costs, store
+
+
 def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
     settings = settings_of(script_args, training_args, model_args) | contents_of(script_args, model_args)
     settings["num_processes"] = PartialState().num_processes
@@ -77,17 +90,7 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
         distill=training_args.objective == "distill",
     )
 
-    # Dataset
-    check_response_tasks(training_args.response_tasks, script_args)
-    store = row_costs = None
-    if script_args.dataset_streaming:
-        batch = training_args.per_device_train_batch_size * PartialState().num_processes
-        dataset = stream_rows(script_args, training_args.seed, model.config.responder, costs, processor, batch)
-    else:
-        with PartialState().main_process_first():
-            dataset = load_rows(script_args, training_args.seed, model.config.responder)
-            row_costs = costs.row(**Ruler(processor, context_of(model.config)).measure_all(dataset))
-            store, dataset = store_features(script_args.audio_feature_store, dataset, model, processor)
+    dataset, row_costs, store = rows_of(script_args, training_args, model, processor, costs)
 
     # Training
     if checkpoint is None and needs_alignment(model, training_args):

@@ -10,7 +10,6 @@ from configuration_lsm import (
     num_encoder_frames,
     num_mel_frames,
     num_positions,
-    seconds_that_fit,
     window_layout,
 )
 
@@ -141,15 +140,15 @@ def test_positions_are_counted_as_they_are_stretched(config, rope, positions):
     ("tokens", "mode", "seconds"), [(89, "fixed", 30), (88, "fixed", 29), (90, "proportional", 30)]
 )
 def test_what_fits_is_what_is_counted(tokens, mode, seconds):
-    windows = {"window_frames": 17, "window_mode": mode, "queries_per_window": 1}
-    assert seconds_that_fit(tokens, **windows) == seconds
-    assert num_audio_tokens([50 * seconds], **windows)[0] <= tokens
-    assert seconds_that_fit(-tokens, **windows) == 0
+    config = LsmConfig(window_mode=mode)
+    assert config.seconds_that_fit(tokens) == seconds
+    assert num_audio_tokens([50 * seconds], **config.windowing)[0] <= tokens
+    assert config.seconds_that_fit(-tokens) == 0
 
 
 def test_readme_says_how_long_fits():
     """Beside a prompt and an answer of 300 tokens."""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     for positions, frames in ((2048, 8), (4096, 8), (4096, 17)):
-        seconds = seconds_that_fit(positions - 300, window_frames=frames, window_mode="fixed", queries_per_window=1)
+        seconds = LsmConfig(window_frames=frames).seconds_that_fit(positions - 300)
         assert f"{seconds // 60} min" in readme

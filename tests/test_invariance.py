@@ -129,8 +129,7 @@ def bfloat16_lsm(plain_lsm_dir):
 def counted(processor, config, samples: list[int]) -> None:
     """The processor's count, the model's, and the windows that the projector really makes are one number."""
     frames = [num_encoder_frames(num_mel_frames(length)) for length in samples]
-    settings = ("window_frames", "window_mode", "queries_per_window")
-    expected = num_audio_tokens(frames, **{name: getattr(config, name) for name in settings})
+    expected = num_audio_tokens(frames, **config.windowing)
     assert processor.num_audio_tokens(samples) == expected
     assert min(expected) >= 1
 

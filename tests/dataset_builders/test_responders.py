@@ -1,6 +1,7 @@
 """Who answers, what it reads, and how a row remembers it."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer
 
 from dataset_builders.exchange import Reply, Request
 from dataset_builders.responders import LocalResponder, foreign
-from dataset_builders.text_llm import read_answers
+from dataset_builders.text_llm import parse_template_settings, read_answers
 from modeling_lsm import LsmForConditionalGeneration
 
 REQUESTS = [
@@ -165,6 +166,14 @@ def test_template_settings_are_recorded_with_the_rows(thinking_dir):
     written = [json.loads(responder.provenance) for responder in (usual, thinking)]
     assert [found["template_settings"] for found in written] == [{"enable_thinking": False}, {"enable_thinking": True}]
     assert [difference.split(":")[0] for difference in foreign(thinking.provenance, usual.identity)] == ["template"]
+
+
+def test_template_settings_are_said_as_a_json_object():
+    assert parse_template_settings(None) is None
+    assert parse_template_settings('{"enable_thinking": true}') == {"enable_thinking": True}
+    for text in ("enable_thinking", "3", "[1]"):
+        with pytest.raises(ValueError, match=f"--template-settings {re.escape(text)} is no JSON object; expected one"):
+            parse_template_settings(text)
 
 
 def test_an_lsm_has_template_settings_of_its_own(lsm_dir):
