@@ -102,9 +102,11 @@ class LsmConfig(PretrainedConfig):
         queries_per_window (`int`, defaults to 1): speech tokens per window.
         audio_padding (`str`, defaults to `"longest"`): `"longest"` pads to the longest clip of the batch and masks
             the padding; `"max_length"` pads with silence to Whisper's 30 s and attends to it, as Whisper was trained.
-        normalize_speech (`bool`, defaults to `True`): whether every speech token is a unit vector times one learned
-            gain, which starts at the mean norm of the LLM's input embeddings: speech is then as loud as text.
-            `False` is the plain linear map of the paper and of the original code.
+        pieces_per_token (`int`, defaults to 8): how many of the LLM's word pieces a speech token is read as, see
+            [`LsmReader`]; speech tokens are then also as long as the LLM's embeddings. 0 is the plain linear map of
+            the paper and of the original code.
+        non_text_token_ids (`list[int]`, *optional*): ids that speech is never read as: special tokens, and embeddings
+            that no token has.
         projector_trained (`bool`, defaults to `False`): whether the projector has learned anything yet. If not,
             `recipes/sft.py` aligns it with the LLM before it trains it.
         audio_token_id (`int`, *optional*): id of the placeholder that speech embeddings replace.
@@ -129,7 +131,8 @@ class LsmConfig(PretrainedConfig):
         window_mode="fixed",
         queries_per_window=1,
         audio_padding="longest",
-        normalize_speech=True,
+        pieces_per_token=8,
+        non_text_token_ids=None,
         projector_trained=False,
         audio_token_id=None,
         lm_head_bias=False,
@@ -154,7 +157,10 @@ class LsmConfig(PretrainedConfig):
         self.window_mode = window_mode
         self.queries_per_window = queries_per_window
         self.audio_padding = audio_padding
-        self.normalize_speech = normalize_speech
+        if isinstance(pieces_per_token, bool) or not isinstance(pieces_per_token, int) or pieces_per_token < 0:
+            raise ValueError(f"`pieces_per_token` must be an integer of 0 or more, got {pieces_per_token!r}.")
+        self.pieces_per_token = pieces_per_token
+        self.non_text_token_ids = list(non_text_token_ids or ())
         self.projector_trained = projector_trained
         self.audio_token_id = audio_token_id
         self.lm_head_bias = lm_head_bias

@@ -23,6 +23,9 @@ except ImportError:
     from configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, num_positions, window_layout
 
 logger = logging.get_logger(__name__)
+# The blank's bias begins above 0: from 0, the most frequent piece took the blank's place with two seeds of three.
+BLANK_BIAS, READING_SCALE = 3.0, 10.0
+VOCABULARY_CHUNK = 16_384  # embeddings that are compared with speech at a time
 AUDIO_INPUTS = ("input_features", "input_features_mask", "audio_hidden_states", "audio_embeds")
 
 
@@ -62,8 +65,13 @@ class LsmPreTrainedModel(PreTrainedModel):
         if isinstance(module, LsmProjector):
             # Unit variance: queries of 0.02 all but vanish beside the windows and the projector stays on a plateau.
             init.normal_(module.queries, mean=0.0, std=1.0)
-            if module.config.normalize_speech:
+            if module.config.pieces_per_token:
                 init.ones_(module.gain)
+        elif isinstance(module, LsmReader):
+            init.normal_(module.blank, mean=0.0, std=1.0)
+            init.constant_(module.blank_bias, BLANK_BIAS)
+            init.constant_(module.scale, READING_SCALE)
+            init.zeros_(module.gate)
 
 
 class LsmAudioTower(WhisperEncoder):
@@ -171,9 +179,87 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
         )
 
 
+class LsmReader(nn.Module):
+    """Reads speech tokens as word pieces: by their cosines with the LLM's input embeddings, times a learned scale.
+
+    The alternative to all pieces is the blank of CTC (Graves et al., 2006), a learned vector with a bias: the token
+    says no word. Lengths do not count, so neither the projector's gain nor the scaling of embeddings (Gemma) matters.
+    """
+
+    def __init__(self, config: LsmConfig):
+        super().__init__()
+        self.config = config
+        self.blank = nn.Parameter(torch.empty(config.text_config.hidden_size))
+        self.blank_bias = nn.Parameter(torch.empty(1))
+        self.scale = nn.Parameter(torch.empty(1))
+        self.gate = nn.Parameter(torch.empty(1))
+
+    def logits(self, speech: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            speech: `(tokens, hidden)` float, what the projector gives.
+            pieces: `(pieces, hidden)` float, or of every token its own `(tokens, pieces, hidden)`: embeddings of the
+                word pieces to choose from.
+
+        Returns:
+            `(tokens, 1 + pieces)` float32; the blank comes first.
+        """
+        speech = nn.functional.normalize(speech.float(), dim=-1)
+        blank = speech @ nn.functional.normalize(self.blank.float(), dim=-1)
+        pieces = nn.functional.normalize(pieces.float(), dim=-1)
+        cosines = speech @ pieces.T if pieces.ndim == 2 else (pieces @ speech[..., None])[..., 0]
+        return self.scale.float() * torch.cat([blank[:, None], cosines], -1) + nn.functional.pad(
+            self.blank_bias.float(), (0, cosines.shape[-1])
+        )
+
+    def forward(self, speech: torch.Tensor, embeddings: nn.Module, num_tokens: list[int]) -> torch.Tensor:
+        """Put speech into the LLM's own words, as LegoSLM does (arXiv 2505.11352), but with room for more than words.
+
+        A token becomes the mean of the `pieces_per_token` embeddings next to it, weighted by their probabilities. A
+        blank says nothing: it becomes the mean of all embeddings, and as much of what it was as the learned gate lets
+        through, which begins at 0; so what is not said in words can be heard if there is something to learn from it.
+        Of every chunk the words come first, so that the LLM finds them next to each other as in a text.
+
+        Args:
+            speech: `(total_tokens, hidden)` float.
+            embeddings: of the LLM; called, not looked into, as its weights may be elsewhere or in shards.
+            num_tokens: speech tokens of every chunk.
+
+        Returns:
+            `(total_tokens, hidden)`.
+        """
+        ids, mean = self._search(speech, embeddings)
+        pieces = embeddings(ids).to(speech.dtype)
+        chances = self.logits(speech, pieces).softmax(-1)
+        blank, is_blank = chances[:, :1], chances[:, 0] > 0.5
+        # The second thought of a blank would be heard as a word, however faint: LLMs normalise what they are given.
+        words = (chances[:, None, 1:] @ pieces.float())[:, 0].masked_fill(is_blank[:, None], 0.0)
+        heard = words + blank * (mean + self.gate * speech)
+        chunk = torch.arange(len(num_tokens)).repeat_interleave(torch.tensor(num_tokens)).to(speech.device)
+        return heard[(2 * chunk + is_blank).argsort(stable=True)].to(speech.dtype)
+
+    @torch.no_grad()
+    def _search(self, speech: torch.Tensor, embeddings: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each token the ids `(tokens, pieces_per_token)` whose embeddings have the largest cosines with it; and
+        the mean `(hidden,)` of all embeddings."""
+        speech, device = nn.functional.normalize(speech, dim=-1), speech.device
+        never = torch.tensor(self.config.non_text_token_ids, dtype=torch.long, device=device)
+        scores, ids = speech.new_empty(len(speech), 0), torch.empty(len(speech), 0, dtype=torch.long, device=device)
+        vocabulary, total = self.config.text_config.vocab_size, 0.0
+        for chunk in torch.arange(vocabulary, device=device).split(VOCABULARY_CHUNK):
+            known = embeddings(chunk)
+            total = total + known.float().sum(0)
+            cosines = speech @ nn.functional.normalize(known.to(speech.dtype), dim=-1).T
+            cosines = cosines.masked_fill(torch.isin(chunk, never), -torch.inf)
+            scores, ids = torch.cat([scores, cosines], 1), torch.cat([ids, chunk.expand(len(speech), -1)], 1)
+            scores, kept = scores.topk(min(self.config.pieces_per_token, scores.shape[1]))
+            ids = ids.gather(1, kept)
+        return ids, total / vocabulary
+
+
 class LsmProjector(LsmPreTrainedModel):
     """LayerNorm, windows, a Q-Former that reads each window with learned queries, and a linear map to the LLM, whose
-    length is the LLM's own (`normalize_speech`)."""
+    length and words are the LLM's own (`pieces_per_token`)."""
 
     def __init__(self, config: LsmConfig):
         super().__init__(config)
@@ -189,8 +275,9 @@ class LsmProjector(LsmPreTrainedModel):
             if layer.has_cross_attention:
                 layer.crossattention.attention = LsmWindowAttention(self.qformer.config, is_cross_attention=True)
         self.linear = nn.Linear(qformer_config.hidden_size, config.text_config.hidden_size)
-        if config.normalize_speech:
+        if config.pieces_per_token:
             self.gain = nn.Parameter(torch.ones(1))  # not a scalar: FSDP2 shards no scalars
+            self.reader = LsmReader(config)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -215,11 +302,14 @@ class LsmProjector(LsmPreTrainedModel):
         real = mask.any(dim=-1)
         return windows[real], mask[real].long()
 
-    def forward(self, hidden_states: torch.Tensor, encoder_frames: list[int]) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_frames: list[int], embeddings: nn.Module | None = None
+    ) -> torch.Tensor:
         """
         Args:
             hidden_states: `(chunks, frames, d_audio)` float.
             encoder_frames: real frames of every chunk.
+            embeddings: of the LLM, to put speech into its words; without them, speech stays as it is.
 
         Returns:
             `(total_tokens, hidden)`: the speech embeddings of all chunks, one after the other.
@@ -234,7 +324,11 @@ class LsmProjector(LsmPreTrainedModel):
             return_dict=True,
         )
         speech = self.linear(read.last_hidden_state).flatten(0, 1)
-        return self.gain * nn.functional.normalize(speech, dim=-1) if self.config.normalize_speech else speech
+        if self.config.pieces_per_token:
+            speech = self.gain * nn.functional.normalize(speech, dim=-1)
+        if embeddings is None or not self.config.pieces_per_token:
+            return speech
+        return self.reader(speech, embeddings, num_audio_tokens(encoder_frames, **self.config.windowing))
 
 
 class LsmModel(LsmPreTrainedModel):
@@ -277,6 +371,21 @@ class LsmModel(LsmPreTrainedModel):
         Raises:
             ValueError: unless exactly one of `input_features` and `audio_hidden_states` is given, and not empty.
         """
+        hidden_states, encoder_frames = self.encode_audio(input_features, input_features_mask, audio_hidden_states)
+        return LsmAudioOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=self.projector(hidden_states, encoder_frames, self.get_input_embeddings()),
+            num_tokens=torch.tensor(self._num_audio_tokens(encoder_frames)),
+        )
+
+    def encode_audio(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        audio_hidden_states: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, list[int]]:
+        """The audio tower's output `(chunks, encoder_frames, d_audio)`, unless it is given, and how many frames of each
+        chunk are real; arguments and errors as in [`get_audio_features`]."""
         if (input_features is None) == (audio_hidden_states is None):
             raise ValueError("Give exactly one of `input_features` and `audio_hidden_states`.")
         audio = input_features if audio_hidden_states is None else audio_hidden_states
@@ -293,11 +402,7 @@ class LsmModel(LsmPreTrainedModel):
                 f"`input_features_mask` is of {len(encoder_frames)} chunks of up to {max(encoder_frames)} encoder "
                 f"frames, but the audio has {chunks} of up to {frames}."
             )
-        return LsmAudioOutput(
-            last_hidden_state=audio_hidden_states,
-            pooler_output=self.projector(audio_hidden_states, encoder_frames),
-            num_tokens=torch.tensor(self._num_audio_tokens(encoder_frames)),
-        )
+        return audio_hidden_states, encoder_frames
 
     def _num_audio_tokens(self, encoder_frames: list[int]) -> list[int]:
         return num_audio_tokens(encoder_frames, **self.config.windowing)

@@ -205,6 +205,13 @@ def make_room(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     return audio_token_id
 
 
+def non_text_token_ids(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> list[int]:
+    """The ids that stand for no text: those of special tokens, and those that no token has."""
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    text = set(tokenizer.get_vocab().values()) - special - set(tokenizer.all_special_ids)
+    return [id for id in range(embeddings) if id not in text]
+
+
 def never_write(generation_config: GenerationConfig, audio_token_id: int, pad_token_id: int | None) -> None:
     """Keep generation from writing the placeholder, and give it a pad token if it has none."""
     if generation_config.pad_token_id is None:

@@ -10,7 +10,7 @@
     python -m recipes.chat --model checkpoints/aligned --audio clip.wav
 
 The transcript's word pieces are learned with CTC against the LLM's input embeddings (`recipes/training/alignment.py`);
-the LLM is never run. `recipes.sft --align_steps 1500` is this and the training in one. An interrupted alignment goes on
+the LLM is never run. `recipes.sft --align_steps 3000` is this and the training in one. An interrupted alignment goes on
 with the same command.
 """
 
@@ -31,7 +31,7 @@ from dataset_builders.asr_corpora import open_corpus
 from dataset_builders.corpus import FEATURES, Corpus
 from recipes.audio_features import store_features
 from recipes.model_card import base_models_of, write_trained_card
-from recipes.training.alignment import FOLDER, STEPS, align, validation_rows
+from recipes.training.alignment import FOLDER, STEPS, align, needs_alignment, validation_rows
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
 from recipes.training.callbacks import LOG, read_lines
 from recipes.training.checkpoints import contents_of
@@ -92,6 +92,7 @@ def main(script_args: AlignArguments, training_args: LsmTrainingArguments, model
     if script_args.text is not None:
         model_args.model_name_or_path = compose_base(script_args, training_args, model_args)
     model, processor = load_model(script_args, model_args)
+    needs_alignment(model, training_args)
     with PartialState().main_process_first():
         clips = load_clips(script_args, training_args.seed)
         store, clips = store_features(script_args.audio_feature_store, clips, model, processor)

@@ -30,6 +30,7 @@ from dataset_builders.text_llm import (
     load_config,
     load_tokenizer,
     make_room,
+    non_text_token_ids,
     open_model,
     parse_template_settings,
     refuse_missing,
@@ -50,7 +51,7 @@ def compose(
     window_mode: str = "fixed",
     queries_per_window: int = 1,
     audio_padding: str = "longest",
-    normalize_speech: bool = True,
+    pieces_per_token: int = 8,
     qformer_layers: int = 2,
     qformer_hidden: int = 768,
     qformer_heads: int = 12,
@@ -70,7 +71,7 @@ def compose(
             token; a chat template is `DEFAULT_CHAT_TEMPLATE`; and where the template takes no system message,
             `FOLD_SYSTEM` puts that into the user's first (`processing_lsm.py`).
         output: folder to save model, processor, code and card to, if given. It is there once it could be loaded again.
-        window_frames, window_mode, queries_per_window, audio_padding, normalize_speech: as in [`LsmConfig`].
+        window_frames, window_mode, queries_per_window, audio_padding, pieces_per_token: as in [`LsmConfig`].
         qformer_layers, qformer_hidden, qformer_heads: size of the Q-Former.
         qformer_ffn: width of its feed-forward layers, four times its hidden size if None.
         instruction_first: whether the prompt has the instruction before the speech.
@@ -103,7 +104,8 @@ def compose(
             window_mode=window_mode,
             queries_per_window=queries_per_window,
             audio_padding=audio_padding,
-            normalize_speech=normalize_speech,
+            pieces_per_token=pieces_per_token,
+            non_text_token_ids=non_text_token_ids(tokenizer, llm.get_input_embeddings().weight.shape[0]),
             audio_token_id=audio_token_id,
             lm_head_bias=llm.get_output_embeddings().bias is not None,
         )
@@ -207,7 +209,7 @@ def _assemble(config: LsmConfig, whisper: WhisperModel, llm: PreTrainedModel) ->
     model.model.language_model = llm.get_decoder()
     model.lm_head = llm.get_output_embeddings()
     model.generation_config = llm.generation_config
-    if config.normalize_speech and llm.device.type != "meta":
+    if config.pieces_per_token and llm.device.type != "meta":
         model.model.projector.gain.data.fill_(mean_norm(model.get_input_embeddings()))
     return model.eval()
 
@@ -230,10 +232,7 @@ def main() -> None:
     parser.add_argument("--queries-per-window", type=int, default=1, help="speech tokens per window")
     parser.add_argument("--audio-padding", default="longest", choices=["longest", "max_length"])
     parser.add_argument(
-        "--normalize-speech",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="give every speech token the length of the LLM's embeddings",
+        "--pieces-per-token", type=int, default=8, help="word pieces of the LLM that a speech token is read as, or 0"
     )
     parser.add_argument("--qformer-layers", type=int, default=2)
     parser.add_argument("--qformer-hidden", type=int, default=768)

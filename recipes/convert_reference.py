@@ -183,7 +183,7 @@ def _config(settings: dict, tensors: dict[str, torch.Tensor], audio_token_id: in
         window_mode="proportional",
         queries_per_window=queries.shape[0],
         audio_padding="max_length",
-        normalize_speech=False,
+        pieces_per_token=0,
         projector_trained=True,
         audio_token_id=audio_token_id,
         dtype=dtype,

@@ -105,6 +105,7 @@ class Quickstart:
         """All stages in order; returns the report."""
         self.stages.run("corpus", self.speak)
         self.stages.run("base", self.compose)
+        self.stages.run("plain_base", lambda folder: self.compose(folder, pieces_per_token=0))
         self.stages.run("self_powered", self.answer)
         self.stages.run("features", self.encode)
         self.stages.run("training", self.train, goes_on=True)
@@ -119,9 +120,9 @@ class Quickstart:
         sizes = {split: self.settings[f"{split}_clips"] for split in ("train", "validation", "test")}
         nano_speech.build(folder, sizes, self.seed, num_proc=os.cpu_count() or 1)
 
-    def compose(self, folder: Path) -> None:
+    def compose(self, folder: Path, **settings) -> None:
         shape = {key: self.settings[key] for key in ("window_frames", "qformer_hidden", "qformer_heads")}
-        compose(self.settings["audio"], self.settings["text"], str(folder), seed=self.seed, **shape)
+        compose(self.settings["audio"], self.settings["text"], str(folder), seed=self.seed, **shape, **settings)
 
     def answer(self, folder: Path) -> None:
         corpus = open_corpus(self.folder / "corpus", "train")
@@ -158,7 +159,8 @@ class Quickstart:
     def training_command(self, name: str, output: Path) -> list[str]:
         options = {
             "config": CONFIGS / f"nano_{name}.yaml",
-            "model_name_or_path": self.folder / "base",
+            # The paper's projector is a plain map.
+            "model_name_or_path": self.folder / ("base" if name == "self_powered" else "plain_base"),
             "dataset_name": self.folder / "self_powered",
             "output_dir": output,
             "audio_feature_store": self.folder / "features",

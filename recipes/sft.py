@@ -10,7 +10,7 @@
     accelerate launch recipes/sft.py --config recipes/configs/whisper_large_v2_vicuna_7b.yaml \
         --text Qwen/Qwen2.5-7B-Instruct --dataset_name YOU/self-powered-qwen --llm lora --output_dir checkpoints/qwen
 
-The training may begin with an alignment of the projector (`--align_steps 1500`; `recipes.align` is that alone). The
+The training may begin with an alignment of the projector (`--align_steps 3000`; `recipes.align` is that alone). The
 audio tower stays frozen, the projector is trained, the LLM is trained (`--llm full`), adapted (`lora`, `qlora`) or
 left alone (`frozen`). An interrupted training goes on with the same command.
 """

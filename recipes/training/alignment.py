@@ -9,6 +9,7 @@ makes a step cheap enough for one CPU core.
 import itertools
 import logging
 import math
+import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from configuration_lsm import num_audio_tokens
 from dataset_builders.asr_corpora import load_corpus
+from dataset_builders.text_llm import non_text_token_ids
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
 from recipes.audio_features import AudioFeatureStore, audio_key
@@ -34,38 +37,9 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "alignment"  # in the folder of the training that begins with it
 OTHER_PIECES = 1500  # that a step is compared with besides the batch's own; a whole vocabulary costs many times as much
-STEPS, WARMUP_STEPS = 1500, 50
+STEPS, WARMUP_STEPS = 3000, 100
 MARK = "\ue000"  # of private use: no transcript has it
-BLANK, BLANK_BIAS = 0, 3.0
-
-
-class CtcReader(nn.Module):
-    """Reads speech embeddings as word pieces: by their cosines with the LLM's input embeddings, times a learned scale.
-
-    The blank, which CTC needs between and around pieces, is a learned vector with a bias. The bias begins above 0: from
-    0, the most frequent piece took the blank's place with two seeds of three, and stayed there. Lengths do not count,
-    so neither the projector's gain nor the scaling of embeddings (Gemma) matters here.
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.blank = nn.Parameter(torch.randn(width))
-        self.blank_bias = nn.Parameter(torch.full((1,), BLANK_BIAS))
-        self.scale = nn.Parameter(torch.full((1,), 10.0))
-
-    def forward(self, speech: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            speech: `(tokens, hidden)` float, what the projector gives.
-            pieces: `(pieces, hidden)` float, embeddings of the word pieces to choose from.
-
-        Returns:
-            Log-probabilities `(tokens, 1 + pieces)` float32; the blank comes first.
-        """
-        known = torch.cat([self.blank[None], pieces.to(self.blank.dtype)])
-        cosines = nn.functional.normalize(speech.float(), dim=-1) @ nn.functional.normalize(known, dim=-1).T
-        bias = nn.functional.pad(self.blank_bias, (0, len(pieces)))
-        return (self.scale * cosines + bias).float().log_softmax(-1)
+BLANK = 0
 
 
 class AlignmentModel(nn.Module):
@@ -79,7 +53,6 @@ class AlignmentModel(nn.Module):
     def __init__(self, lsm: LsmForConditionalGeneration, pieces: torch.Tensor):
         super().__init__()
         self.projector = lsm.model.projector
-        self.reader = CtcReader(lsm.config.text_config.hidden_size)
         self.pieces = pieces
         # In a tuple, so that checkpoints hold what learns alone.
         self._lsm = (lsm,)
@@ -88,18 +61,33 @@ class AlignmentModel(nn.Module):
     def lsm(self) -> LsmForConditionalGeneration:
         return self._lsm[0]
 
-    def log_probs(self, pieces: torch.Tensor, **audio) -> torch.Tensor:
-        """As [`CtcReader.forward`], of a batch of clips that follow one another, among the ids `pieces`."""
-        speech = self.lsm.get_audio_features(**audio).pooler_output
+    def log_probs(
+        self, pieces: torch.Tensor, chunks: torch.Tensor, shift: int = 0, **audio
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is read in a batch of clips, see [`forward`] for the arguments.
+
+        Returns:
+            Log-probabilities `(tokens, 1 + pieces)` of the blank and of the ids `pieces`, for all speech tokens one
+            after the other; and how many each clip has `(clips,)`.
+        """
+        heard, frames = self.lsm.model.encode_audio(**audio)
+        if shift:
+            heard = torch.cat([heard[:, :1].expand(-1, shift, -1), heard], dim=1)
+            frames = [length + shift for length in frames]
+        speech = self.projector(heard, frames)
+        counts = torch.tensor(num_audio_tokens(frames, **self.lsm.config.windowing))
+        lengths = torch.stack([clip.sum() for clip in counts.split(chunks.tolist())])
         embeddings = self.lsm.get_input_embeddings().weight
-        return self.reader(speech, embeddings[pieces.to(embeddings.device)].detach())
+        pieces = embeddings[pieces.to(embeddings.device)].detach()
+        return self.projector.reader.logits(speech, pieces).log_softmax(-1), lengths
 
     def forward(
         self,
         labels: torch.Tensor,
         label_lengths: torch.Tensor,
-        speech_lengths: torch.Tensor,
+        chunks: torch.Tensor,
         pieces: torch.Tensor,
+        shift: int = 0,
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
@@ -108,28 +96,27 @@ class AlignmentModel(nn.Module):
         Args:
             labels: `(sum of label_lengths,)` int64, the transcripts' pieces one after the other, as places in `pieces`
                 plus one.
-            label_lengths, speech_lengths: `(clips,)` int64, pieces and speech tokens of every clip.
+            label_lengths: `(clips,)` int64, pieces of every clip.
+            chunks: `(clips,)` int64, how many rows of audio every clip has.
             pieces: `(choices,)` int64, ids of the word pieces to choose from.
+            shift: encoder frames by which the clips begin later, so that windows are cut elsewhere; as if the first
+                frame had lasted longer.
             input_features, input_features_mask, audio_hidden_states: as in [`LsmForConditionalGeneration`].
 
         Returns:
             `loss`: the mean over clips of the CTC loss per piece.
         """
-        log_probs = self.log_probs(
-            pieces,
-            input_features=input_features,
-            input_features_mask=input_features_mask,
-            audio_hidden_states=audio_hidden_states,
-        )
-        return {"loss": ctc_loss(log_probs, speech_lengths, labels, label_lengths)}
+        audio = {"input_features_mask": input_features_mask, "audio_hidden_states": audio_hidden_states}
+        log_probs, lengths = self.log_probs(pieces, chunks, shift, input_features=input_features, **audio)
+        return {"loss": ctc_loss(log_probs, lengths, labels, label_lengths)}
 
     @torch.no_grad()
-    def read(self, speech_lengths: torch.Tensor, **audio) -> list[list[int]]:
+    def read(self, chunks: torch.Tensor, **audio) -> list[list[int]]:
         """The greedy reading of every clip as ids: the likeliest piece of each speech token, repeats merged, blanks
         dropped."""
-        places = self.log_probs(self.pieces, **audio).argmax(-1)
+        log_probs, lengths = self.log_probs(self.pieces, chunks, **audio)
         readings = []
-        for clip in places.split(speech_lengths.tolist()):
+        for clip in log_probs.argmax(-1).split(lengths.tolist()):
             merged = torch.unique_consecutive(clip)
             readings.append(self.pieces[merged[merged != BLANK].cpu() - 1].tolist())
         return readings
@@ -138,18 +125,26 @@ class AlignmentModel(nn.Module):
 def ctc_loss(
     log_probs: torch.Tensor, speech_lengths: torch.Tensor, labels: torch.Tensor, label_lengths: torch.Tensor
 ) -> torch.Tensor:
-    """The mean over clips of the CTC loss per piece; arguments as in [`AlignmentModel.forward`]."""
-    by_clip = nn.utils.rnn.pad_sequence(log_probs.split(speech_lengths.tolist()))
+    """The mean over clips of the CTC loss per piece.
+
+    Args:
+        log_probs: `(tokens, 1 + pieces)` of all clips one after the other, the blank's first.
+        speech_lengths, label_lengths: `(clips,)` int64, speech tokens and pieces of every clip.
+        labels: `(sum of label_lengths,)` int64, places in the last axis of `log_probs`.
+    """
+    lengths = speech_lengths.to(log_probs.device)
+    places = torch.arange(int(speech_lengths.max()), device=lengths.device)[:, None] + lengths.cumsum(0) - lengths
+    # What a clip has too much is another clip's, and no part of its loss. Not `pad_sequence`, whose backward copies the
+    # whole batch once per clip.
+    by_clip = log_probs.index_select(0, places.clamp(max=len(log_probs) - 1).flatten()).unflatten(0, places.shape)
     losses = nn.functional.ctc_loss(by_clip, labels, speech_lengths, label_lengths, blank=BLANK, reduction="none")
     return (losses / label_lengths.to(losses.device)).mean()
 
 
 def known_pieces(processor: LsmProcessor, embeddings: int) -> torch.Tensor:
-    """`(pieces,)` int64: the ids that stand for text, which are those of the tokenizer that are not special."""
-    tokenizer = processor.tokenizer
-    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = added | set(tokenizer.all_special_ids)
-    return torch.tensor([id for id in sorted(tokenizer.get_vocab().values()) if id not in special and id < embeddings])
+    """`(pieces,)` int64: the ids that stand for text."""
+    never = set(non_text_token_ids(processor.tokenizer, embeddings))
+    return torch.tensor([id for id in range(embeddings) if id not in never])
 
 
 class Slot:
@@ -253,7 +248,7 @@ class AlignmentCollator(SpeechResponseCollator):
         return {
             "labels": labels + 1,
             "label_lengths": torch.tensor([len(row["pieces"]) for row in rows]),
-            "speech_lengths": torch.tensor(self.processor.num_audio_tokens(num_samples)),
+            "chunks": torch.tensor([len(self.processor.chunk_lengths(samples)) for samples in num_samples]),
             "pieces": torch.cat([own, self._draw(own, zlib.crc32(pieces.numpy().tobytes()))]),
             **audio,
         }
@@ -278,6 +273,13 @@ class AlignmentTrainer(WholeCheckpoints, Trainer):
                 "first, and this training from what it wrote; or train without alignment (--align_steps 0)."
             )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over clips
+
+    def compute_loss(self, model, inputs, **kwargs):
+        """Windows are cut elsewhere at every step, the same on all devices and in a training that goes on: cut as they
+        come, a training set of hours is learned by heart."""
+        step = random.Random(f"{self.args.seed} {self.state.global_step}")
+        shift = step.randrange(self.model.lsm.config.window_frames)
+        return super().compute_loss(model, {**inputs, "shift": shift}, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         batch = self.args.train_batch_size * self.accelerator.num_processes
@@ -322,13 +324,13 @@ def reading_error_rate(
     model: AlignmentModel, collator: AlignmentCollator, rows: Dataset, batch_size: int = 32
 ) -> float:
     """The word error rate of the greedy reading, after Whisper's normaliser."""
-    tokenizer, device, was_training = collator.processor.tokenizer, model.reader.scale.device, model.training
+    tokenizer, device, was_training = collator.processor.tokenizer, model.projector.reader.scale.device, model.training
     model.eval()
     readings: list[str] = []
     for start in range(0, len(rows), batch_size):
         batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
         audio = {name: batch[name].to(device) for name in batch if name.startswith(("input_features", "audio_"))}
-        readings += tokenizer.batch_decode(model.read(batch["speech_lengths"], **audio))
+        readings += tokenizer.batch_decode(model.read(batch["chunks"], **audio))
     model.train(was_training)
     return error_rate(rows["transcript"], readings)[1].value
 
@@ -360,11 +362,25 @@ def needs_alignment(model: LsmForConditionalGeneration, args) -> bool:
     """Whether a training begins with the alignment; how many steps it then takes is written into `args`.
 
     Args:
-        model: the LSM. A projector that has learned already is left alone, unless `args` asks for it.
+        model: the LSM. A projector that has learned already, or is a plain map, is left alone, unless `args` asks for
+            it.
         args: [`LsmTrainingArguments`](recipes.training.arguments).
+
+    Raises:
+        ValueError: `args` asks for the alignment of a plain map.
     """
     if args.align_steps is None:
-        args.align_steps = 0 if model.config.projector_trained else STEPS
+        args.align_steps = 0 if model.config.projector_trained or not model.config.pieces_per_token else STEPS
+    if args.align_steps and not model.config.pieces_per_token:
+        raise ValueError(
+            f"--align_steps {args.align_steps}, but the LSM's projector is a plain map (pieces_per_token is 0), which "
+            "reads no word pieces: compose the LSM with --pieces-per-token 8, or train it with --align_steps 0."
+        )
+    if not args.align_steps and not model.config.projector_trained and model.config.pieces_per_token:
+        logger.warning(
+            "The projector is to read word pieces, which it never learned: align it first (--align_steps 3000), or "
+            "compose the LSM with --pieces-per-token 0, a plain map."
+        )
     return args.align_steps > 0
 
 

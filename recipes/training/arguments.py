@@ -140,11 +140,11 @@ class LsmTrainingArguments(SFTConfig):
         default=None,
         metadata={
             "help": "Steps of the alignment that the training begins with: the projector learns to say the transcript "
-            "in the LLM's own embeddings (CTC). 0 for none; if unset, 1500 for a projector that was never trained."
+            "in the LLM's own embeddings (CTC). 0 for none; if unset, 3000 for a projector that was never trained."
         },
     )
     align_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the alignment."})
-    align_batch_size: int = field(default=32, metadata={"help": "Clips on each device in a step of the alignment."})
+    align_batch_size: int = field(default=16, metadata={"help": "Clips on each device in a step of the alignment."})
     global_batch_size: int | None = field(
         default=None,
         metadata={

@@ -15,17 +15,17 @@ import pytest
 import soundfile
 import torch
 from corpus_files import clip, write
-from datasets import Audio, Dataset
+from datasets import Audio, Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from recipes import align as command
 from recipes.compose import mean_norm
 from recipes.speech_llm import Lsm
 from recipes.training.alignment import (
+    STEPS,
     AlignmentCollator,
     AlignmentModel,
     AlignmentTrainer,
-    CtcReader,
     Slot,
     alignment_rows,
     ctc_loss,
@@ -137,24 +137,47 @@ def test_a_clips_loss_does_not_depend_on_its_neighbours():
     assert together == pytest.approx(sum(map(float, alone)) / 2, rel=1e-5)
 
 
-def test_speech_that_is_an_embedding_is_read_as_its_piece_whatever_the_lengths():
-    torch.manual_seed(0)
-    pieces, reader = torch.randn(5, 8), CtcReader(8)
-    speech = torch.stack([7.0 * pieces[3], 0.1 * pieces[1], reader.blank.detach()])
-    assert reader(speech, pieces).argmax(-1).tolist() == [4, 2, 0]
-    assert reader(torch.zeros(1, 8), pieces).argmax(-1).tolist() == [0]  # what is like nothing is blank
-    torch.testing.assert_close(reader(speech, pieces), reader(3 * speech, 0.5 * pieces))
-    with torch.no_grad():
-        reader.blank_bias.fill_(100.0)
-    assert reader(speech, pieces).argmax(-1).tolist() == [0, 0, 0]
-
-
 def test_a_reading_merges_repeats_and_drops_blanks(small_lsm, processor, monkeypatch):
     pieces = known_pieces(processor, 300)
     model = AlignmentModel(small_lsm, pieces)
-    places = torch.tensor([0, 5, 5, 0, 5, 7, 7])
-    monkeypatch.setattr(model, "log_probs", lambda among, **audio: torch.nn.functional.one_hot(places, 9).float())
-    assert model.read(torch.tensor([4, 3])) == [[int(pieces[4])], [int(pieces[4]), int(pieces[6])]]
+    places, lengths = torch.tensor([0, 5, 5, 0, 5, 7, 7]), torch.tensor([4, 3])
+    log_probs = torch.nn.functional.one_hot(places, 9).float()
+    monkeypatch.setattr(model, "log_probs", lambda among, chunks, **audio: (log_probs, lengths))
+    assert model.read(torch.tensor([1, 1])) == [[int(pieces[4])], [int(pieces[4]), int(pieces[6])]]
+
+
+def test_windows_are_cut_elsewhere_and_clips_keep_their_tokens(small_lsm, processor):
+    """Of 25 speech tokens per second, from windows of two frames: shifted by both, all but the first are as before."""
+    model, pieces = AlignmentModel(small_lsm, known_pieces(processor, 300)), torch.arange(20, 30)
+    dataset = alignment_rows(
+        concatenate_datasets([clips_of(SAID[:2], 1.2), clips_of(["so be it"], 32.0)]), processor, 300
+    )
+    batch = AlignmentCollator(processor, counts=torch.ones(300))(list(dataset))
+    audio = {name: value for name, value in batch.items() if name.startswith("input_features")}
+    assert batch["chunks"].tolist() == [1, 1, 2]
+    with torch.no_grad():
+        plain, lengths = model.log_probs(pieces, batch["chunks"], **audio)
+        assert lengths.tolist() == dataset["speech_tokens"][:] == [30, 30, 800]
+        odd, odd_lengths = model.log_probs(pieces, batch["chunks"], shift=1, **audio)
+        whole, whole_lengths = model.log_probs(pieces, batch["chunks"], shift=2, **audio)
+    assert odd_lengths.tolist() == [31, 31, 802] and whole_lengths.tolist() == [31, 31, 802]
+    torch.testing.assert_close(whole.split([31, 31, 802])[1][1:], plain.split([30, 30, 800])[1])
+    assert not torch.allclose(odd[1:30], plain[:29], atol=1e-3)
+
+
+def test_each_step_has_a_shift_of_its_own_that_a_resumed_training_draws_again(run, tmp_path, monkeypatch):
+    drawn, original = [], AlignmentModel.forward
+
+    def forward(self, *args, shift, **kwargs):
+        drawn.append(shift)
+        return original(self, *args, shift=shift, **kwargs)
+
+    monkeypatch.setattr(AlignmentModel, "forward", forward)
+    run(align_steps=12, save_steps=6)
+    assert set(drawn) == {0, 1}  # less than a window
+    first, drawn[:] = list(drawn), []
+    run(align_steps=12, save_steps=6, output_dir=str(tmp_path / "again"))
+    assert drawn == first
 
 
 # The rows
@@ -203,7 +226,7 @@ def test_a_step_chooses_among_its_own_pieces_and_others_of_the_set(processor, cl
     )
     said = batch["pieces"][batch["labels"] - 1].split(batch["label_lengths"].tolist())
     assert [ids.tolist() for ids in said] == rows["pieces"][:2]
-    assert batch["speech_lengths"].tolist() == rows["speech_tokens"][:2]
+    assert batch["chunks"].tolist() == [1, 1]
     assert torch.equal(batch["pieces"], collate(list(rows.select([0, 1])))["pieces"])
     assert not torch.equal(batch["pieces"][-20:], collate(list(rows.select([2, 3])))["pieces"][-20:])
 
@@ -298,7 +321,7 @@ def test_two_processes_give_the_losses_of_one(run, aligned_dir, words_dir, tmp_p
 
 
 def test_a_projector_that_has_learned_is_left_alone(run, small_lsm, parts_of, defaults):
-    for model, asked, steps in ((small_lsm, None, 1500), (small_lsm, 0, 0), (small_lsm, 7, 7)):
+    for model, asked, steps in ((small_lsm, None, STEPS), (small_lsm, 0, 0), (small_lsm, 7, 7)):
         args = parts_of({**defaults, "align_steps": asked})[1]
         assert needs_alignment(model, args) == (steps > 0) and args.align_steps == steps
     learned = AutoModelForCausalLM.from_pretrained(run(), trust_remote_code=True)
@@ -328,7 +351,7 @@ def test_settings_that_cannot_be_are_refused(parts_of, defaults):
 def test_speech_has_the_length_of_the_llms_embeddings(small_lsm, processor, clips):
     batch = AlignmentCollator(processor, counts=torch.ones(300))(list(alignment_rows(clips, processor, 300)))
     audio = {name: value for name, value in batch.items() if name.startswith("input_features")}
-    lengths = small_lsm.get_audio_features(**audio).pooler_output.norm(dim=-1)
+    lengths = small_lsm.model.projector(*small_lsm.model.encode_audio(**audio)).norm(dim=-1)
     expected = small_lsm.get_input_embeddings().weight[:10_000].norm(dim=-1).mean()
     torch.testing.assert_close(lengths, expected.expand_as(lengths))
 
@@ -342,6 +365,9 @@ def test_the_scaling_of_embeddings_counts():
     assert mean_norm(embeddings) == pytest.approx(5 * embeddings.weight.norm(dim=-1).mean().item(), rel=1e-5)
 
 
-def test_a_plain_map_has_no_gain(compose_tiny, whisper_dir, llm_dir):
-    model, _ = compose_tiny(str(whisper_dir), str(llm_dir), normalize_speech=False)
-    assert not hasattr(model.model.projector, "gain")
+def test_a_plain_map_is_not_aligned(compose_tiny, whisper_dir, llm_dir, parts_of, defaults):
+    model, _ = compose_tiny(str(whisper_dir), str(llm_dir), pieces_per_token=0)
+    args = parts_of({**defaults, "align_steps": None})[1]
+    assert not needs_alignment(model, args) and args.align_steps == 0
+    with pytest.raises(ValueError, match=r"--align_steps 7, but .* a plain map .*--pieces-per-token 8"):
+        needs_alignment(model, parts_of({**defaults, "align_steps": 7})[1])

@@ -1,0 +1,153 @@
+"""Speech in the LLM's own words: what a speech token is read as, what becomes of it, and where it stands."""
+
+import pytest
+import torch
+
+import modeling_lsm
+from configuration_lsm import LsmConfig
+from modeling_lsm import LsmForConditionalGeneration, LsmReader
+
+WIDTH, VOCABULARY, NEVER = 16, 40, [0, 7]
+
+
+def make_reader(**settings):
+    torch.manual_seed(0)
+    config = LsmConfig(
+        text_config={"model_type": "llama", "hidden_size": WIDTH, "num_attention_heads": 4, "vocab_size": VOCABULARY},
+        **{"pieces_per_token": 3, "non_text_token_ids": NEVER, **settings},
+    )
+    reader = LsmReader(config)
+    with torch.no_grad():
+        reader.blank.normal_()
+        reader.blank_bias.fill_(modeling_lsm.BLANK_BIAS)
+        reader.scale.fill_(30.0)
+        reader.gate.zero_()
+    return reader
+
+
+@pytest.fixture
+def embeddings():
+    torch.manual_seed(1)
+    return torch.nn.Embedding(VOCABULARY, WIDTH)
+
+
+def near(vectors, length=1.0):
+    """Speech in nearly the direction of `vectors`."""
+    vectors = torch.nn.functional.normalize(vectors.detach(), dim=-1)
+    return length * torch.nn.functional.normalize(vectors + 0.02 * torch.randn_like(vectors), dim=-1)
+
+
+def test_what_is_like_an_embedding_is_read_as_its_piece_whatever_the_lengths():
+    reader, pieces = make_reader(), torch.randn(5, WIDTH)
+    speech = torch.stack([7.0 * pieces[3], 0.1 * pieces[1], reader.blank.detach()])
+    assert reader.logits(speech, pieces).argmax(-1).tolist() == [4, 2, 0]
+    assert reader.logits(torch.zeros(1, WIDTH), pieces).argmax(-1).tolist() == [0]  # what is like nothing is blank
+    torch.testing.assert_close(reader.logits(speech, pieces), reader.logits(3 * speech, 0.5 * pieces))
+    own = torch.tensor([[3, 1], [1, 3], [0, 2]])  # of every token others
+    among_own = reader.logits(speech, pieces[own])[:, 1:]
+    torch.testing.assert_close(among_own, reader.logits(speech, pieces)[:, 1:].gather(1, own))
+
+
+def test_words_become_the_llms_embeddings_and_blanks_say_nothing(embeddings):
+    reader, said = make_reader(), near(embeddings.weight[[3, 9, 5]])
+    found = reader(torch.cat([said, near(reader.blank[None], 2.0)]), embeddings, [4])
+    torch.testing.assert_close(found[:3], embeddings.weight[[3, 9, 5]], atol=0.05, rtol=0)
+    torch.testing.assert_close(found[3], embeddings.weight.mean(0), atol=0.05, rtol=0)
+
+
+def test_the_gate_lets_a_blank_through_and_no_word_with_it(embeddings):
+    reader, mean = make_reader(), embeddings.weight.mean(0)
+    unsure = torch.nn.functional.normalize(0.8 * near(reader.blank) + 0.6 * near(embeddings.weight[3]), dim=0)[None]
+    pieces = embeddings(reader._search(unsure, embeddings)[0])
+    blank = reader.logits(unsure, pieces).softmax(-1)[0, 0]
+    assert 0.5 < blank < 1
+    torch.testing.assert_close(reader(unsure, embeddings, [1])[0] / blank, mean, atol=0.02, rtol=0)
+    with torch.no_grad():
+        reader.gate.fill_(0.5)
+    torch.testing.assert_close(reader(unsure, embeddings, [1])[0] / blank, mean + 0.5 * unsure[0], atol=0.02, rtol=0)
+
+
+def test_the_words_of_each_chunk_come_first_in_their_order(embeddings):
+    reader = make_reader()
+    word, blank = near(embeddings.weight[[3, 9, 5, 4]]), near(reader.blank.expand(3, -1))
+    time = torch.stack([blank[0], word[0], blank[1], word[1], word[2], blank[2], word[3]])
+    found = reader(time, embeddings, [4, 3])
+    order = [1, 3, 0, 2, 4, 6, 5]
+    torch.testing.assert_close(found, torch.cat([reader(token[None], embeddings, [1]) for token in time[order]]))
+
+
+def test_speech_is_never_read_as_what_is_no_text(embeddings):
+    reader = make_reader()
+    found = reader._search(near(embeddings.weight[[7, 3]]), embeddings)[0]
+    assert not set(found.flatten().tolist()) & set(NEVER) and found[1, 0] == 3
+    assert found.shape == (2, 3)
+
+
+def test_a_vocabulary_is_searched_in_parts(embeddings, monkeypatch):
+    reader, speech = make_reader(), torch.randn(6, WIDTH)
+    ids, mean = reader._search(speech, embeddings)
+    cosines = torch.nn.functional.normalize(speech) @ torch.nn.functional.normalize(embeddings.weight).T
+    cosines[:, NEVER] = -torch.inf
+    assert torch.equal(ids, cosines.topk(3).indices)
+    torch.testing.assert_close(mean, embeddings.weight.mean(0))
+    monkeypatch.setattr(modeling_lsm, "VOCABULARY_CHUNK", 7)
+    again, same_mean = reader._search(speech, embeddings)
+    assert torch.equal(again, ids)
+    torch.testing.assert_close(same_mean, mean)
+    assert make_reader(pieces_per_token=99)._search(speech, embeddings)[0].shape == (6, VOCABULARY)
+
+
+def test_the_scaling_of_embeddings_is_in_the_words():
+    class Scaled(torch.nn.Embedding):  # as Gemma 3's
+        def forward(self, ids):
+            return super().forward(ids) * 5
+
+    reader, embeddings = make_reader(), Scaled(VOCABULARY, WIDTH)
+    found = reader(near(embeddings.weight[[3]]), embeddings, [1])
+    torch.testing.assert_close(found, 5 * embeddings.weight[[3]], atol=0.25, rtol=0)
+
+
+def test_all_of_the_projector_learns_from_what_the_llm_gets(lsm_dir, processor, clip):
+    lsm = LsmForConditionalGeneration.from_pretrained(lsm_dir)
+    speech = lsm.get_audio_features(**processor(audio=clip(1.0), return_tensors="pt")).pooler_output
+    (speech * torch.randn_like(speech)).sum().backward()
+    without = [name for name, value in lsm.model.projector.named_parameters() if value.grad is None]
+    assert without == []
+
+
+@torch.no_grad()
+def test_reading_changes_neither_how_many_tokens_there_are_nor_other_clips(lsm, processor, clip):
+    clips = [clip(1.0), clip(2.0, 1)]
+    inputs = processor(audio=clips, return_tensors="pt")
+    read, unread = lsm.get_audio_features(**inputs), lsm.model.projector(*lsm.model.encode_audio(**inputs))
+    assert read.pooler_output.shape == unread.shape and int(read.num_tokens.sum()) == len(unread)
+    assert not torch.allclose(read.pooler_output, unread)
+    alone = lsm.get_audio_features(**processor(audio=clips[1], return_tensors="pt")).pooler_output
+    torch.testing.assert_close(read.pooler_output[-len(alone) :], alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_plain_map_has_neither_reader_nor_gain(compose_tiny, whisper_dir, llm_dir, processor, clip):
+    lsm, _ = compose_tiny(str(whisper_dir), str(llm_dir), pieces_per_token=0)
+    assert not hasattr(lsm.model.projector, "gain") and not hasattr(lsm.model.projector, "reader")
+    inputs = processor(audio=clip(1.0), return_tensors="pt")
+    unread = lsm.model.projector(*lsm.model.encode_audio(**inputs))
+    assert torch.equal(lsm.get_audio_features(**inputs).pooler_output, unread)
+
+
+@torch.no_grad()
+def test_it_reads_the_same_after_a_reload(lsm_dir, processor, clip, tmp_path):
+    lsm = LsmForConditionalGeneration.from_pretrained(lsm_dir)
+    lsm.model.projector.reader.scale.fill_(12.5)
+    lsm.save_pretrained(tmp_path)
+    inputs = processor(audio=clip(1.0), return_tensors="pt")
+    again = LsmForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.config.non_text_token_ids == lsm.config.non_text_token_ids
+    expected = lsm.get_audio_features(**inputs).pooler_output
+    assert torch.equal(again.get_audio_features(**inputs).pooler_output, expected)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "8"])
+def test_a_number_of_pieces_that_cannot_be_is_refused(value):
+    with pytest.raises(ValueError, match=rf"`pieces_per_token` must be an integer of 0 or more, got {value!r}"):
+        LsmConfig(pieces_per_token=value)
