@@ -221,7 +221,7 @@ class Original(Ours):
 
     longest = 30.0
     batches = staticmethod(static_batches)
-    settings: ClassVar = {"audio_padding": "max_length", "window_mode": "proportional"}
+    settings: ClassVar = {"audio_padding": "max_length", "window_mode": "proportional", "pieces_per_token": 0}
 
     def make(self) -> nn.Module:
         model = super().make()
@@ -252,6 +252,12 @@ class WithoutLabelledLogits(Ours):
     def loss(self, batch: dict) -> torch.Tensor:
         shared = TEMPLATE if len(batch["input_ids"]) > 1 else 0
         return self.model(**batch, use_cache=False, shared_prefix=shared).loss
+
+
+class WithoutReader(Ours):
+    """Ours, with the paper's plain map in place of speech that is put into the LLM's words."""
+
+    settings: ClassVar = {"pieces_per_token": 0}
 
 
 class WithoutGrouping(Ours):
@@ -395,13 +401,14 @@ PEERS: dict[str, type[Contestant]] = {
     "granite_speech": GraniteSpeech,
     "audio_flamingo_3": AudioFlamingo3,
 }
-# What each of our levers is worth: ours without it (or, of the store, with it).
+# What each of our levers is worth, and what the reader costs: ours without it (or, of the store, with it).
 LEVERS: dict[str, type[Contestant]] = {
     "without_shared_prefix": WithoutSharedPrefix,
     "without_window_attention": WithoutWindowAttention,
     "without_labelled_logits": WithoutLabelledLogits,
     "without_grouping": WithoutGrouping,
     "without_longest": WithoutLongest,
+    "without_reader": WithoutReader,
     "stored_features": Stored,
 }
 CONTESTANTS = PEERS | LEVERS

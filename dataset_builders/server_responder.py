@@ -25,7 +25,7 @@ from processing_lsm import BREAK
 try:
     import openai
 except ImportError as error:
-    raise ImportError("Asking a server takes the openai package: pip install 'lsm[server]'") from error
+    raise ImportError("Asking a server takes the openai package: pip install 'self-powered-lsm[server]'") from error
 
 logger = logging.getLogger(__name__)
 for _transport in ("httpx", "httpx2"):  # at INFO they log a line for every request

@@ -61,11 +61,13 @@ class Costs:
         once = count(layers[0].attention) + count(readers[0].query)  # the queries of all windows are still the same
         body = count(model.model.language_model) - count(model.get_input_embeddings())
         head = model.lm_head.in_features * model.lm_head.out_features
+        # Speech tokens are compared with all embeddings, forwards alone.
+        search = 2 * text.vocab_size * text.hidden_size if model.config.pieces_per_token else 0
         encoder = count(tower.layers) + count(tower.conv2) + 2 * count(tower.conv1)  # which has two frames per frame
         return cls(
             frame=(0 if stored else 2 * encoder) + 6 * reads,
             frame_pair=0 if stored else 4 * audio.d_model * audio.encoder_layers,
-            speech_token=6 * (count(projector) - once),
+            speech_token=6 * (count(projector) - once) + search,
             token=2 * passes * body,
             # half of the pairs: causal. Backwards is twice forwards whatever learns, as no operand is a weight.
             token_pair=(3 + distill) * 2 * _attention_width(text) * text.num_hidden_layers,
