@@ -229,7 +229,7 @@ class LsmReader(nn.Module):
             `(total_tokens, hidden)`.
         """
         ids, mean = self._search(speech, embeddings)
-        pieces = embeddings(ids).to(speech.dtype)
+        pieces = embeddings(ids).to(speech)  # of its device, too: with a device map, the LLM may be elsewhere
         chances = self.logits(speech, pieces).softmax(-1)
         blank, is_blank = chances[:, :1], chances[:, 0] > 0.5
         # The second thought of a blank would be heard as a word, however faint: LLMs normalise what they are given.
@@ -247,9 +247,9 @@ class LsmReader(nn.Module):
         scores, ids = speech.new_empty(len(speech), 0), torch.empty(len(speech), 0, dtype=torch.long, device=device)
         vocabulary, total = self.config.text_config.vocab_size, 0.0
         for chunk in torch.arange(vocabulary, device=device).split(VOCABULARY_CHUNK):
-            known = embeddings(chunk)
+            known = embeddings(chunk).to(speech)
             total = total + known.float().sum(0)
-            cosines = speech @ nn.functional.normalize(known.to(speech.dtype), dim=-1).T
+            cosines = speech @ nn.functional.normalize(known, dim=-1).T
             cosines = cosines.masked_fill(torch.isin(chunk, never), -torch.inf)
             scores, ids = torch.cat([scores, cosines], 1), torch.cat([ids, chunk.expand(len(speech), -1)], 1)
             scores, kept = scores.topk(min(self.config.pieces_per_token, scores.shape[1]))
