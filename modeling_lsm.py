@@ -468,11 +468,11 @@ class LsmModel(LsmPreTrainedModel):
                 f"The prompt has {expected} audio placeholder tokens, but the audio gives {found} embeddings."
             )
         if speech is None:
-            return inputs_embeds + self._nothing_heard() if self.training and not generating else inputs_embeds
+            return inputs_embeds + self._run_on_silence() if self.training and not generating else inputs_embeds
         speech = speech.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(placeholders[..., None], speech)
 
-    def _nothing_heard(self) -> torch.Tensor:
+    def _run_on_silence(self) -> torch.Tensor:
         """Zero, for whose sake tower and projector run on a batch of text. Processes that train together (DDP, FSDP,
         ZeRO) must all use the same modules, whatever their batches hold, or they wait for each other for ever."""
         silence = torch.zeros(1, self.config.audio_config.num_mel_bins, 2, device=self.projector.queries.device)

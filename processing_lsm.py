@@ -470,7 +470,7 @@ class LsmProcessor(ProcessorMixin):
         clips = [_box(clip) if heard else load_audio(clip, sampling_rate, rate) for clip in clips]
         if text is None:
             if heard or not clips:
-                raise ValueError("Without text there is nothing to do but hear clips: give `audio`, or `text`.")
+                raise ValueError("Neither `text` nor `audio` is given; give at least one of them.")
             if unused := set(kwargs) - {"return_tensors"}:
                 raise ValueError(f"Without text, {_listed(unused)} would have no effect: leave it out, or give `text`.")
             return BatchFeature(self.audio_features(clips), tensor_type=kwargs.get("return_tensors"))

@@ -48,8 +48,8 @@ from recipes.collator import SpeechResponseCollator
 from recipes.training.arguments import OBJECTIVES, LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import Costs
 from recipes.training.memory import Target, estimate
-from recipes.training.models import prepare, without_ears
-from recipes.training.rows import Ruler
+from recipes.training.models import drop_audio_modules, prepare
+from recipes.training.rows import RowSizes
 from recipes.training.throughput import matmul_rate
 from recipes.training.trainer import LsmTrainer
 
@@ -238,7 +238,7 @@ class Bench:
         self.processor = make_processor()
         with torch.device("meta"):
             self.shapes = LsmForConditionalGeneration(make_config(sweep.preset, self.processor))
-        self.ruler = Ruler(self.processor, context_of(self.shapes.config))
+        self.ruler = RowSizes(self.processor, context_of(self.shapes.config))
         self.memory = free_memory(self.device)
         self.peak = None
         half = self._arguments(next(sweep.settings()))[1].bf16  # as the recipe decides
@@ -319,7 +319,7 @@ class Bench:
         if setting.objective != "distill" or setting.llm != "full":
             return None
         teacher = self._model(self.precision)
-        return without_ears(teacher)
+        return drop_audio_modules(teacher)
 
     def train(self, setting: Setting) -> dict[str, float]:
         """Figures of the timed steps."""
@@ -396,16 +396,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Sweep()
     parser.add_argument("--preset", default=default.preset, help=" or ".join(PRESETS))
-    parser.add_argument("--llm", nargs="+", default=default.llm, help="what becomes of the LLM: full, lora, frozen")
+    parser.add_argument("--llm", nargs="+", default=default.llm, help="how the LLM is trained: full, lora or frozen")
     parser.add_argument("--objective", nargs="+", default=default.objective, help="response, distill")
-    parser.add_argument("--checkpointing", nargs="+", default=default.checkpointing, help="of activations: true, false")
+    parser.add_argument(
+        "--checkpointing", nargs="+", default=default.checkpointing, help="gradient checkpointing: true, false"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=default.batch, help="rows of a step")
     parser.add_argument("--seconds", type=float, nargs="+", default=default.seconds, help="length of the clips")
     parser.add_argument(
         "--steps", type=int, default=default.steps, help=f"that are timed, after {WARM_UP} that are not"
     )
-    parser.add_argument("--dtype", default=default.dtype, help="of what is frozen; what learns is in float32")
-    parser.add_argument("--peak-tflops", type=float, help="what the device's maker says, for a second MFU")
+    parser.add_argument(
+        "--dtype", default=default.dtype, help="dtype of frozen weights; trained weights are in float32"
+    )
+    parser.add_argument("--peak-tflops", type=float, help="the device's nominal peak, for a second MFU")
     parser.add_argument("--workers", type=int, default=default.workers, help="processes that read clips")
     parser.add_argument("--json", help="file for the figures")
     options = vars(parser.parse_args())

@@ -32,7 +32,7 @@ from benchmarks.workloads import Row
 from recipes.audio_features import AudioFeatureStore
 from recipes.training.costs import Costs
 from recipes.training.order import EpochSampler
-from recipes.training.rows import Ruler
+from recipes.training.rows import RowSizes
 from recipes.training.throughput import peak_memory
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def rows_ordered(rows: int) -> Callable[[], object]:
     costs = Costs(*[1.0] * 6)
 
     def run():
-        measured = costs.row(**Ruler(processor).measure_all(dataset))
+        measured = costs.row(**RowSizes(processor).measure_all(dataset))
         return list(EpochSampler(rows, 0, np.asarray(measured), 8))
 
     return run
@@ -152,7 +152,7 @@ def plot(found: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--line", nargs="+", choices=LINES, default=list(LINES))
-    parser.add_argument("--largest", type=int, help="leave larger points out")
+    parser.add_argument("--largest", type=int, help="leave out points above this size")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="file for the figures")

@@ -123,7 +123,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=6000)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--processes", type=int, default=2, help="of the build; the loop has one, with all cores")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="processes of the build; the plain loop has one, with all cores"
+    )
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
     found = measure(args.llm, args.rows, args.turns, args.cores, args.processes)

@@ -30,7 +30,7 @@ class _Library:
             import espeakng_loader
         except ImportError as error:
             raise ImportError(
-                "espeakng-loader is needed to synthesise speech and is not installed: pip install 'self-powered-lsm[nano]'."
+                "espeakng-loader, which synthesises speech, is not installed: pip install 'self-powered-lsm[nano]'."
             ) from error
         path, self.data = espeakng_loader.get_library_path(), Path(espeakng_loader.get_data_path())
         try:

@@ -210,7 +210,7 @@ def inspect_set(folder: str | Path, html: str | Path | None = None, samples: int
         folder: the set, as in `survey`.
         html: where to write the page; its folder is made.
         samples: rows of every task on the page.
-        seed: of their draw.
+        seed: that decides which rows are drawn.
 
     Returns:
         `total` and `tasks` (name to numbers, as in `Tally.summary`), `sources` (name to rows), `responders` (a list of

@@ -254,7 +254,7 @@ def main() -> None:
         parser.add_argument(f"--{split}", type=int, default=0, metavar="ROWS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-proc", type=int, default=os.cpu_count())
-    parser.add_argument("--snr", type=float, metavar="DB", help="white noise at this signal-to-noise ratio")
+    parser.add_argument("--snr", type=float, metavar="DB", help="add white noise at this signal-to-noise ratio (dB)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     sizes = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}

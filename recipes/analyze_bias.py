@@ -161,8 +161,10 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(SELF_POWERED_TASKS))
     parser.add_argument("--limit", type=int, default=120, help="rows at most")
     parser.add_argument("--checker", help="module whose is_correct(task, transcript, response) judges the answers")
-    parser.add_argument("--label", help="of the model in pictures; its name by default")
-    parser.add_argument("--beside", nargs="*", default=[], metavar="LABEL=BIAS_JSON", help="others in the same picture")
+    parser.add_argument("--label", help="the model's label in figures; its name by default")
+    parser.add_argument(
+        "--beside", nargs="*", default=[], metavar="LABEL=BIAS_JSON", help="other results to draw in the same figure"
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)

@@ -264,11 +264,11 @@ def refuse_other_clips(store: AudioFeatureStore, keys: Iterable[str], option: st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="an LSM with the tower: folder or Hub id")
-    parser.add_argument("--corpus", required=True, help="as dataset_builders.self_powered build takes it")
-    parser.add_argument("--splits", nargs="+", default=["train"], help="of the corpus")
+    parser.add_argument("--model", required=True, help="folder or Hub id of an LSM with the audio tower")
+    parser.add_argument("--corpus", required=True, help="ASR corpus, as dataset_builders.self_powered build takes it")
+    parser.add_argument("--splits", nargs="+", default=["train"], help="splits of the corpus")
     parser.add_argument("--output", required=True, help="folder of the store")
-    parser.add_argument("--batch-size", type=int, default=32, help="clips at a time")
+    parser.add_argument("--batch-size", type=int, default=32, help="clips per batch")
     args = parser.parse_args()
     model = open_model(args.model, LsmForConditionalGeneration, merge=False).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -206,7 +206,12 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="folder of the original checkpoint")
     parser.add_argument("--output", required=True, help="folder to write the LSM to")
     parser.add_argument("--tokenizer", help="Hub id or folder of the LLM's tokenizer; without it, no processor")
-    parser.add_argument("--qformer-heads", type=int, default=12, help="they stand in no file; the original has 12")
+    parser.add_argument(
+        "--qformer-heads",
+        type=int,
+        default=12,
+        help="attention heads of the Q-Former, which no file of the checkpoint tells; the original has 12",
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     unused = convert(**vars(args))

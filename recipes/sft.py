@@ -38,7 +38,7 @@ from recipes.training.command_line import parse
 from recipes.training.costs import Costs
 from recipes.training.models import adapter_settings, check_model, compose_base, go_on_from, load_model, load_teacher
 from recipes.training.preflight import preflight
-from recipes.training.rows import Ruler, check_response_tasks, count_tasks, load_rows, stream_rows
+from recipes.training.rows import RowSizes, check_response_tasks, count_tasks, load_rows, stream_rows
 from recipes.training.trainer import LsmTrainer
 
 
@@ -63,7 +63,7 @@ def rows_of(script_args, training_args, model, processor, costs: Costs) -> tuple
         return stream_rows(script_args, training_args.seed, model.config.responder, costs, processor, batch), None, None
     with PartialState().main_process_first():
         rows = load_rows(script_args, training_args.seed, model.config.responder)
-        row_costs = costs.row(**Ruler(processor, context_of(model.config)).measure_all(rows))
+        row_costs = costs.row(**RowSizes(processor, context_of(model.config)).measure_all(rows))
         store, rows = store_features(script_args.audio_feature_store, rows, model, processor)
     return rows, row_costs, store
 

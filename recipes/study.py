@@ -287,9 +287,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(Path(__file__).parent / "configs" / "study.yaml"))
     parser.add_argument("--output", default="runs/study")
-    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="these alone")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="of every row, instead of its own")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="commands at a time")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="rows of the study to run; all if absent")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[], help="seeds of every row, instead of those that the row names"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="number of commands that run at the same time"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on."))

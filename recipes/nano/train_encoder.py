@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7_000)
     parser.add_argument("--batch-frames", type=int, default=4_800, help="mel frames (10 ms) per batch")
     parser.add_argument("--phrases", type=int, default=12_000, help="clips of one or two words")
-    parser.add_argument("--phrase-steps", type=int, default=1_000, help="steps on these alone, at first")
+    parser.add_argument("--phrase-steps", type=int, default=1_000, help="steps on phrases only, at the beginning")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)

@@ -51,54 +51,63 @@ class LsmScriptArguments(ScriptArguments):
 
     audio: str | None = field(
         default=None,
-        metadata={"help": "Whisper of a new LSM, Hub id or folder; with `text`, instead of `model_name_or_path`."},
+        metadata={
+            "help": "Hub id or folder of the Whisper of a new LSM; `audio` and `text` replace `model_name_or_path`."
+        },
     )
-    text: str | None = field(default=None, metadata={"help": "LLM of a new LSM, Hub id or folder."})
+    text: str | None = field(default=None, metadata={"help": "Hub id or folder of the LLM of a new LSM."})
     composition: dict | None = field(
-        default=None, metadata={"help": "What else `recipes.compose.compose` is told (YAML: `window_frames: 17`, ...)."}
+        default=None,
+        metadata={"help": "Further arguments of `recipes.compose.compose` (YAML: `window_frames: 17`, ...)."},
     )
     llm: str = field(
         default="frozen",
-        metadata={
-            "help": "How the LLM is trained: frozen (it stays as it is; the projector alone learns), lora, qlora, full."
-        },
+        metadata={"help": "How the LLM is trained: frozen (only the projector is trained), lora, qlora or full."},
     )
     dataset_config: str = field(default="all", metadata={"help": "Configuration of the set: a task, or `all`."})
     tasks: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rows of these tasks alone. `intent=2` weighs a task: rows are left out until the shares fit."
+            "help": "Train on the rows of these tasks only. `intent=2` gives a task a weight: rows are left out until "
+            "the shares fit."
         },
     )
     transcription_ratio: float | None = field(
-        default=None, metadata={"help": "Transcription rows per other row, at most; as they come if unset."}
+        default=None, metadata={"help": "Transcription rows per row of another task, at most; if unset, all are kept."}
     )
     text_ratio: float = field(
         default=0.0,
-        metadata={"help": "Rows with the transcript in the slot per row with speech: the LLM goes on reading."},
+        metadata={
+            "help": "Rows with the transcript in place of the speech, per row with speech: the LLM keeps reading."
+        },
     )
     allow_foreign_responses: bool = field(
         default=False, metadata={"help": "Train on rows that another LLM or prompt template wrote."}
     )
-    shuffle_buffer: int = field(default=2000, metadata={"help": "Rows that a streamed set is shuffled within."})
+    shuffle_buffer: int = field(
+        default=2000, metadata={"help": "Size, in rows, of the buffer that shuffles a streamed set."}
+    )
     audio_feature_store: str | None = field(
         default=None, metadata={"help": "Folder for the frozen tower's output, computed once and shared by runs."}
     )
     following_corpus: str | None = field(
-        default=None, metadata={"help": "ASR corpus whose clips are asked held-out wordings while training."}
+        default=None,
+        metadata={"help": "ASR corpus about whose clips the model is asked held-out instructions during the training."},
     )
     following_split: str = field(default="validation", metadata={"help": "Split of `following_corpus`."})
-    following_limit: int = field(default=64, metadata={"help": "Clips of `following_corpus`."})
-    following_steps: int = field(default=200, metadata={"help": "Steps between two looks at `following_corpus`."})
+    following_limit: int = field(default=64, metadata={"help": "Number of clips of `following_corpus`."})
+    following_steps: int = field(default=200, metadata={"help": "Steps between two evaluations on `following_corpus`."})
     checker: str = field(
-        default="recipes.evaluation.kinds", metadata={"help": "Module whose is_correct scores the answers."}
+        default="recipes.evaluation.kinds", metadata={"help": "Module whose function `is_correct` scores the answers."}
     )
     preflight: bool = field(
-        default=False, metadata={"help": "Check everything, try two steps on random weights, and stop."}
+        default=False, metadata={"help": "Check everything, run two steps on random weights, and stop."}
     )
     target: dict | None = field(
         default=None,
-        metadata={"help": "Where it will be trained, for a preflight elsewhere (YAML: `devices`, `memory_gib`, ...)."},
+        metadata={
+            "help": "The machine of the training, for a preflight on another one (YAML: `devices`, `memory_gib`, ...)."
+        },
     )
 
     def __post_init__(self):
@@ -127,49 +136,52 @@ class LsmTrainingArguments(SFTConfig):
             "responses, as in the paper."
         },
     )
-    temperature: float = field(default=2.0, metadata={"help": "Of both distributions, for `distill`."})
+    temperature: float = field(default=2.0, metadata={"help": "Temperature of both distributions in `distill`."})
     distill_top_k: int | None = field(
         default=None,
-        metadata={"help": "For `distill`: the reader's so many likeliest tokens, and all others as one; all if unset."},
+        metadata={
+            "help": "For `distill`: learn the k likeliest tokens of the reading LLM, and all others as one; if unset, "
+            "all tokens."
+        },
     )
     response_tasks: list[str] | None = field(
         default=None,
-        metadata={"help": "With `distill`: tasks whose rows are learned as by `response` all the same."},
+        metadata={"help": "With `distill`: tasks whose rows are learned by cross-entropy instead."},
     )
     align_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Steps of the alignment that the training begins with: the projector learns to say the transcript "
-            "in the LLM's own embeddings (CTC). 0 for none; if unset, 3000 for a projector that was never trained."
+            "help": "Steps of the alignment before the training: the projector learns with CTC to read speech "
+            "as the LLM's own word pieces. 0 for none; if unset, 3000 for a projector that was never trained."
         },
     )
     align_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the alignment."})
     align_batch_size: int = field(default=16, metadata={"help": "Clips on each device in a step of the alignment."})
     global_batch_size: int | None = field(
         default=None,
-        metadata={
-            "help": "Rows of one step on all devices; sets `gradient_accumulation_steps` for any number of them."
-        },
+        metadata={"help": "Rows of one step on all devices together; it sets `gradient_accumulation_steps`."},
     )
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector; `learning_rate` if unset."}
     )
     peak_tflops: float | None = field(
         default=None,
-        metadata={"help": "What one device can do, for MFU; measured with a matrix product if unset."},
+        metadata={
+            "help": "Peak rate of one device, for MFU; if unset, the rate of a large matrix product is measured."
+        },
     )
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "group_by_length (rows of like cost), random or sequential."}
+        default="group_by_length", metadata={"help": "group_by_length (rows of similar cost), random or sequential."}
     )
     share_prefix: bool = field(
         default=True,
         metadata={
-            "help": "Read what all rows of a batch begin with (a system message, ...) once: where the LLM is whole on "
-            "each device, and with --gradient_checkpointing false."
+            "help": "Read what all rows of a batch begin with (a system message, ...) once. It needs the whole LLM "
+            "on each device and --gradient_checkpointing false."
         },
     )
     # A NaN is shown and stops the training, where transformers would log the average of the losses before it.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are no numbers."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are NaN or infinite."})
 
     def __post_init__(self):
         refuse_without_effect(self)

@@ -49,7 +49,7 @@ class WholeCheckpoints:
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The last whole checkpoint of a training's folder."""
+    """The last complete checkpoint of a training's folder."""
     whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
@@ -78,7 +78,7 @@ def contents_of(script_args, model_args, corpus: Corpus | None = None) -> dict[s
 
 
 def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_process: bool = True) -> str | None:
-    """Where this training goes on: the last whole checkpoint in its folder, None to begin.
+    """Where this training goes on: the last complete checkpoint in its folder, None to begin.
 
     Args:
         output_dir: of the training.
@@ -98,13 +98,17 @@ def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_pro
     if asked and asked.lower() not in ("true", "false"):
         if not (Path(asked) / COMPLETE).is_file():
             raise ValueError(
-                f"--resume_from_checkpoint {asked} is no whole checkpoint; in {output_dir}, {last} is one."
+                f"--resume_from_checkpoint {asked} is not a complete checkpoint; the last complete one in "
+                f"{output_dir} is {last}."
             )
         last = Path(asked)
     elif asked and asked.lower() == "false":
         last = None
     elif asked and last is None:
-        raise ValueError(f"--resume_from_checkpoint {asked}: {output_dir} holds no whole checkpoint; leave it out.")
+        raise ValueError(
+            f"--resume_from_checkpoint {asked}: {output_dir} has no complete checkpoint; leave the option out to "
+            "begin anew."
+        )
     elif (
         not asked
         and last
@@ -147,8 +151,8 @@ def naming_last_checkpoint(output_dir: str) -> Iterator[None]:
     except Exception as error:
         last = last_checkpoint(output_dir)
         error.add_note(
-            f"The last whole checkpoint is {last}; the same command goes on from it."
+            f"The last complete checkpoint is {last}; the same command goes on from it."
             if last
-            else f"There is no whole checkpoint in {output_dir} yet; --save_steps says how often one is written."
+            else f"{output_dir} has no complete checkpoint yet; --save_steps sets how often one is written."
         )
         raise

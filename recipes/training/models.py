@@ -1,4 +1,4 @@
-"""The LSM that learns: composed if it must be, loaded, and what learns thawed; and the LLM that it learns from."""
+"""The LSM of a training: composed if no LSM is named, loaded, with the right parts trainable; and its teacher."""
 
 import json
 import logging
@@ -217,10 +217,10 @@ def load_teacher(
     teacher = open_model(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=True, dtype=dtype
     )
-    return without_ears(teacher)
+    return drop_audio_modules(teacher)
 
 
-def without_ears(model: LsmForConditionalGeneration) -> LsmForConditionalGeneration:
-    """The model as one that can but read, and does not learn."""
+def drop_audio_modules(model: LsmForConditionalGeneration) -> LsmForConditionalGeneration:
+    """The model without audio tower and projector: it reads text, and is not trained."""
     del model.model.audio_tower, model.model.projector
     return model.requires_grad_(False).eval()

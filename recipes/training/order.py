@@ -11,9 +11,9 @@ MEGA_BATCHES = 50  # batches that are sorted together: more pad less and are les
 def group(costs: Sequence[float], batch_size: int, random: np.random.Generator) -> np.ndarray:
     """Lay rows out so that batches hold rows of like cost.
 
-    As in transformers' `LengthGroupedSampler`, rows are sorted within groups of 50 batches, the dearest row comes
-    first of all (what does not fit into memory fails at the first step) and the rest is random; but whole batches are
-    shuffled, where there they follow one another from dear to cheap.
+    As in transformers' `LengthGroupedSampler`, rows are sorted within groups of 50 batches, and the most expensive row
+    comes first, so that what does not fit into memory fails at the first step. Unlike there, whole batches are shuffled
+    and do not follow one another from expensive to cheap.
 
     Args:
         costs: of the rows in random order.
@@ -30,8 +30,8 @@ def group(costs: Sequence[float], batch_size: int, random: np.random.Generator) 
         rest = batches.pop() if len(batches[-1]) < batch_size else None  # comes last, as the sampler cuts by number
         laid += [batches[index] for index in random.permutation(len(batches))]
     if laid:
-        dearest = max(range(len(laid)), key=lambda index: costs[laid[index][0]])
-        laid[0], laid[dearest] = laid[dearest], laid[0]
+        costliest = max(range(len(laid)), key=lambda index: costs[laid[index][0]])
+        laid[0], laid[costliest] = laid[costliest], laid[0]
     if rest is not None:
         laid.append(rest)
     return np.concatenate(laid) if laid else np.array([], dtype=np.int64)

@@ -28,11 +28,11 @@ from recipes.training.models import (
     adapter_settings,
     check_model,
     check_vocabulary,
+    drop_audio_modules,
     prepare,
     update_template,
-    without_ears,
 )
-from recipes.training.rows import Ruler, check_response_tasks, check_row, open_stream, refuse_foreign, task_names
+from recipes.training.rows import RowSizes, check_response_tasks, check_row, open_stream, refuse_foreign, task_names
 from recipes.training.throughput import GIB
 from recipes.training.trainer import LsmTrainer
 
@@ -165,7 +165,7 @@ class Preflight:
             totals.append(_rows_in(args.dataset_name, task, args.dataset_train_split))
         if not self.rows:
             raise ValueError(f"{args.dataset_name} has no rows in split {args.dataset_train_split!r}.")
-        self.sizes = Ruler(self.processor, context_of(self.shapes.config)).measure(
+        self.sizes = RowSizes(self.processor, context_of(self.shapes.config)).measure(
             {name: [row[name] for row in self.rows] for name in self.rows[0]}
         )
         self.total = None if None in totals else sum(totals)
@@ -200,7 +200,7 @@ class Preflight:
         return found
 
     def two_steps(self) -> str:
-        """Two steps of the real trainer on the dearest rows seen, with random weights of the same shapes."""
+        """Two steps of the real trainer on the most expensive rows seen, with random weights of the same shapes."""
         cuda = torch.cuda.is_available()
         config, note = copy.deepcopy(self.shapes.config), ""
         config.text_config.pad_token_id = self.processor.tokenizer.pad_token_id  # as Trainer would, with a warning
@@ -220,17 +220,17 @@ class Preflight:
         with torch.device(device):
             model = LsmForConditionalGeneration._from_config(config, **({"dtype": dtype} if dtype else {}))
             if self.training_args.objective == "distill" and self.script_args.llm == "full":
-                teacher = without_ears(LsmForConditionalGeneration._from_config(config, dtype=torch.bfloat16))
+                teacher = drop_audio_modules(LsmForConditionalGeneration._from_config(config, dtype=torch.bfloat16))
         mode = "lora" if self.script_args.llm == "qlora" else self.script_args.llm
         prepare(model, mode, self.model_args)
         args = _short(self.training_args, whole=self.whole)
-        dearest = np.argsort(-costs, kind="stable")[: STEPS * args.per_device_train_batch_size * self.target.devices]
+        costliest = np.argsort(-costs, kind="stable")[: STEPS * args.per_device_train_batch_size * self.target.devices]
         with tempfile.TemporaryDirectory() as folder:
             args.output_dir = folder
             trainer = LsmTrainer(
                 model=model,
                 args=args,
-                train_dataset=Dataset.from_list([self.rows[index] for index in dearest]),
+                train_dataset=Dataset.from_list([self.rows[index] for index in costliest]),
                 data_collator=SpeechResponseCollator(self.processor, teacher=args.objective == "distill"),
                 peft_config=adapter_settings(self.model_args),
                 processor=self.processor,

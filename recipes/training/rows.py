@@ -163,7 +163,7 @@ def count_tasks(dataset: Dataset) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-class Ruler:
+class RowSizes:
     """Measures rows without decoding anything: texts are tokenised, and a clip is as long as its `duration` says."""
 
     def __init__(self, processor: LsmProcessor, context: int | None = None):
@@ -231,7 +231,7 @@ def stream_rows(
     shares = [weights[task] / sum(weights.values()) for task in tasks]
     streams = [open_stream(args, task).repeat(None) for task in tasks]
     rows = interleave_datasets(streams, probabilities=shares, seed=seed).shuffle(seed, buffer_size=args.shuffle_buffer)
-    ruler = Ruler(processor)
+    ruler = RowSizes(processor)
 
     def check(row: dict) -> dict:
         if not args.allow_foreign_responses:

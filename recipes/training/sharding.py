@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 
-def refuse_pretence(accelerator: Accelerator) -> None:
+def check_strategy(accelerator: Accelerator) -> None:
     """Stop where several processes would train alone, or whole copies would be taken for shards.
 
     Raises:

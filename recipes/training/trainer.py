@@ -21,7 +21,7 @@ from recipes.training.costs import Costs
 from recipes.training.models import can_share_prefix
 from recipes.training.objectives import distillation_loss, most_likely, predicts, response_loss
 from recipes.training.order import EpochSampler
-from recipes.training.sharding import as_before_sharding, prepare_for_fsdp2, refuse_pretence
+from recipes.training.sharding import as_before_sharding, check_strategy, prepare_for_fsdp2
 from recipes.training.throughput import Throughput
 
 
@@ -51,7 +51,7 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         # TRL takes whoever comes with a processor for a model of images.
         with calling_peft():
             super().__init__(*args, processing_class=processor.tokenizer, **kwargs)
-        refuse_pretence(self.accelerator)
+        check_strategy(self.accelerator)
         if self.is_fsdp_enabled:
             prepare_for_fsdp2(self.model, self.accelerator)
         self._check_objective()
@@ -59,7 +59,7 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         self.data_collator.share = self._may_share_prefix()
         self.data_collator.response_tasks = frozenset(self.args.response_tasks or ())
         self.throughput = Throughput(costs, self.model.config.audio_token_id, self.args.peak_tflops)
-        self.add_callback(_Clockwork(self))
+        self.add_callback(_TrainerHooks(self))
 
     def _check_objective(self) -> None:
         vocabulary, top_k = self.model.config.text_config.vocab_size, self.args.distill_top_k
@@ -230,7 +230,7 @@ def _keep_dtype(model: nn.Module) -> None:
         model.forward = MethodType(wrapper.model_forward, model) if bound else wrapper.model_forward
 
 
-class _Clockwork(TrainerCallback):
+class _TrainerHooks(TrainerCallback):
     """Keeps the logits' dtype, the order's epoch and the throughput's clock."""
 
     def __init__(self, trainer: LsmTrainer):

@@ -11,7 +11,7 @@ import torch
 from benchmarks import fine_tuning
 from benchmarks.fine_tuning import Bench, Sweep, main, make_processor, make_rows, measure, table
 from modeling_lsm import LsmForConditionalGeneration
-from recipes.training.rows import Ruler
+from recipes.training.rows import RowSizes
 
 TINY = {"preset": "tiny", "batch": (1,), "seconds": (2.0,), "steps": 2, "workers": 0}
 FIGURES = ("steps_per_second", "tokens_per_second", "audio_seconds_per_second", "mfu", "mfu_of_given")
@@ -63,7 +63,7 @@ def test_full_training_may_distill_without_checkpointing():
 def test_rows_are_of_the_lengths_that_are_said():
     processor = make_processor()
     rows = make_rows(2, 5.0)
-    sizes = Ruler(processor).measure({name: [row[name] for row in rows] for name in rows[0]})
+    sizes = RowSizes(processor).measure({name: [row[name] for row in rows] for name in rows[0]})
     assert (sizes["frames"].tolist(), sizes["labels"].tolist()) == ([250, 250], [40, 40])
     assert len(processor.tokenizer(rows[0]["instruction"], add_special_tokens=False).input_ids) == 15
 

@@ -142,12 +142,12 @@ def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     assert find_checkpoint(str(tmp_path), {}, None) == str(tmp_path / "checkpoint-9")
     assert not (tmp_path / "checkpoint-12").exists()
-    with pytest.raises(ValueError, match="checkpoint-12 is no whole checkpoint"):
+    with pytest.raises(ValueError, match="checkpoint-12 is not a complete checkpoint"):
         find_checkpoint(str(tmp_path), {}, str(tmp_path / "checkpoint-12"))
 
 
 def test_asking_to_resume_where_nothing_is_names_the_folder(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} holds no whole checkpoint"):
+    with pytest.raises(ValueError, match=f"{tmp_path} has no complete checkpoint"):
         find_checkpoint(str(tmp_path), {}, "true")
 
 
@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_which(train, monkeypatc
     output = Path(defaults["output_dir"])
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-3"]
     assert (
-        f"The last whole checkpoint is {output / 'checkpoint-3'}; the same command goes on"
+        f"The last complete checkpoint is {output / 'checkpoint-3'}; the same command goes on"
         in stopped.value.__notes__[0]
     )
 

@@ -46,7 +46,7 @@ ROWS = 2 * 28_539
 
 
 def sizes(row, window_frames):
-    """Of a row, as `Ruler` measures it."""
+    """Of a row, as `RowSizes` measures it."""
     speech = -(-row["frames"] // window_frames)
     row = row | {"speech_tokens": speech, "tokens": row["tokens"] + speech}
     return {key: np.array([value]) for key, value in row.items()}

@@ -12,7 +12,7 @@ from recipes.collator import SpeechResponseCollator
 from recipes.training.arguments import LsmScriptArguments
 from recipes.training.costs import Costs
 from recipes.training.rows import (
-    Ruler,
+    RowSizes,
     check_columns,
     check_rows,
     count_tasks,
@@ -150,7 +150,7 @@ def test_short_answers_are_rows_like_others(processor, spoken):
 
 def test_rows_are_as_long_as_the_collator_makes_them(set_dir, processor, lsm):
     dataset = load_rows(arguments(set_dir, text_ratio=1.0), 0, lsm.config.responder)
-    sizes = Ruler(processor).measure_all(dataset)
+    sizes = RowSizes(processor).measure_all(dataset)
     for index, row in enumerate(dataset):
         batch = SpeechResponseCollator(processor)([row])
         assert (
@@ -165,7 +165,7 @@ def test_rows_are_as_long_as_the_collator_makes_them(set_dir, processor, lsm):
 def test_a_row_that_the_llm_has_no_room_for_is_refused(set_dir, processor, lsm):
     dataset = load_rows(arguments(set_dir), 0, lsm.config.responder)
     with pytest.raises(ValueError, match=r"row '.*' takes \d+ tokens, but the LLM has 30 positions"):
-        Ruler(processor, context=30).measure_all(dataset)
+        RowSizes(processor, context=30).measure_all(dataset)
 
 
 # Streams

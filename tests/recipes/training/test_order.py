@@ -28,14 +28,14 @@ def test_every_row_comes_once_and_the_order_is_of_seed_and_epoch(costs):
 
 def test_batches_hold_rows_of_like_cost():
     def waste(costs):
-        """What padding to the dearest row of each batch adds."""
+        """What padding to the most expensive row of each batch adds."""
         found = batches(EpochSampler(1003, 0, costs, batch_size=8), 8)
         return sum(COSTS[rows].max() * len(rows) for rows in found) / COSTS.sum() - 1
 
     assert waste(COSTS) < waste(None) / 5
 
 
-def test_the_dearest_batch_comes_first_and_the_rest_do_not_go_downhill():
+def test_the_most_expensive_batch_comes_first_and_the_rest_do_not_go_downhill():
     found = batches(EpochSampler(1003, 0, COSTS, batch_size=8), 8)
     assert COSTS[found[0]].max() == COSTS.max()
     means = [COSTS[rows].mean() for rows in found[1:-1]]
