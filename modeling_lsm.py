@@ -3,6 +3,7 @@
 Architecture: "Self-Powered LLM Modality Expansion for Large Speech-Text Models", arXiv 2410.03798.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -212,7 +213,7 @@ class LsmReader(nn.Module):
             self.blank_bias.float(), (0, cosines.shape[-1])
         )
 
-    def forward(self, speech: torch.Tensor, embeddings: nn.Module, num_tokens: list[int]) -> torch.Tensor:
+    def forward(self, speech: torch.Tensor, embeddings: Callable, num_tokens: list[int]) -> torch.Tensor:
         """Put speech into the LLM's own words, as LegoSLM does (arXiv 2505.11352), but with room for more than words.
 
         A token becomes the mean of the `pieces_per_token` embeddings next to it, weighted by their probabilities. A
@@ -222,7 +223,8 @@ class LsmReader(nn.Module):
 
         Args:
             speech: `(total_tokens, hidden)` float.
-            embeddings: of the LLM; called, not looked into, as its weights may be elsewhere or in shards.
+            embeddings: what gives the LLM's embeddings of ids. A function, as the weights may be elsewhere or in
+                shards until their module is called; and no module, as accelerate would move that.
             num_tokens: speech tokens of every chunk.
 
         Returns:
@@ -239,7 +241,7 @@ class LsmReader(nn.Module):
         return heard[(2 * chunk + is_blank).argsort(stable=True)].to(speech.dtype)
 
     @torch.no_grad()
-    def _search(self, speech: torch.Tensor, embeddings: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    def _search(self, speech: torch.Tensor, embeddings: Callable) -> tuple[torch.Tensor, torch.Tensor]:
         """For each token the ids `(tokens, pieces_per_token)` whose embeddings have the largest cosines with it; and
         the mean `(hidden,)` of all embeddings."""
         speech, device = nn.functional.normalize(speech, dim=-1), speech.device
@@ -303,13 +305,14 @@ class LsmProjector(LsmPreTrainedModel):
         return windows[real], mask[real].long()
 
     def forward(
-        self, hidden_states: torch.Tensor, encoder_frames: list[int], embeddings: nn.Module | None = None
+        self, hidden_states: torch.Tensor, encoder_frames: list[int], embeddings: Callable | None = None
     ) -> torch.Tensor:
         """
         Args:
             hidden_states: `(chunks, frames, d_audio)` float.
             encoder_frames: real frames of every chunk.
-            embeddings: of the LLM, to put speech into its words; without them, speech stays as it is.
+            embeddings: what gives the LLM's embeddings of ids, to put speech into its words; without it, speech stays
+                as it is.
 
         Returns:
             `(total_tokens, hidden)`: the speech embeddings of all chunks, one after the other.
@@ -374,7 +377,7 @@ class LsmModel(LsmPreTrainedModel):
         hidden_states, encoder_frames = self.encode_audio(input_features, input_features_mask, audio_hidden_states)
         return LsmAudioOutput(
             last_hidden_state=hidden_states,
-            pooler_output=self.projector(hidden_states, encoder_frames, self.get_input_embeddings()),
+            pooler_output=self.projector(hidden_states, encoder_frames, self.get_input_embeddings().__call__),
             num_tokens=torch.tensor(self._num_audio_tokens(encoder_frames)),
         )
 

@@ -101,6 +101,8 @@ def compose_tiny():
         for parameter in model.model.projector.qformer.parameters():
             if parameter.ndim == 2:
                 parameter.data.mul_(10)
+        if model.config.pieces_per_token:  # a blank says nothing, and fresh weights would be blank throughout
+            model.model.projector.reader.blank_bias.data.fill_(-3)
         if output is not None:
             model.save_pretrained(output)
             processor.save_pretrained(output)
@@ -114,6 +116,14 @@ def lsm_dir(tmp_path_factory, compose_tiny, whisper_dir, llm_dir) -> Path:
     """An LSM folder as `recipes.compose` writes it."""
     folder = tmp_path_factory.mktemp("lsm") / "tiny-lsm"
     compose_tiny(str(whisper_dir), str(llm_dir), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain_lsm_dir(tmp_path_factory, compose_tiny, whisper_dir, llm_dir) -> Path:
+    """With the paper's plain map to the LLM: nothing is decided about speech, so half precision is near, too."""
+    folder = tmp_path_factory.mktemp("lsm") / "plain"
+    compose_tiny(str(whisper_dir), str(llm_dir), str(folder), pieces_per_token=0)
     return folder
 
 

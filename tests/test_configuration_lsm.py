@@ -146,9 +146,9 @@ def test_what_fits_is_what_is_counted(tokens, mode, seconds):
     assert config.seconds_that_fit(-tokens) == 0
 
 
-def test_readme_says_how_long_fits():
+def test_the_docs_say_how_long_fits():
     """Beside a prompt and an answer of 300 tokens."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "use.md").read_text()
     for positions, frames in ((2048, 8), (4096, 8), (4096, 17)):
         seconds = LsmConfig(window_frames=frames).seconds_that_fit(positions - 300)
-        assert f"{seconds // 60} min" in readme
+        assert f"{seconds // 60} minutes" in page

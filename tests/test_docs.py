@@ -27,7 +27,10 @@ def commands() -> list[tuple[str, ...]]:
                     module, *rest = words[starts[-1] + (words[starts[-1]] == "-m") :]
                     module = module.removesuffix(".py").replace("/", ".")
                     called = (module, *rest[: rest[:1] != [] and rest[0] in SUBCOMMANDS])
-                    found |= {(*called, word.partition("=")[0]) for word in rest if word.startswith("--")}
+                    options = {word.partition("=")[0] for word in rest if word.startswith("--")}
+                    found |= {
+                        (*called, option) for option in options - {"--config"}
+                    }  # of TRL, which keeps it to itself
     return sorted(found)
 
 

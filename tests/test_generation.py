@@ -32,7 +32,8 @@ def new_tokens(inputs, output):
 
 
 @pytest.mark.parametrize("seconds", [1.3, 65])
-def test_a_clip_heard_before_is_the_clip(lsm, processor, clip, seconds, monkeypatch):
+def test_a_clip_heard_before_is_the_clip(plain_lsm_dir, processor, clip, seconds, monkeypatch):
+    lsm = LsmForConditionalGeneration.from_pretrained(plain_lsm_dir).eval()
     questions = ["what is said?", "and what is asked now?", "the speech"]
     inputs = ask(processor, [clip(seconds)] * 3, questions)
     expected = new_tokens(inputs, lsm.generate(**inputs, **GREEDY))
@@ -55,7 +56,7 @@ def test_clips_heard_and_unheard_do_not_mix(lsm, processor, clip):
         processor(text=AUDIO_TOKEN * 2, audio=[heard, clip(1)])
     with pytest.raises(ValueError, match="0 .* placeholders for 1 clips"):
         processor(text="none", audio=heard)
-    with pytest.raises(ValueError, match="Without text"):
+    with pytest.raises(ValueError, match="Neither `text` nor `audio` is given"):
         processor(audio=heard)
     with pytest.raises(ValueError, match="exactly one"):
         inputs = processor(text=AUDIO_TOKEN, audio=clip(1), return_tensors="pt")

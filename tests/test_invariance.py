@@ -23,14 +23,6 @@ deterministic = {
 
 
 @pytest.fixture(scope="module")
-def plain_lsm_dir(compose_tiny, whisper_dir, llm_dir, tmp_path_factory):
-    """With the paper's plain map to the LLM."""
-    folder = tmp_path_factory.mktemp("lsm") / "plain"
-    compose_tiny(str(whisper_dir), str(llm_dir), str(folder), pieces_per_token=0)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def lsm(plain_lsm_dir):
     return LsmForConditionalGeneration.from_pretrained(plain_lsm_dir).eval()
 

@@ -50,7 +50,7 @@ def test_audio_alone_gives_features_alone(processor, clip):
     inputs = processor(audio=[clip(0.5), clip(1)], return_tensors="pt")
     assert set(inputs) == {"input_features", "input_features_mask"}
     assert inputs["input_features_mask"].sum(-1).tolist() == [50, 100]
-    with pytest.raises(ValueError, match="Without text"):
+    with pytest.raises(ValueError, match="Neither `text` nor `audio` is given"):
         processor()
 
 

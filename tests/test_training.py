@@ -84,7 +84,7 @@ def test_an_adapter_on_a_quantized_llm_learns(wide_lsm_dir, batch, tmp_path):
 def test_gradient_checkpointing_gives_the_same_gradients(lsm_dir, batch, reentrant):
     gradients = []
     for checkpointing in (False, True):
-        model = LsmForConditionalGeneration.from_pretrained(lsm_dir).train()
+        model = LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=torch.float64).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             model.enable_input_require_grads()
@@ -92,12 +92,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(lsm_dir, batch, reentra
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near_and_mixed_precision_learns(lsm_dir, lsm, batch, dtype):
-    model = LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=dtype)
+def test_half_precision_stays_near_and_mixed_precision_learns(lsm_dir, plain_lsm_dir, batch, dtype):
+    """Near by the paper's plain map; what a token is read as may be decided otherwise in half precision."""
+    lsm = LsmForConditionalGeneration.from_pretrained(plain_lsm_dir)
+    model = LsmForConditionalGeneration.from_pretrained(plain_lsm_dir, dtype=dtype)
     with torch.no_grad():
         expected, found = lsm(**batch).logits, model(**batch).logits
     assert found.dtype == dtype

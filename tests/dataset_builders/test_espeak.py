@@ -57,7 +57,7 @@ def test_text_without_words_is_refused(text):
 
 def test_a_missing_library_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(ImportError, match=r"espeakng-loader.*pip install 'lsm\[nano\]'"):
+    with pytest.raises(ImportError, match=r"espeakng-loader.*pip install 'self-powered-lsm\[nano\]'"):
         speak(SPOKEN)
 
 

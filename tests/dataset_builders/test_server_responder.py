@@ -362,5 +362,5 @@ def test_settings_out_of_range(ask, setting):
 def test_without_the_openai_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     monkeypatch.delitem(sys.modules, "dataset_builders.server_responder")
-    with pytest.raises(ImportError, match=r"pip install 'lsm\[server\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'self-powered-lsm\[server\]'"):
         importlib.import_module("dataset_builders.server_responder")
