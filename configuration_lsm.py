@@ -103,8 +103,7 @@ class LsmConfig(PretrainedConfig):
         audio_padding (`str`, defaults to `"longest"`): `"longest"` pads to the longest clip of the batch and masks
             the padding; `"max_length"` pads with silence to Whisper's 30 s and attends to it, as Whisper was trained.
         pieces_per_token (`int`, defaults to 8): how many of the LLM's word pieces a speech token is read as, see
-            [`LsmReader`]; speech tokens are then also as long as the LLM's embeddings. 0 is the plain linear map of
-            the paper and of the original code.
+            [`LsmReader`]. 0 is the plain linear map of the paper and of the original code.
         non_text_token_ids (`list[int]`, *optional*): ids that speech is never read as: special tokens, and embeddings
             that no token has.
         projector_trained (`bool`, defaults to `False`): whether the projector has learned anything yet. If not,

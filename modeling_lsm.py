@@ -66,8 +66,6 @@ class LsmPreTrainedModel(PreTrainedModel):
         if isinstance(module, LsmProjector):
             # Unit variance: queries of 0.02 all but vanish beside the windows and the projector stays on a plateau.
             init.normal_(module.queries, mean=0.0, std=1.0)
-            if module.config.pieces_per_token:
-                init.ones_(module.gain)
         elif isinstance(module, LsmReader):
             init.normal_(module.blank, mean=0.0, std=1.0)
             init.constant_(module.blank_bias, BLANK_BIAS)
@@ -184,14 +182,14 @@ class LsmReader(nn.Module):
     """Reads speech tokens as word pieces: by their cosines with the LLM's input embeddings, times a learned scale.
 
     The alternative to all pieces is the blank of CTC (Graves et al., 2006), a learned vector with a bias: the token
-    says no word. Lengths do not count, so neither the projector's gain nor the scaling of embeddings (Gemma) matters.
+    says no word. Lengths do not count, so the scaling of embeddings (Gemma) does not matter.
     """
 
     def __init__(self, config: LsmConfig):
         super().__init__()
         self.config = config
         self.blank = nn.Parameter(torch.empty(config.text_config.hidden_size))
-        self.blank_bias = nn.Parameter(torch.empty(1))
+        self.blank_bias = nn.Parameter(torch.empty(1))  # not scalars: FSDP2 shards none
         self.scale = nn.Parameter(torch.empty(1))
         self.gate = nn.Parameter(torch.empty(1))
 
@@ -203,22 +201,22 @@ class LsmReader(nn.Module):
                 word pieces to choose from.
 
         Returns:
-            `(tokens, 1 + pieces)` float32; the blank comes first.
+            `(tokens, 1 + pieces)` float32, of a model in float64 float64; the blank comes first.
         """
-        speech = nn.functional.normalize(speech.float(), dim=-1)
-        blank = speech @ nn.functional.normalize(self.blank.float(), dim=-1)
-        pieces = nn.functional.normalize(pieces.float(), dim=-1)
+        dtype = torch.promote_types(speech.dtype, torch.float32)
+        speech = nn.functional.normalize(speech.to(dtype), dim=-1)
+        blank = speech @ nn.functional.normalize(self.blank.to(dtype), dim=-1)
+        pieces = nn.functional.normalize(pieces.to(dtype), dim=-1)
         cosines = speech @ pieces.T if pieces.ndim == 2 else (pieces @ speech[..., None])[..., 0]
-        return self.scale.float() * torch.cat([blank[:, None], cosines], -1) + nn.functional.pad(
-            self.blank_bias.float(), (0, cosines.shape[-1])
-        )
+        bias = nn.functional.pad(self.blank_bias.to(dtype), (0, cosines.shape[-1]))
+        return self.scale.to(dtype) * torch.cat([blank[:, None], cosines], -1) + bias
 
     def forward(self, speech: torch.Tensor, embeddings: Callable, num_tokens: list[int]) -> torch.Tensor:
         """Put speech into the LLM's own words, as LegoSLM does (arXiv 2505.11352), but with room for more than words.
 
         A token becomes the mean of the `pieces_per_token` embeddings next to it, weighted by their probabilities. A
-        blank says nothing: it becomes the mean of all embeddings, and as much of what it was as the learned gate lets
-        through, which begins at 0; so what is not said in words can be heard if there is something to learn from it.
+        blank says nothing: it becomes the mean of all embeddings, and as much of its own direction as the learned gate
+        lets through. The gate begins at 0; it opens if there is something to learn from what is not said in words.
         Of every chunk the words come first, so that the LLM finds them next to each other as in a text.
 
         Args:
@@ -235,8 +233,8 @@ class LsmReader(nn.Module):
         chances = self.logits(speech, pieces).softmax(-1)
         blank, is_blank = chances[:, :1], chances[:, 0] > 0.5
         # The second thought of a blank would be heard as a word, however faint: LLMs normalise what they are given.
-        words = (chances[:, None, 1:] @ pieces.float())[:, 0].masked_fill(is_blank[:, None], 0.0)
-        heard = words + blank * (mean + self.gate * speech)
+        words = (chances[:, None, 1:] @ pieces.to(chances))[:, 0].masked_fill(is_blank[:, None], 0.0)
+        heard = words + blank * (mean + self.gate * nn.functional.normalize(speech, dim=-1))
         chunk = torch.arange(len(num_tokens)).repeat_interleave(torch.tensor(num_tokens)).to(speech.device)
         return heard[(2 * chunk + is_blank).argsort(stable=True)].to(speech.dtype)
 
@@ -250,7 +248,7 @@ class LsmReader(nn.Module):
         vocabulary, total = self.config.text_config.vocab_size, 0.0
         for chunk in torch.arange(vocabulary, device=device).split(VOCABULARY_CHUNK):
             known = embeddings(chunk).to(speech)
-            total = total + known.float().sum(0)
+            total = total + known.sum(0, dtype=torch.promote_types(known.dtype, torch.float32))
             cosines = speech @ nn.functional.normalize(known, dim=-1).T
             cosines = cosines.masked_fill(torch.isin(chunk, never), -torch.inf)
             scores, ids = torch.cat([scores, cosines], 1), torch.cat([ids, chunk.expand(len(speech), -1)], 1)
@@ -260,8 +258,8 @@ class LsmReader(nn.Module):
 
 
 class LsmProjector(LsmPreTrainedModel):
-    """LayerNorm, windows, a Q-Former that reads each window with learned queries, and a linear map to the LLM, whose
-    length and words are the LLM's own (`pieces_per_token`)."""
+    """LayerNorm, windows, a Q-Former that reads each window with learned queries, and a linear map to the LLM,
+    whose words speech is put into (`pieces_per_token`)."""
 
     def __init__(self, config: LsmConfig):
         super().__init__(config)
@@ -278,7 +276,6 @@ class LsmProjector(LsmPreTrainedModel):
                 layer.crossattention.attention = LsmWindowAttention(self.qformer.config, is_cross_attention=True)
         self.linear = nn.Linear(qformer_config.hidden_size, config.text_config.hidden_size)
         if config.pieces_per_token:
-            self.gain = nn.Parameter(torch.ones(1))  # not a scalar: FSDP2 shards no scalars
             self.reader = LsmReader(config)
         self.post_init()
 
@@ -327,8 +324,6 @@ class LsmProjector(LsmPreTrainedModel):
             return_dict=True,
         )
         speech = self.linear(read.last_hidden_state).flatten(0, 1)
-        if self.config.pieces_per_token:
-            speech = self.gain * nn.functional.normalize(speech, dim=-1)
         if embeddings is None or not self.config.pieces_per_token:
             return speech
         return self.reader(speech, embeddings, num_audio_tokens(encoder_frames, **self.config.windowing))

@@ -209,17 +209,7 @@ def _assemble(config: LsmConfig, whisper: WhisperModel, llm: PreTrainedModel) ->
     model.model.language_model = llm.get_decoder()
     model.lm_head = llm.get_output_embeddings()
     model.generation_config = llm.generation_config
-    if config.pieces_per_token and llm.device.type != "meta":
-        model.model.projector.gain.data.fill_(mean_norm(model.get_input_embeddings()))
     return model.eval()
-
-
-@torch.no_grad()
-def mean_norm(embeddings: torch.nn.Module, most: int = 10_000) -> float:
-    """Mean length of what the LLM's embeddings give for its first `most` tokens, with the scaling that some (Gemma 3)
-    have in them."""
-    ids = torch.arange(min(most, embeddings.weight.shape[0]), device=embeddings.weight.device)
-    return float(embeddings(ids).float().norm(dim=-1).mean())
 
 
 def main() -> None:

@@ -32,8 +32,8 @@ def new_tokens(inputs, output):
 
 
 @pytest.mark.parametrize("seconds", [1.3, 65])
-def test_a_clip_heard_before_is_the_clip(plain_lsm_dir, processor, clip, seconds, monkeypatch):
-    lsm = LsmForConditionalGeneration.from_pretrained(plain_lsm_dir).eval()
+def test_a_clip_heard_before_is_the_clip(lsm_dir, processor, clip, seconds, monkeypatch):
+    lsm = LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=torch.float64).eval()
     questions = ["what is said?", "and what is asked now?", "the speech"]
     inputs = ask(processor, [clip(seconds)] * 3, questions)
     expected = new_tokens(inputs, lsm.generate(**inputs, **GREEDY))

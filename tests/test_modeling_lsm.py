@@ -155,6 +155,21 @@ def test_max_length_hears_the_silence_as_whisper_does(lsm_dir, whisper_dir, proc
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batch_equals_single(lsm_dir, processor, clip, side):
+    """In float64: of what float32 rounds in the reader, an LLM of such large random weights makes 2e-5."""
+    lsm = LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=torch.float64).eval()
+    clips = [clip(0.6, 1), clip(3.3, 2), clip(1.9, 3)]
+    batch = prompt(processor, clips, padding_side=side)
+    logits = lsm(**batch).logits
+    for row, audio in enumerate(clips):
+        text = processor.tokenizer.decode(batch["input_ids"][row][batch["attention_mask"][row] == 1])
+        single = prompt(processor, [audio], text="Repeat: {}" + " !" * row)
+        assert processor.tokenizer.decode(single["input_ids"][0]) == text
+        close(logits[row][batch["attention_mask"][row] == 1], lsm(**single).logits[0])
+
+
+@torch.no_grad()
 def test_precomputed_audio_is_the_same(lsm, processor, clip):
     inputs = prompt(processor, [clip(0.6, 1), clip(2.5, 2)])
     expected = lsm(**inputs).logits

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 NANO = ROOT / "assets" / "nano"
@@ -27,6 +28,21 @@ def lsm():
 def test_it_answers_about_its_clip(lsm):
     rows = [{"audio": str(NANO / "example.wav"), "instruction": instruction} for instruction in ANSWERS]
     assert [reply.text for reply in lsm.respond(rows, progress=False)] == list(ANSWERS.values())
+
+
+@pytest.mark.nano
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_stays_near(dtype):
+    """Of a trained reader, which is sure of what it reads."""
+    from recipes.speech_llm import load
+
+    rows = [{"audio": str(NANO / "example.wav"), "instruction": instruction} for instruction in ANSWERS]
+    whole, half = load(NANO / "lsm", "float32"), load(NANO / "lsm", str(dtype).removeprefix("torch."))
+    inputs = whole.inputs(rows)
+    expected, found = whole.model(**inputs).logits, half.model(**inputs).logits.float()
+    real = inputs["attention_mask"] == 1
+    assert (found - expected)[real].norm() / expected[real].norm() < 5e-2
 
 
 @pytest.mark.nano

@@ -64,7 +64,7 @@ def test_an_adapter_is_opened_on_what_it_is_for(checkpoints, open_llm, processor
     )
     adapted = get_peft_model(load(checkpoints["lsm"]).model, settings).eval()
     with torch.no_grad():
-        adapted.base_model.model.model.projector.gain.mul_(2)
+        adapted.base_model.model.model.projector.reader.scale.mul_(2)
     adapted.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
 

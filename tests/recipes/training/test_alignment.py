@@ -19,7 +19,6 @@ from datasets import Audio, Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from recipes import align as command
-from recipes.compose import mean_norm
 from recipes.speech_llm import Lsm
 from recipes.training.alignment import (
     STEPS,
@@ -343,26 +342,6 @@ def test_settings_that_cannot_be_are_refused(parts_of, defaults):
     for name, value in {"align_steps": -1, "align_batch_size": 0}.items():
         with pytest.raises(ValueError, match=f"--{name} {value}"):
             parts_of({**defaults, name: value})
-
-
-# The length of speech
-
-
-def test_speech_has_the_length_of_the_llms_embeddings(small_lsm, processor, clips):
-    batch = AlignmentCollator(processor, counts=torch.ones(300))(list(alignment_rows(clips, processor, 300)))
-    audio = {name: value for name, value in batch.items() if name.startswith("input_features")}
-    lengths = small_lsm.model.projector(*small_lsm.model.encode_audio(**audio)).norm(dim=-1)
-    expected = small_lsm.get_input_embeddings().weight[:10_000].norm(dim=-1).mean()
-    torch.testing.assert_close(lengths, expected.expand_as(lengths))
-
-
-def test_the_scaling_of_embeddings_counts():
-    class Scaled(torch.nn.Embedding):  # as Gemma 3's
-        def forward(self, ids):
-            return super().forward(ids) * 5
-
-    embeddings = Scaled(10, 4)
-    assert mean_norm(embeddings) == pytest.approx(5 * embeddings.weight.norm(dim=-1).mean().item(), rel=1e-5)
 
 
 def test_a_plain_map_is_not_aligned(compose_tiny, whisper_dir, llm_dir, parts_of, defaults):

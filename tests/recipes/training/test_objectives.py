@@ -228,16 +228,11 @@ def test_a_model_that_only_reads_has_nothing_to_learn(train, losses, llm, option
         ("full", {}),
     ],
 )
-def test_the_divergence_gets_smaller(train, losses, llm, options, plain_lsm_dir):
-    if llm == "frozen":  # a projector that reads learns little so soon: it must first come near to words
-        options = {**options, "model_name_or_path": str(plain_lsm_dir)}
-    options = options | {
-        "objective": "distill",
-        "per_device_train_batch_size": 16,
-        "learning_rate": 1e-2,
-        "warmup_steps": 2,
-    }
-    found = losses(train(llm=llm, max_steps=12, **options))
+def test_the_divergence_gets_smaller(train, losses, llm, options):
+    settings = {"per_device_train_batch_size": 16, "learning_rate": 1e-2, "warmup_steps": 2, "max_steps": 12}
+    if llm == "frozen":  # a projector that was never aligned must first come near to words
+        settings |= {"learning_rate": 1e-1, "max_steps": 40}
+    found = losses(train(llm=llm, objective="distill", **settings, **options))
     assert found[-1] < 0.9 * found[0]
 
 
