@@ -41,10 +41,10 @@ from trl import ModelConfig, get_peft_config
 
 from benchmarks.machine import describe, free_memory
 from configuration_lsm import LsmConfig
-from dataset_builders.text_llm import context_of
+from language_models.generation import context_of
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
-from recipes.collator import SpeechResponseCollator
+from recipes.listening.collator import SpeechResponseCollator
 from recipes.training.arguments import OBJECTIVES, LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import Costs
 from recipes.training.memory import Target, estimate

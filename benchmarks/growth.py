@@ -29,7 +29,7 @@ from benchmarks.contestants import Ours
 from benchmarks.fine_tuning import make_processor, make_rows
 from benchmarks.machine import describe
 from benchmarks.workloads import Row
-from recipes.audio_features import AudioFeatureStore
+from recipes.listening.features import AudioFeatureStore
 from recipes.training.costs import Costs
 from recipes.training.order import EpochSampler
 from recipes.training.rows import RowSizes

@@ -26,8 +26,8 @@ import recipes.sft
 from benchmarks.contestants import CHUNK, project_frames
 from benchmarks.machine import describe
 from dataset_builders.files import read_yaml
-from recipes.collator import SpeechResponseCollator
-from recipes.quickstart import CONFIGS, Quickstart
+from recipes.listening.collator import SpeechResponseCollator
+from recipes.nano.quickstart import CONFIGS, Quickstart
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.callbacks import LOG, read_lines
 from recipes.training.trainer import LsmTrainer

@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
-from dataset_builders.asr_corpora import NanoCorpus, open_corpus
 from dataset_builders.building import build, draw_rows
-from dataset_builders.corpus import FEATURES
+from dataset_builders.corpora.corpus import FEATURES
+from dataset_builders.corpora.opening import open_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, Draw, load_pool
-from dataset_builders.responders import LocalResponder
+from dataset_builders.responders.local import LocalResponder
 from dataset_builders.shards import Worker
 
 BATCH = 32
@@ -83,7 +83,7 @@ def measure(llm: str, rows: int, turns: int, cores: int, processes: int) -> dict
         ValueError: the answers differ, so that the times cannot be compared.
     """
     load(llm, cores)
-    nano, size = iter(NanoCorpus("train")), rows // turns
+    nano, size = iter(open_corpus("nano")), rows // turns
     rates: dict[str, list[float]] = {"loop": [], "build": []}
     context = multiprocessing.get_context("spawn")
     settings = {"mp_context": context, "initializer": load, "initargs": (llm, cores // processes)}

@@ -18,12 +18,12 @@ from typing import TypeVar
 import pyarrow as pa
 from datasets import Audio, Features, Value
 
-from dataset_builders.corpus import Corpus, RefusedRowError, decode
+from dataset_builders.corpora.corpus import Corpus, RefusedRowError, decode
 from dataset_builders.data_card import Summary, write_card
-from dataset_builders.exchange import Reply, Request
 from dataset_builders.filters import check_names, judge, reason_to_drop
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, Task, load_pool
-from dataset_builders.responders import Responder
+from dataset_builders.responders.exchange import Reply, Request
+from dataset_builders.responders.local import Responder
 from dataset_builders.shards import BuildFolder, Shard, Worker
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection
 
 import regex
 
-from dataset_builders.exchange import Reply, Request
 from dataset_builders.instructions import TRANSCRIPTION, Task
+from dataset_builders.responders.exchange import Reply, Request
 
 # Every reason to drop a response, in the order of looking. Each can be turned off by its name but the first, which
 # `max_prompt_tokens` sets: what an LLM has no room for cannot be asked.

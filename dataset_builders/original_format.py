@@ -1,8 +1,8 @@
 """Sets exchanged with the original project, whose training data is JSONL with `instruction`, `audio` and `text`.
 
 There `audio` is a path and `text` the response; the transcript lies in another JSONL, of `audio` and `text`, which is a
-manifest like any other (`asr_corpora.py`). Task and responder are nowhere: rows that come from there say `unknown`, and
-`recipes/sft.py` takes them for foreign until told otherwise.
+manifest like any other (`corpora/opening.py`). Task and responder are nowhere: rows that come from there say `unknown`,
+and `recipes/sft.py` takes them for foreign until told otherwise.
 """
 
 import itertools
@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dataset_builders.building import SHARD_ROWS, finish, read, report, to_tables
-from dataset_builders.corpus import RefusedRowError
-from dataset_builders.file_corpora import ManifestCorpus
+from dataset_builders.corpora.corpus import RefusedRowError
+from dataset_builders.corpora.local import ManifestCorpus
 from dataset_builders.files import fingerprint
 from dataset_builders.shards import BuildFolder, Shard
 

@@ -35,16 +35,16 @@ from datasets import (
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import HfArgumentParser
 
-from dataset_builders.asr_corpora import PRESETS, open_corpus
 from dataset_builders.building import FEATURES, SHARD_ROWS, TASKS, build
-from dataset_builders.corpus import Corpus
+from dataset_builders.corpora.corpus import Corpus
+from dataset_builders.corpora.opening import PRESETS, open_corpus
+from dataset_builders.corpora.transcripts import NORMALIZERS
 from dataset_builders.filters import FILTERS
 from dataset_builders.instructions import POOL_PATH, Draw, load_pool, parse_weights
 from dataset_builders.original_format import OriginalRows, export_original, import_original
 from dataset_builders.publishing import push_to_hub
-from dataset_builders.responders import MAX_NEW_TOKENS, LocalResponder, Responder
-from dataset_builders.text_llm import parse_template_settings
-from dataset_builders.transcripts import NORMALIZERS
+from dataset_builders.responders.local import MAX_NEW_TOKENS, LocalResponder, Responder
+from language_models.tokenizers import parse_template_settings
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class BuildArguments:
     """What a build can be told, on the command line and by [`SelfPoweredBuilder`]."""
 
     corpus: str = field(
-        metadata={"help": "nano, a Hub id, a manifest (.jsonl, .csv, .tsv), a folder, or one of " + ", ".join(PRESETS)}
+        metadata={"help": "a Hub id, a manifest (.jsonl, .csv, .tsv), a folder, or one of " + ", ".join(PRESETS)}
     )
     llm: str = field(metadata={"help": "Causal LLM, or LSM with one inside: folder or Hub id."})
     # The corpus
@@ -124,7 +124,7 @@ class BuildArguments:
         limits["template_settings"] = parse_template_settings(self.template_settings)
         if self.server is None:
             return LocalResponder(self.llm, dtype=self.dtype, **limits)
-        from dataset_builders.server_responder import ServerResponder
+        from dataset_builders.responders.server import ServerResponder
 
         names = ("served_model", "prompt_format", "concurrency", "timeout")
         return ServerResponder(self.llm, self.server, **{name: getattr(self, name) for name in names}, **limits)

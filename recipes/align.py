@@ -27,10 +27,10 @@ from datasets import Audio, Dataset
 from transformers import set_seed
 from trl import ModelConfig
 
-from dataset_builders.asr_corpora import open_corpus
-from dataset_builders.corpus import FEATURES, Corpus
-from recipes.audio_features import store_features
-from recipes.model_card import base_models_of, write_trained_card
+from dataset_builders.corpora.corpus import FEATURES, Corpus
+from dataset_builders.corpora.opening import open_corpus
+from recipes.listening.features import store_features
+from recipes.reporting.model_card import base_models_of, write_trained_card
 from recipes.training.alignment import FOLDER, STEPS, align, needs_alignment, validation_rows
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
 from recipes.training.callbacks import LOG, read_lines

@@ -15,8 +15,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import TextStreamer
 
-from dataset_builders.text_llm import GREEDY, read_answers
-from recipes.speech_llm import Lsm, load
+from language_models.generation import GREEDY, read_answers
+from recipes.listening.speech_llm import Lsm, load
 
 
 class Conversation:

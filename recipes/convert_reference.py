@@ -21,10 +21,12 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, LlamaConfig, WhisperConfig, WhisperFeatureExtractor
 
 from configuration_lsm import LsmConfig
-from dataset_builders.text_llm import identify, load_tokenizer, never_write
+from language_models.generation import never_write
+from language_models.identity import identify
+from language_models.tokenizers import load_tokenizer
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
-from recipes.compose import whole_folder
+from recipes.listening.composing import whole_folder
 
 logger = logging.getLogger(__name__)
 

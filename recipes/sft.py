@@ -26,10 +26,11 @@ from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig
 
-from dataset_builders.text_llm import base_of, context_of
-from recipes.audio_features import store_features
-from recipes.collator import SpeechResponseCollator
-from recipes.model_card import base_models_of
+from language_models.checkpoints import base_of
+from language_models.generation import context_of
+from recipes.listening.collator import SpeechResponseCollator
+from recipes.listening.features import store_features
+from recipes.reporting.model_card import base_models_of
 from recipes.training.alignment import align, needs_alignment, validation_rows
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
 from recipes.training.callbacks import FollowingCallback, LogCallback

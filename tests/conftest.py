@@ -94,9 +94,9 @@ def llm_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def compose_tiny():
-    """`recipes.compose.compose` with a Q-Former of width 32 that listens: fresh weights of 0.02 let so little of the
+    """`composing.compose` with a Q-Former of width 32 that listens: fresh weights of 0.02 let so little of the
     speech through that all clips would sound alike, and no leak between them would show."""
-    from recipes.compose import compose
+    from recipes.listening.composing import compose
 
     def compose_and_turn_up(audio, text, output=None, **settings):
         sizes = {"qformer_hidden": 32, "qformer_heads": 4, "qformer_ffn": 64}
@@ -173,7 +173,7 @@ def clip():
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory) -> Path:
     """An ASR corpus as a Hub repository has it: eight clips of noise with sentences of the nano language."""
-    from dataset_builders.nano_grammar import sample_sentence
+    from dataset_builders.nano.grammar import sample_sentence
 
     rows, draw = [], random.Random(0)
     for index in range(8):

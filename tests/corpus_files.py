@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
 
-from dataset_builders.corpus import RefusedRowError
+from dataset_builders.corpora.corpus import RefusedRowError
 
 
 @functools.cache

@@ -8,7 +8,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OURS = {"recipes", "dataset_builders", *(path.stem for path in ROOT.glob("*_lsm.py"))}
+PACKAGES = ("language_models", "dataset_builders", "recipes")
+OURS = {*PACKAGES, *(path.stem for path in ROOT.glob("*_lsm.py"))}
 NAMED = {"mistral_common"}  # its absence is an error that names it
 
 
@@ -26,7 +27,7 @@ def imports(file: Path) -> set[str]:
 def test_every_import_is_declared():
     files = [
         *ROOT.glob("*_lsm.py"),
-        *(file for name in ("recipes", "dataset_builders") for file in ROOT.glob(f"{name}/**/*.py")),
+        *(file for name in PACKAGES for file in ROOT.glob(f"{name}/**/*.py")),
     ]
     found = set().union(*map(imports, files)) - OURS - NAMED - sys.stdlib_module_names
     setup = configparser.ConfigParser()

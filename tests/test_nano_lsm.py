@@ -19,7 +19,7 @@ ANSWERS = {
 
 @pytest.fixture(scope="module")
 def lsm():
-    from recipes.speech_llm import load
+    from recipes.listening.speech_llm import load
 
     return load(NANO / "lsm")
 
@@ -35,7 +35,7 @@ def test_it_answers_about_its_clip(lsm):
 @torch.no_grad()
 def test_half_precision_stays_near(dtype):
     """Of a trained reader, which is sure of what it reads."""
-    from recipes.speech_llm import load
+    from recipes.listening.speech_llm import load
 
     rows = [{"audio": str(NANO / "example.wav"), "instruction": instruction} for instruction in ANSWERS]
     whole, half = load(NANO / "lsm", "float32"), load(NANO / "lsm", str(dtype).removeprefix("torch."))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from recipes.audio_features import AudioFeatureStore
-from recipes.speech_llm import SpeechLLM
+from recipes.listening.features import AudioFeatureStore
+from recipes.listening.speech_llm import SpeechLLM
 
 ROLES = ("instruction", "speech", "template", "response", "first")
 TEXT_INPUTS = ("input_ids", "attention_mask")

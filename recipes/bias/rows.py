@@ -6,12 +6,12 @@ from pathlib import Path
 
 from datasets import get_dataset_split_names, load_dataset
 
-from dataset_builders.asr_corpora import PRESETS, load_corpus
+from dataset_builders.corpora.opening import PRESETS, load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, draw_fraction
 from dataset_builders.publishing import load_self_powered
-from recipes.audio_features import AudioFeatureStore
 from recipes.evaluation.following import held_out_rows
-from recipes.speech_llm import SpeechLLM
+from recipes.listening.features import AudioFeatureStore
+from recipes.listening.speech_llm import SpeechLLM
 
 TARGETS = ("response", "own")
 
@@ -47,7 +47,7 @@ def load_rows(
 def self_powered_splits(data: str) -> list[str]:
     """The splits of a self-powered set, of which a configuration `all` has instructions and responses; of anything
     else none."""
-    if data in PRESETS or data == "nano" or Path(data).is_file():
+    if data in PRESETS or Path(data).is_file():
         return []
     try:
         splits = get_dataset_split_names(data, "all")

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from recipes.bias.roles import ROLES, ForcedBatch
-from recipes.speech_llm import SpeechLLM
+from recipes.listening.speech_llm import SpeechLLM
 
 ATTENTION = "lsm_recorded"
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from recipes.audio_features import AudioFeatureStore
 from recipes.bias.roles import ROLES, force
-from recipes.speech_llm import SpeechLLM
+from recipes.listening.features import AudioFeatureStore
+from recipes.listening.speech_llm import SpeechLLM
 
 EXAMPLES = 2  # token maps kept
 

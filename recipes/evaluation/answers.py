@@ -11,8 +11,8 @@ from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 from tqdm import tqdm
 
-from dataset_builders.exchange import Reply
-from recipes.audio_features import audio_key
+from dataset_builders.responders.exchange import Reply
+from recipes.listening.features import audio_key
 
 FEATURES = Features(
     {

@@ -12,7 +12,7 @@ from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Dra
 from recipes.evaluation.metrics import error_rate, normalize_text
 
 COPY_WER = 0.2  # an answer this close to the transcript is a copy of it
-NANO_CHECKER = "dataset_builders.nano_tasks"
+BY_FORM = "recipes.evaluation.kinds"  # the checker that judges the form of an answer alone
 Checker = Callable[[str, str, str], bool]
 
 

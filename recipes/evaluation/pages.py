@@ -9,10 +9,10 @@ import soundfile
 
 from dataset_builders.files import write_whole
 from processing_lsm import load_audio
-from recipes import figures
 from recipes.evaluation.scoring import is_correct
 from recipes.evaluation.tables import NOTE, by_part, comparisons, details, main_figure, markdown, model_index, summary
-from recipes.page import Examples, Facts, Picture, Table, Text, write_page
+from recipes.reporting import figures
+from recipes.reporting.page import Examples, Facts, Picture, Table, Text, write_page
 
 EXAMPLES = 8
 STYLES = {

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from datasets import Audio, ClassLabel
 
-from dataset_builders.asr_corpora import HubCorpus, open_corpus
-from dataset_builders.corpus import Corpus, RefusedRowError
-from dataset_builders.file_corpora import FileCorpus, ManifestCorpus, open_text
+from dataset_builders.corpora.corpus import Corpus, RefusedRowError
+from dataset_builders.corpora.local import FileCorpus, ManifestCorpus, open_text
+from dataset_builders.corpora.opening import HubCorpus, open_corpus
 
 Line = tuple[str, dict | RefusedRowError]  # where it stands, and its columns
 UNKNOWN = "unknown transcript"  # stands in for the column of a corpus that has none

@@ -9,7 +9,6 @@ import reprlib
 import string
 from collections.abc import Iterator, Mapping, Sequence
 
-from dataset_builders.nano_grammar import lexicon
 from recipes.evaluation.tasks import COLUMN, POOL_KINDS, Task
 
 LETTERS = string.ascii_uppercase
@@ -151,15 +150,13 @@ def as_letters(found: Sequence[str], choices: Mapping[str, str]) -> list[str]:
     return [known[text] for text in found]
 
 
-_ANSWER = {"intent": "The intent is {}.", "sentiment": "The sentiment is {}.", "keyword": "Keywords: {}."}
-
-
 def from_oracle(oracle: str | None, task: str, transcript: str) -> dict:
     """How answers to a task of the instruction pool are scored: `kind`, `references`, `right`, `labels` and `answer`.
 
     Args:
-        oracle: module with `answers(task, transcript)`, the canonical answer first, in the nano language's form; None
-            if nobody knows what is right but of transcriptions.
+        oracle: module with `answers(task, transcript)`, the canonical answer first; it may have `FORMS`, what stands
+            around the answers to closed questions (`{"intent": "The intent is {}."}`), and `labels(task)`, what they
+            can be. None if nobody knows what is right but of transcriptions.
         task: of the pool.
         transcript: what is said.
 
@@ -177,14 +174,11 @@ def from_oracle(oracle: str | None, task: str, transcript: str) -> dict:
         raise ValueError(f"{oracle} has no answers(task, transcript); name a module that has.")
     right = module.answers(task, transcript)
     asked["right"] = right
-    if task not in _ANSWER:
+    form = getattr(module, "FORMS", {}).get(task)
+    if form is None:
         return asked | {"references": right}
-    before, after = _ANSWER[task].split("{}")
+    before, after = form.split("{}")
     bare = right[0].removeprefix(before).removesuffix(after)
     if kind == "keywords":
         return asked | {"references": bare.split(", ")}
-    return asked | {"references": [bare], "labels": _nano_labels(task), "answer": _ANSWER[task]}
-
-
-def _nano_labels(task: str) -> list[str]:
-    return list(lexicon().sequels) if task == "intent" else ["positive", "negative", "neutral"]
+    return asked | {"references": [bare], "labels": module.labels(task), "answer": form}

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from dataset_builders.corpora.transcripts import bare_words
 from dataset_builders.instructions import SELF_POWERED_TASKS
-from dataset_builders.nano_tasks import normalize
 from recipes.evaluation.constraints import satisfied
 from recipes.evaluation.following import is_copy
 from recipes.evaluation.metrics import (
@@ -51,7 +51,7 @@ def is_correct(row: dict, response: str) -> bool | None:
     """Whether one answer is right, as strictly as its kind allows; None if nothing is known of right answers."""
     kind, references = row["kind"], row["references"]
     if row["right"]:  # no matter how tolerantly figures read the answer
-        return normalize(response) in {normalize(answer) for answer in row["right"]}
+        return bare_words(response) in {bare_words(answer) for answer in row["right"]}
     if kind == "constraints":
         return satisfied(row["constraint"], response)
     if not references:
@@ -64,7 +64,7 @@ def is_correct(row: dict, response: str) -> bool | None:
         return {item.casefold() for item in parse_list(response) or ()} == {word.casefold() for word in references}
     if kind == "extraction":
         return exact_match(references, response)
-    return normalize(response) in {normalize(reference) for reference in references}
+    return bare_words(response) in {bare_words(reference) for reference in references}
 
 
 def score(rows: Sequence[dict], responses: Sequence[str], constrained: Sequence[str | None]) -> dict[str, Metric]:

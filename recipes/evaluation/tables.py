@@ -1,17 +1,22 @@
 """Figures side by side: tables for readers, Markdown, and what a model card says of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from recipes.evaluation.scoring import LOWER_IS_BETTER, MAIN
+from recipes.reporting.markdown import to_markdown
 
 PERCENT = ("wer", "cer", "accuracy", "accuracy_constrained", "macro_f1", "f1", "exact_match", "following", "unparsed")
 PERCENT += ("transcript_copy", "truncated", "right")
 # As the Hub's task types have them.
 HUB_TASKS = {"asr": "automatic-speech-recognition", "st": "translation", "slu": "text-classification"}
 HUB_TASKS |= {"qa": "question-answering"}
+NOTE = (
+    "In brackets 95 % intervals, rows resampled. ↑ higher is better, ↓ lower is. Shuffled, silence and swapped "
+    "are controls: a model that listens and does what it is told must fail there."
+)
 
 
 def main_figure(figures: Mapping[str, dict]) -> str | None:
@@ -78,17 +83,6 @@ def comparisons(found: dict) -> tuple[list[str], list[list[str]]]:
 def _change(cell: Mapping) -> str:
     value, low, high = (100 * cell[key] for key in ("value", "low", "high"))
     return f"{value:+.1f} % ({low:+.1f} to {high:+.1f})"
-
-
-def to_markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
-
-
-NOTE = (
-    "In brackets 95 % intervals, rows resampled. ↑ higher is better, ↓ lower is. Shuffled, silence and swapped "
-    "are controls: a model that listens and does what it is told must fail there."
-)
 
 
 def markdown(found: dict) -> str:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dataset_builders.corpora.transcripts import NORMALIZERS
 from dataset_builders.files import read_yaml
-from dataset_builders.transcripts import NORMALIZERS
 from recipes.evaluation.readers import READERS, Data
 
 TASKS_PATH = Path(__file__).with_name("tasks.yaml")

@@ -2,12 +2,12 @@
 
     python -m recipes.nano.train_encoder --output assets/nano/encoder
 
-It hears only `train` sentences in training voices (`nano_speech`), with additive noise, random gain and SpecAugment
-(Park et al. 2019), drawn from `--seed`, and is scored on `test` sentences in voices it never heard. Saved as a
-`WhisperModel` without decoder layers beside its feature extractor; the CTC head that the scores were read with is in
-`ctc_head.safetensors` (`weight`, `bias`; label 0 is the blank, label i the i-th word of the lexicon). A second head
-spells the same words in letters while training, and the first steps hear one or two words at a time: on whole
-sentences alone, CTC stays for long on a plateau where it has learned the grammar and hears nothing.
+It hears only `train` sentences in training voices (`dataset_builders.nano.speech`), with additive noise, random gain
+and SpecAugment (Park et al. 2019), drawn from `--seed`, and is scored on `test` sentences in voices it never heard.
+Saved as a `WhisperModel` without decoder layers beside its feature extractor; the CTC head that the scores were read
+with is in `ctc_head.safetensors` (`weight`, `bias`; label 0 is the blank, label i the i-th word of the lexicon). A
+second head spells the same words in letters while training, and the first steps hear one or two words at a time: on
+whole sentences alone, CTC stays for long on a plateau where it has learned the grammar and hears nothing.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel, g
 from transformers.models.whisper.modeling_whisper import sinusoids
 
 from configuration_lsm import num_encoder_frames
-from dataset_builders.nano_grammar import lexicon
-from dataset_builders.nano_speech import sample_utterance
+from dataset_builders.nano.grammar import lexicon
+from dataset_builders.nano.speech import sample_utterance
 from modeling_lsm import LsmAudioTower
 
 logger = logging.getLogger(__name__)

@@ -26,9 +26,10 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from dataset_builders.corpora.transcripts import bare_words
 from dataset_builders.instructions import Task, load_pool
-from dataset_builders.nano_grammar import sample_sentence
-from dataset_builders.nano_tasks import answers, is_correct, normalize
+from dataset_builders.nano.grammar import sample_sentence
+from dataset_builders.nano.tasks import answers, is_correct
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def sample_example(rng: random.Random, pool: dict[str, Task], split: str, paraph
 def decisive_words(pool: dict[str, Task]) -> dict[str, set[str]]:
     """The words that tell a task from the others, by task: those that its seen lines alone have (`sentiment`,
     `keywords`, ...), and `Spanish`, which every line of two tasks has."""
-    lines = {name: [set(normalize(line).split()) for line in task.seen] for name, task in pool.items()}
+    lines = {name: [set(bare_words(line).split()) for line in task.seen] for name, task in pool.items()}
     counts = Counter(word for spoken in lines.values() for word in set.union(*spoken))
     return {
         name: {word for word in set.union(*spoken) if counts[word] == 1}
@@ -72,7 +73,9 @@ def decisive_words(pool: dict[str, Task]) -> dict[str, set[str]]:
 def filler_words(pool: dict[str, Task]) -> list[str]:
     """The words of seen lines that tell no task from the others."""
     decisive = set().union(*decisive_words(pool).values())
-    return sorted({word for task in pool.values() for line in task.seen for word in normalize(line).split()} - decisive)
+    return sorted(
+        {word for task in pool.values() for line in task.seen for word in bare_words(line).split()} - decisive
+    )
 
 
 def vary(instruction: str, decisive: set[str], fillers: list[str], rng: random.Random) -> str:
@@ -85,7 +88,7 @@ def vary(instruction: str, decisive: set[str], fillers: list[str], rng: random.R
     if not instruction or rng.random() < 0.2:
         return instruction
     words = instruction.rstrip(".?:").split()
-    words = [word for word in words if normalize(word) in decisive or rng.random() > 0.35] or words
+    words = [word for word in words if bare_words(word) in decisive or rng.random() > 0.35] or words
     for _ in range(rng.choice((0, 0, 1, 2, 3))):
         words.insert(rng.randrange(len(words) + 1), rng.choice(fillers))
     order = rng.random()

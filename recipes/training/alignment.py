@@ -22,13 +22,13 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from configuration_lsm import num_audio_tokens
-from dataset_builders.asr_corpora import load_corpus
-from dataset_builders.text_llm import non_text_token_ids
+from dataset_builders.corpora.opening import load_corpus
+from language_models.tokenizers import non_text_token_ids
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
-from recipes.audio_features import AudioFeatureStore, audio_key
-from recipes.collator import SpeechResponseCollator, render_prompt
 from recipes.evaluation.metrics import error_rate
+from recipes.listening.collator import SpeechResponseCollator, render_prompt
+from recipes.listening.features import AudioFeatureStore, audio_key
 from recipes.training.callbacks import LOG, LogCallback, append_line
 from recipes.training.checkpoints import WholeCheckpoints, find_checkpoint, naming_last_checkpoint, settings_of
 from recipes.training.order import EpochSampler
@@ -214,7 +214,7 @@ def alignment_rows(dataset: Dataset, processor: LsmProcessor, embeddings: int) -
     if crowded := len(pairs) - len(fit) - empty:
         logger.warning(
             "%d of %d clips have more word pieces than speech tokens and are left out of the alignment: a smaller "
-            "--window-frames or more --queries-per-window of recipes.compose would give them more tokens.",
+            "--window-frames or more --queries-per-window of recipes.listening.composing would give them more tokens.",
             crowded,
             len(pairs),
         )

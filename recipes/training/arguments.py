@@ -58,7 +58,7 @@ class LsmScriptArguments(ScriptArguments):
     text: str | None = field(default=None, metadata={"help": "Hub id or folder of the LLM of a new LSM."})
     composition: dict | None = field(
         default=None,
-        metadata={"help": "Further arguments of `recipes.compose.compose` (YAML: `window_frames: 17`, ...)."},
+        metadata={"help": "More options of `recipes.compose` (YAML: `window_frames: 17`, ...)."},
     )
     llm: str = field(
         default="frozen",

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from dataset_builders.asr_corpora import load_corpus
+from dataset_builders.corpora.opening import load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS
-from recipes.audio_features import AudioFeatureStore
 from recipes.evaluation.following import held_out_rows, load_checker, score
-from recipes.speech_llm import Lsm
+from recipes.listening.features import AudioFeatureStore
+from recipes.listening.speech_llm import Lsm
 from recipes.training.arguments import LsmScriptArguments
 
 LOG, FOLLOWING = "log.jsonl", "following.jsonl"

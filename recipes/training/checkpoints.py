@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer import rotate_checkpoints
 
-from dataset_builders.corpus import Corpus
+from dataset_builders.corpora.corpus import Corpus
 from dataset_builders.files import content_of, differences, write_whole
 
 logger = logging.getLogger(__name__)

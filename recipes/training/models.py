@@ -16,10 +16,11 @@ from trl import ModelConfig, get_peft_config
 
 from configuration_lsm import LsmConfig
 from dataset_builders.files import content_of, differences, write_whole
-from dataset_builders.text_llm import adapter_of, load_processor, open_model, valid_settings
+from language_models.checkpoints import adapter_of, load_processor, open_model
+from language_models.generation import valid_settings
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
-from recipes.compose import compose
+from recipes.listening.composing import compose
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, refuse_without_effect
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,11 @@ from huggingface_hub import HfApi, constants
 from transformers import PrinterCallback
 from trl import ModelConfig
 
-from dataset_builders.text_llm import base_of, context_of, load_config, load_processor
+from language_models.checkpoints import base_of, load_config, load_processor
+from language_models.generation import context_of
 from modeling_lsm import LsmForConditionalGeneration
-from recipes.collator import SpeechResponseCollator, render_prompt, render_response
-from recipes.compose import compose
+from recipes.listening.collator import SpeechResponseCollator, render_prompt, render_response
+from recipes.listening.composing import compose
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import Costs, count
 from recipes.training.memory import Target, estimate

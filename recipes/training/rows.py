@@ -11,9 +11,9 @@ from tqdm import tqdm
 from configuration_lsm import num_encoder_frames, num_mel_frames
 from dataset_builders.instructions import TRANSCRIPTION, draw_fraction, parse_weights
 from dataset_builders.publishing import load_self_powered
-from dataset_builders.responders import foreign
+from dataset_builders.responders.local import foreign
 from processing_lsm import LsmProcessor
-from recipes.collator import render_prompt
+from recipes.listening.collator import render_prompt
 from recipes.training.arguments import LsmScriptArguments
 from recipes.training.costs import Costs
 from recipes.training.order import MEGA_BATCHES, group

@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
-from dataset_builders.text_llm import calling_peft
+from language_models.checkpoints import calling_peft
 from processing_lsm import LsmProcessor
-from recipes.model_card import write_trained_card
+from recipes.reporting.model_card import write_trained_card
 from recipes.training.callbacks import FOLLOWING, LOG, read_lines
 from recipes.training.checkpoints import WholeCheckpoints
 from recipes.training.costs import Costs
@@ -26,7 +26,7 @@ from recipes.training.throughput import Throughput
 
 
 class LsmTrainer(WholeCheckpoints, SFTTrainer):
-    """SFTTrainer for batches of [`SpeechResponseCollator`](recipes.collator.SpeechResponseCollator).
+    """SFTTrainer for batches of [`SpeechResponseCollator`](recipes.listening.collator.SpeechResponseCollator).
 
     Args:
         processor: of the LSM; saved with every checkpoint.

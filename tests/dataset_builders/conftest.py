@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from dataset_builders.exchange import Reply
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
-from dataset_builders.responders import Responder
+from dataset_builders.responders.exchange import Reply
+from dataset_builders.responders.local import Responder
 
 
 class Backwards(Responder):

@@ -8,12 +8,12 @@ import pytest
 from corpus_files import clip, json_lines, parquet, write
 from datasets import Audio, load_dataset
 
-from dataset_builders.asr_corpora import load_corpus, open_corpus
 from dataset_builders.building import FEATURES, TASKS, ahead, answer, build, draw_rows
+from dataset_builders.corpora.opening import load_corpus, open_corpus
 from dataset_builders.data_card import Summary
-from dataset_builders.exchange import Reply
 from dataset_builders.instructions import TRANSCRIPTION, Draw, load_pool
-from dataset_builders.responders import LocalResponder
+from dataset_builders.responders.exchange import Reply
+from dataset_builders.responders.local import LocalResponder
 from dataset_builders.shards import BuildFolder, Worker
 from processing_lsm import load_audio
 

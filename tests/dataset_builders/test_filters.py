@@ -2,9 +2,9 @@
 
 import pytest
 
-from dataset_builders.exchange import Reply, Request
 from dataset_builders.filters import FILTERS, check_names, judge, reason_to_drop
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Task, load_pool
+from dataset_builders.responders.exchange import Reply, Request
 
 POOL = load_pool()
 SAID = "the farmer sold the lamp yesterday"

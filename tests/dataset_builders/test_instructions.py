@@ -18,7 +18,7 @@ from dataset_builders.instructions import (
     load_pool,
     parse_weights,
 )
-from dataset_builders.nano_tasks import UNSEEN_TASKS
+from dataset_builders.nano.tasks import UNSEEN_TASKS
 
 POOL = load_pool()
 TRAINED = ["continuation", "repetition", "keyword", "intent", "sentiment", "translation", "transcription"]

@@ -5,11 +5,11 @@ import json
 import pytest
 from datasets import Audio, load_dataset
 
-from dataset_builders.asr_corpora import open_corpus
 from dataset_builders.building import build
+from dataset_builders.corpora.opening import open_corpus
 from dataset_builders.data_card import Summary
 from dataset_builders.original_format import OriginalRows, export_original, import_original
-from dataset_builders.responders import foreign
+from dataset_builders.responders.local import foreign
 from dataset_builders.shards import BuildFolder
 
 

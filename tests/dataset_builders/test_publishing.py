@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hub_clients import run, start
 
-from dataset_builders.asr_corpora import open_corpus
 from dataset_builders.building import build
+from dataset_builders.corpora.opening import open_corpus
 from dataset_builders.publishing import check, load_self_powered, push_to_hub
 
 ROOT = Path(__file__).parents[2]

@@ -10,12 +10,12 @@ import pytest
 import soundfile
 from peers import write_audio_flamingo, write_qwen2_audio
 
-from dataset_builders.asr_corpora import open_corpus
 from dataset_builders.building import build
-from dataset_builders.exchange import Reply
+from dataset_builders.corpora.opening import open_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
-from dataset_builders.responders import LocalResponder
-from recipes.speech_llm import load
+from dataset_builders.responders.exchange import Reply
+from dataset_builders.responders.local import LocalResponder
+from recipes.listening.speech_llm import load
 
 
 @pytest.fixture(scope="session")

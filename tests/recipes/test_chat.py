@@ -6,7 +6,7 @@ import pytest
 import soundfile
 
 from recipes.chat import Conversation, main
-from recipes.speech_llm import Lsm
+from recipes.listening.speech_llm import Lsm
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dataset_builders.nano_grammar import sample_sentence
-from dataset_builders.nano_tasks import answers
+from dataset_builders.nano.grammar import sample_sentence
+from dataset_builders.nano.tasks import answers
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 

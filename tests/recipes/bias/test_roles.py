@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from recipes.audio_features import AudioFeatureStore
 from recipes.bias.roles import ROLES, expand, force
-from recipes.collator import SpeechResponseCollator
+from recipes.listening.collator import SpeechResponseCollator
+from recipes.listening.features import AudioFeatureStore
 
 NAMES = ("lsm", "qwen2_audio", "audioflamingo3")
 

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 from datasets import Dataset
 
-from dataset_builders.exchange import Reply
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, load_pool
+from dataset_builders.responders.exchange import Reply
 from recipes.bias import rows as module
 from recipes.bias.rows import load_rows, with_targets
 

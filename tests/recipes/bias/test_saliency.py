@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gran
 
 from recipes.bias import saliency
 from recipes.bias.roles import ROLES, force
-from recipes.collator import SpeechResponseCollator
-from recipes.speech_llm import load
+from recipes.listening.collator import SpeechResponseCollator
+from recipes.listening.speech_llm import load
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 LOUD = {"num_hidden_layers": 2, "initializer_range": 0.2}

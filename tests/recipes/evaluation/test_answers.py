@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from dataset_builders.exchange import Reply
+from dataset_builders.responders.exchange import Reply
 from recipes.evaluation.answers import FEATURES, answer, to_parquet
 
 ROWS = [{"id": f"u{place}", "duration": duration} for place, duration in enumerate([1.0, 3.0, 2.0, 5.0, 4.0])]

@@ -2,10 +2,10 @@
 
 import pytest
 
-from dataset_builders.asr_corpora import load_corpus
+from dataset_builders.corpora.opening import load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, load_pool
-from dataset_builders.nano_tasks import answers, is_correct
-from recipes.evaluation.following import NANO_CHECKER, held_out_rows, is_copy, load_checker, score
+from dataset_builders.nano.tasks import answers, is_correct
+from recipes.evaluation.following import held_out_rows, is_copy, load_checker, score
 from recipes.evaluation.metrics import error_rate
 
 SPOKEN = "the farmer proudly repaired the old clock in the attic"
@@ -101,7 +101,7 @@ def test_every_clip_is_asked_a_task_and_its_transcription_in_unseen_wordings(cor
 
 
 def test_a_checker_is_named_by_its_module():
-    assert load_checker(NANO_CHECKER) is is_correct
+    assert load_checker("dataset_builders.nano.tasks") is is_correct
     with pytest.raises(ValueError, match="json has no is_correct"):
         load_checker("json")
 

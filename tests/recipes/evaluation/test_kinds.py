@@ -5,8 +5,8 @@ import random
 import pytest
 
 from dataset_builders.instructions import SELF_POWERED_TASKS
-from dataset_builders.nano_grammar import sample_sentence
-from dataset_builders.nano_tasks import answers
+from dataset_builders.nano.grammar import sample_sentence
+from dataset_builders.nano.tasks import answers
 from recipes.evaluation.following import load_checker
 from recipes.evaluation.kinds import is_correct
 

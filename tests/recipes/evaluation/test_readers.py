@@ -8,7 +8,7 @@ import pytest
 from corpus_files import clip, json_lines, parquet, write
 from datasets import Audio, ClassLabel, Features, Value
 
-from dataset_builders.corpus import RefusedRowError
+from dataset_builders.corpora.corpus import RefusedRowError
 from recipes.evaluation.questions import read_rows
 from recipes.evaluation.tasks import load_tasks, override
 

@@ -10,14 +10,15 @@ from corpus_files import clip
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from dataset_builders.nano_tasks import answers
+from dataset_builders.nano.tasks import answers
 from recipes.evaluation import pages
 from recipes.evaluation.pages import draw, examples, playable, write
 from recipes.evaluation.questions import read_rows
 from recipes.evaluation.results import collect, compare, figures_of, relative
 from recipes.evaluation.systems import SYSTEMS
-from recipes.evaluation.tables import comparisons, details, markdown, model_index, show, summary, to_markdown
+from recipes.evaluation.tables import comparisons, details, markdown, model_index, show, summary
 from recipes.evaluation.tasks import load_tasks, override
+from recipes.reporting.markdown import to_markdown
 
 TASKS = load_tasks()
 

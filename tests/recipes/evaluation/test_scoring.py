@@ -2,7 +2,7 @@
 
 import pytest
 
-from dataset_builders.nano_tasks import UNSEEN_TASKS, answers
+from dataset_builders.nano.tasks import UNSEEN_TASKS, answers
 from recipes.evaluation.following import is_copy
 from recipes.evaluation.kinds import is_correct as has_its_form
 from recipes.evaluation.questions import read_rows

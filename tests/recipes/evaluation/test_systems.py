@@ -7,7 +7,7 @@ from recipes.evaluation.pages import STYLES
 from recipes.evaluation.questions import read_rows
 from recipes.evaluation.systems import SYSTEMS, shuffle_clips, swap_instructions, transcription_rows
 from recipes.evaluation.tasks import load_tasks, override
-from recipes.speech_llm import HEARD
+from recipes.listening.speech_llm import HEARD
 
 TASKS = load_tasks()
 

@@ -6,10 +6,10 @@ import pytest
 import yaml
 from corpus_files import clip, json_lines, write
 
-from dataset_builders.asr_corpora import load_corpus
 from dataset_builders.building import draw_rows
+from dataset_builders.corpora.opening import load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
-from dataset_builders.nano_tasks import UNSEEN_TASKS, answers, is_correct
+from dataset_builders.nano.tasks import UNSEEN_TASKS, answers, is_correct
 from recipes.evaluation.constraints import draw_constraint
 from recipes.evaluation.questions import ROW, read_rows
 from recipes.evaluation.tasks import GROUPS, KINDS, choose_tasks, load_tasks, override

@@ -19,7 +19,7 @@ from datasets import Audio, Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from recipes import align as command
-from recipes.speech_llm import Lsm
+from recipes.listening.speech_llm import Lsm
 from recipes.training.alignment import (
     STEPS,
     AlignmentCollator,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from recipes import collator
+from recipes.listening import collator
 from recipes.training.callbacks import LOG, read_lines, rewind
 from recipes.training.checkpoints import COMPLETE, find_checkpoint, last_checkpoint
 from recipes.training.trainer import LsmTrainer

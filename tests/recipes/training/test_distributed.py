@@ -44,7 +44,7 @@ def launch(defaults, tmp_path):
 def test_two_processes_give_the_losses_of_one(launch, train, losses, tmp_path, mode, corpus_dir):
     mode = {**mode, "max_steps": 6, "learning_rate": 3e-3, "max_grad_norm": 1.0}
     look = {"following_corpus": str(corpus_dir), "following_split": "train", "following_limit": 2}
-    look |= {"following_steps": 6, "checker": "dataset_builders.nano_tasks"}
+    look |= {"following_steps": 6, "checker": "dataset_builders.nano.tasks"}
     one = train(**mode, **look, per_device_train_batch_size=4, output_dir=str(tmp_path / "one"))
     two = launch(2, **mode, **look, per_device_train_batch_size=2, output_dir=str(tmp_path / "two"))
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)

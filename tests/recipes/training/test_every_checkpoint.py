@@ -14,12 +14,12 @@ from local_hub import Repo
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from dataset_builders.responders import LocalResponder
-from dataset_builders.text_llm import base_of, open_model
+from dataset_builders.responders.local import LocalResponder
+from language_models.checkpoints import base_of, open_model
 from modeling_lsm import LsmForConditionalGeneration
-from recipes import align, analyze_bias, audio_features, evaluate
+from recipes import align, analyze_bias, evaluate, store_features
 from recipes.chat import Conversation
-from recipes.speech_llm import load
+from recipes.listening.speech_llm import load
 
 ROOT = Path(__file__).parents[3]
 LAYER = "model.language_model.layers.0.self_attn.q_proj.weight"
@@ -92,7 +92,7 @@ def test_every_recipe_reads_what_any_recipe_writes(
             monkeypatch, analyze_bias, model=folder, data=set_dir, split="train", limit=2, max_new_tokens=2,
             output=out / "bias",
         )  # fmt: skip
-        command(monkeypatch, audio_features, model=folder, corpus=corpus, splits="train", output=out / "features")
+        command(monkeypatch, store_features, model=folder, corpus=corpus, splits="train", output=out / "features")
         assert LocalResponder(folder).identity == LocalResponder(tmp_path / "lsm").identity
 
         options = {**defaults, **steps, "model_name_or_path": str(folder), "align_batch_size": 2, "align_steps": 1}
@@ -171,7 +171,7 @@ def test_an_adapter_that_lacks_weights_is_refused(adapter):
 READ = """
 import json, sys
 from recipes.chat import Conversation
-from recipes.speech_llm import load
+from recipes.listening.speech_llm import load
 from recipes.training.arguments import LsmScriptArguments
 from recipes.training.models import load_model
 from trl import ModelConfig

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from dataset_builders.publishing import load_self_powered
-from recipes.collator import SpeechResponseCollator
+from recipes.listening.collator import SpeechResponseCollator
 from recipes.training.arguments import LsmScriptArguments
 from recipes.training.costs import Costs
 from recipes.training.rows import (

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3NextConfig
 from trl import ModelConfig
 
-from recipes.collator import SpeechResponseCollator
+from recipes.listening.collator import SpeechResponseCollator
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.callbacks import LOG, read_lines
 from recipes.training.models import can_share_prefix, load_teacher
@@ -210,9 +210,9 @@ def test_more_tokens_than_there_are_is_refused(train, lsm):
 )
 def test_a_model_that_only_reads_has_nothing_to_learn(train, losses, llm, options, monkeypatch):
     """Teacher and student are the same LLM: given the same prompts, the divergence is zero."""
-    monkeypatch.setattr("recipes.collator.SpeechResponseCollator._audio", lambda self, rows: ({}, []))
+    monkeypatch.setattr("recipes.listening.collator.SpeechResponseCollator._audio", lambda self, rows: ({}, []))
     monkeypatch.setattr(
-        "recipes.collator.SpeechResponseCollator.__call__",
+        "recipes.listening.collator.SpeechResponseCollator.__call__",
         lambda self, rows, call=SpeechResponseCollator.__call__: call(self, [row | {"audio": None} for row in rows]),
     )
     first = losses(train(llm=llm, objective="distill", max_steps=1, **options))[0]
@@ -269,7 +269,7 @@ def test_accumulated_batches_give_the_loss_of_one(train, losses, tmp_path, optio
 @pytest.mark.parametrize("options", [{}, {"objective": "distill", "llm": "full"}, {"llm": "lora"}])
 def test_reading_what_rows_begin_with_once_changes_no_loss(train, losses, options, tmp_path, monkeypatch):
     shared, count = [], SpeechResponseCollator._shared
-    monkeypatch.setattr("recipes.collator.LEAST_SHARED", 8)
+    monkeypatch.setattr("recipes.listening.collator.LEAST_SHARED", 8)
     monkeypatch.setattr(SpeechResponseCollator, "_shared", lambda *args: shared.append(count(*args)) or shared[-1])
     options = {"gradient_checkpointing": False, "per_device_train_batch_size": 8, "max_steps": 3, **options}
     once = train(output_dir=str(tmp_path / "once"), **options)

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM
 from trl import ModelConfig
 
 from processing_lsm import LsmProcessor
-from recipes.audio_features import AudioFeatureStore
-from recipes.speech_llm import Lsm
+from recipes.listening.features import AudioFeatureStore
+from recipes.listening.speech_llm import Lsm
 from recipes.training import models
 from recipes.training.arguments import LsmScriptArguments
 from recipes.training.callbacks import read_lines

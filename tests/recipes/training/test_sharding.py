@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from recipes.collator import SpeechResponseCollator
+from recipes.listening.collator import SpeechResponseCollator
 
 ROOT = Path(__file__).parents[3]
 

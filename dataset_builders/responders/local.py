@@ -1,0 +1,202 @@
+"""Who answers: a responder reads requests (instruction and transcript) and writes the responses.
+
+It renders the LSM's own prompt, with the transcript in the slot where the LSM will have the speech.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from dataset_builders.responders.exchange import Reply, Request
+from language_models.checkpoints import base_of, open_model
+from language_models.generation import ONE_ANSWER, changed_decoding, context_of, kv_bytes_per_token, read_answers
+from language_models.identity import load_identity
+from language_models.tokenizers import make_room
+from processing_lsm import LsmProcessor
+
+# What must agree between a row's responder and the LSM that trains on it, for the row to be self-powered.
+IDENTITY = ("model", "revision", "template")
+MAX_NEW_TOKENS = 225  # the paper's
+KV_CACHE_BYTES = 8 * 2**30
+MOST_ROWS = 256  # of one batch: more do not make it faster
+
+
+class Prompt(NamedTuple):
+    """A request as the LLM reads it."""
+
+    text: str
+    tokens: list[int]
+    task: str
+
+
+class Responder:
+    """What all responders share: which LLM it is, and the prompts.
+
+    Args:
+        processor: of the LSM, or `text_processor` of an LLM.
+        identity: `model` and `revision` of the LLM and `template`, as in an LSM's `config.responder`.
+        settings: what the checkpoint's generation settings change in greedy decoding (`changed_decoding`).
+        max_new_tokens: longest response.
+        max_prompt_tokens: longer prompts are not asked; by default those that leave no room for the response.
+        context: positions that the LLM has, None if unknown.
+    """
+
+    engine: str
+
+    def __init__(
+        self,
+        processor: LsmProcessor,
+        identity: dict,
+        settings: dict,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_prompt_tokens: int | None = None,
+        context: int | None = None,
+    ):
+        if max_new_tokens < 1 or (max_prompt_tokens is not None and max_prompt_tokens < 1):
+            raise ValueError(f"{max_new_tokens=} and {max_prompt_tokens=} must be 1 or more.")
+        if context is not None and context <= max_new_tokens:
+            raise ValueError(f"{max_new_tokens=} leaves no room for a prompt: the LLM has {context} positions.")
+        self.processor = processor
+        self.identity = identity
+        self.settings = settings
+        self.max_new_tokens = max_new_tokens
+        limits = [max_prompt_tokens, None if context is None else context - max_new_tokens]
+        self.max_prompt_tokens = min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def provenance(self) -> str:
+        """JSON for the `responder` column: LLM id and revision, template hash and settings, decoding settings."""
+        return json.dumps({**self.identity, "decoding": self.decoding}, sort_keys=True)
+
+    @property
+    def decoding(self) -> dict:
+        return {"do_sample": False, "max_new_tokens": self.max_new_tokens, "engine": self.engine, **self.settings}
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """Answer the requests, in their order.
+
+        Raises:
+            ConnectionError: a server that cannot be reached, or keeps failing.
+            ValueError: a server that refuses a request.
+        """
+        prompts = self.render(requests)
+        replies = [Reply("", self._refusal(prompt) or "stop") for prompt in prompts]
+        asked = [index for index, reply in enumerate(replies) if reply.finish == "stop"]
+        for index, reply in zip(asked, self._generate([prompts[index] for index in asked]), strict=True):
+            replies[index] = reply
+        return replies
+
+    def _refusal(self, prompt: Prompt) -> str | None:
+        """Why a prompt cannot be asked, a name in `filters.FILTERS`."""
+        limit = self.max_prompt_tokens
+        return "prompt_too_long" if limit is not None and len(prompt.tokens) > limit else None
+
+    def render(self, requests: Sequence[Request]) -> list[Prompt]:
+        """The prompts: what the LSM will see, with the transcript in the slot."""
+        processor = self.processor
+        conversations = [processor.conversation(asked.instruction, transcript=asked.transcript) for asked in requests]
+        texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
+        tokens = processor.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        return [Prompt(text, ids, asked.task) for text, ids, asked in zip(texts, tokens, requests, strict=True)]
+
+    def _generate(self, prompts: list[Prompt]) -> list[Reply]:
+        """Answer prompts, in their order."""
+        raise NotImplementedError
+
+
+class LocalResponder(Responder):
+    """An LLM run by transformers, answering greedily from text alone.
+
+    Args:
+        llm: a causal LLM, or an LSM as `recipes/compose.py` writes it whose LLM has not been trained since, or an
+            adapter for one of them: folder or Hub id.
+        max_new_tokens, max_prompt_tokens: as in `Responder`.
+        kv_cache_bytes: what the keys and values of one batch may take; it sets the token budget of a batch (prompts
+            and responses, padding included).
+        dtype: of the LLM; `"auto"` is the checkpoint's.
+        template_settings: as in [`LsmProcessor`], of a causal LLM; an LSM has its own.
+
+    Raises:
+        ValueError: an LSM that does not say which LLM is inside (`config.responder`) or that is to have other template
+            settings, or limits that leave no room.
+    """
+
+    engine = "transformers"
+
+    def __init__(
+        self,
+        llm: str | Path,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_prompt_tokens: int | None = None,
+        kv_cache_bytes: int = KV_CACHE_BYTES,
+        dtype: str = "auto",
+        template_settings: dict | None = None,
+    ):
+        processor, identity, config = load_identity(llm, template_settings)
+        # An LSM answers as the LLM that it was made of, which an adapter has changed since.
+        source = base_of(llm) if config.model_type == "lsm" else llm
+        self.model = open_model(source, trust_remote_code=True, dtype=dtype)
+        if config.model_type != "lsm":
+            make_room(self.model, processor.tokenizer)
+        if self.model.generation_config.eos_token_id is None:
+            self.model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+        self.model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu").eval()
+        settings = changed_decoding(self.model.generation_config)
+        super().__init__(processor, identity, settings, max_new_tokens, max_prompt_tokens, context_of(config))
+        self.token_budget = kv_cache_bytes // kv_bytes_per_token(config, self.model.dtype.itemsize)
+
+    def _generate(self, prompts: list[Prompt]) -> list[Reply]:
+        replies = [Reply("")] * len(prompts)
+        with tqdm(total=len(prompts), desc="responses", unit="row", leave=False) as progress:
+            for batch in self._batches([len(prompt.tokens) for prompt in prompts], [prompt.task for prompt in prompts]):
+                answers = self._generate_batch([prompts[index].tokens for index in batch])
+                for index, reply in zip(batch, answers, strict=True):
+                    replies[index] = reply
+                progress.update(len(batch))
+        return replies
+
+    def _batches(self, lengths: list[int], tasks: list[str]) -> list[list[int]]:
+        """Row indices in batches of one task and similar length within the token budget; each task's longest first."""
+        batches: list[list[int]] = []
+        for index in sorted(range(len(lengths)), key=lambda index: (tasks[index], -lengths[index])):
+            batch = batches[-1] if batches else []
+            longest = lengths[batch[0]] if batch else 0
+            full = (len(batch) + 1) * (longest + self.max_new_tokens) > self.token_budget or len(batch) == MOST_ROWS
+            if not batch or full or tasks[index] != tasks[batch[0]]:
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+    @torch.inference_mode()
+    def _generate_batch(self, rows: list[list[int]]) -> list[Reply]:
+        tokenizer, end = self.processor.tokenizer, self.model.generation_config.eos_token_id
+        inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.model.device)
+        output = self.model.generate(**inputs, **ONE_ANSWER, max_new_tokens=self.max_new_tokens)
+        answers = output[:, inputs.input_ids.shape[1] :]
+        finished = torch.isin(answers, torch.tensor(end, device=answers.device)).any(dim=1).tolist()
+        texts = read_answers(tokenizer, answers.tolist())
+        return [Reply(text, "stop" if done else "length") for text, done in zip(texts, finished, strict=True)]
+
+
+def foreign(provenance: str, responder: dict | None) -> list[str]:
+    """What differs between a row's `responder` column and an LSM's `config.responder`: empty if self-powered.
+
+    Args:
+        provenance: the row's `responder`, as `Responder.provenance` writes it.
+        responder: `config.responder` of the LSM that would train on it.
+    """
+    try:
+        written = dict(json.loads(provenance))
+    except (TypeError, ValueError):  # another program's column
+        written = {}
+    mine = responder or {}
+    return [
+        f"{key}: {written.get(key)!r} wrote it, {mine.get(key)!r} would learn it"
+        for key in IDENTITY
+        if written.get(key) is None or written.get(key) != mine.get(key)
+    ]

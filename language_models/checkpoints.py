@@ -1,0 +1,135 @@
+"""Checkpoints of any model, and adapters with what they are for: opened whole, or refused by name."""
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    PreTrainedModel,
+)
+from transformers.utils import (
+    cached_file,
+    find_adapter_config_file,
+)
+
+
+def adapter_of(source: str | Path, revision: str | None = None) -> dict | None:
+    """The `adapter_config.json` of an adapter, folder or Hub id; None for any other checkpoint."""
+    file = find_adapter_config_file(str(source), revision=revision)
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def base_of(source: str | Path, revision: str | None = None) -> str:
+    """What an adapter is for, folder or Hub id; any other checkpoint itself.
+
+    A base that is not where the adapter says is looked for in and beside the adapter's folder, since folders are moved
+    together.
+
+    Raises:
+        ValueError: the adapter names nothing, or a folder that is not here, or is of a type that cannot be merged.
+    """
+    adapter = adapter_of(source, revision)
+    if adapter is None:
+        return str(source)
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # takes seconds to import
+
+    if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(adapter["peft_type"]), "merge_and_unload"):
+        raise ValueError(f"{source} is an adapter of type {adapter['peft_type']}, which cannot be merged into its LLM.")
+    base = adapter.get("base_model_name_or_path")
+    if base is None:
+        raise ValueError(f"{source} is an adapter whose adapter_config.json has no `base_model_name_or_path`.")
+    folder = Path(source).resolve()
+    moved = [near / Path(base).name for near in (folder, *folder.parents[:2]) if folder.is_dir()]
+    found = [place for place in (Path(base), *moved) if place.is_dir()]
+    if found:
+        return str(found[0])
+    try:
+        validate_repo_id(base)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{source} is an adapter for {base}, which is no folder here: put that folder there or beside the adapter."
+        ) from error
+    return base
+
+
+def open_model(
+    source: str | Path, auto=AutoModelForCausalLM, *, revision: str | None = None, merge: bool = True, **settings
+) -> PreTrainedModel:
+    """The model of a checkpoint; an adapter is merged into what it is for.
+
+    Args:
+        source: folder or Hub id.
+        auto: class of transformers whose `from_pretrained` opens what is no adapter.
+        revision: of a Hub id.
+        merge: False leaves the low-rank changes of an adapter out, and takes the modules that it saved whole.
+        settings: of `from_pretrained`.
+
+    Raises:
+        ValueError: as in `base_of`, or weights are missing, or the adapter does not fit what it is for.
+    """
+    adapter = adapter_of(source, revision)
+    if adapter is None:
+        model, loaded = auto.from_pretrained(str(source), revision=revision, output_loading_info=True, **settings)
+        refuse_missing(source, loaded["missing_keys"])
+        return model
+    from peft import PeftModel
+
+    base = base_of(source, revision)
+    model = open_model(base, auto, revision=adapter.get("revision"), **settings)
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with calling_peft():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            adapted = PeftModel.from_pretrained(model, str(source), revision=revision)
+        except (RuntimeError, UserWarning) as error:
+            raise ValueError(f"the adapter {source} does not fit {base}: {error}") from error
+    model = adapted.merge_and_unload() if merge else adapted.unload()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learns)
+    model.name_or_path = base
+    if "projector" in (adapter.get("modules_to_save") or ()):
+        model.config.projector_trained = True
+    return model
+
+
+@contextlib.contextmanager
+def calling_peft() -> Iterator[None]:
+    """Without the warning of transformers for whoever reads a name that PEFT still reads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+def refuse_missing(source: str | Path, missing: set[str]) -> None:
+    """Of a checkpoint, which would otherwise get random weights in their place."""
+    if missing:
+        raise ValueError(f"{source} lacks {len(missing)} of its weights, such as {sorted(missing)[:3]}.")
+
+
+def where(file: str, source: str | Path, revision: str | None = None) -> tuple[str, str | None]:
+    """The checkpoint that has this file, and its revision: `source`, or what that is an adapter for."""
+    adapter = adapter_of(source, revision)
+    if adapter is None or cached_file(
+        str(source), file, revision=revision, _raise_exceptions_for_missing_entries=False
+    ):
+        return str(source), revision
+    return where(file, base_of(source, revision), adapter.get("revision"))
+
+
+def load_config(source: str | Path, revision: str | None = None, **settings):
+    """The configuration of a checkpoint, or of what an adapter is for; `settings` of `AutoConfig.from_pretrained`."""
+    source, revision = where("config.json", source, revision)
+    return AutoConfig.from_pretrained(source, revision=revision, **settings)
+
+
+def load_processor(source: str | Path, revision: str | None = None):
+    """The processor of a speech LLM, or of what an adapter is for if it has none of its own."""
+    source, revision = where("processor_config.json", source, revision)
+    return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=True)

@@ -1,0 +1,198 @@
+"""An LSM put together from a Whisper encoder and a causal LLM. Only the projector is new."""
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
+
+from configuration_lsm import LsmConfig
+from language_models.checkpoints import load_config, open_model, refuse_missing
+from language_models.generation import generation_settings
+from language_models.identity import identify
+from language_models.tokenizers import load_tokenizer, make_room, non_text_token_ids
+from modeling_lsm import LsmForConditionalGeneration, LsmProjector
+from processing_lsm import LsmProcessor
+from recipes.reporting.model_card import write_base_card
+
+logger = logging.getLogger(__name__)
+
+
+def compose(
+    audio: str,
+    text: str,
+    output: str | None = None,
+    *,
+    window_frames: int = 17,
+    window_mode: str = "fixed",
+    queries_per_window: int = 1,
+    audio_padding: str = "longest",
+    pieces_per_token: int = 8,
+    qformer_layers: int = 2,
+    qformer_hidden: int = 768,
+    qformer_heads: int = 12,
+    qformer_ffn: int | None = None,
+    instruction_first: bool = True,
+    template_settings: dict | None = None,
+    dtype: str | torch.dtype = "auto",
+    seed: int = 0,
+    weights: bool = True,
+) -> tuple[LsmForConditionalGeneration, LsmProcessor]:
+    """Build an LSM and its processor; the LLM's weights are moved into it, not copied.
+
+    Args:
+        audio: Hub id or folder of a Whisper checkpoint, of which the encoder is kept.
+        text: Hub id or folder of a causal LLM, or of an adapter for one, which is merged into it; or of a
+            vision-language model, whose LLM is taken. What its tokenizer lacks gets a default: a pad token is the EOS
+            token; a chat template is `DEFAULT_CHAT_TEMPLATE`; and where the template takes no system message,
+            `FOLD_SYSTEM` puts that into the user's first (`processing_lsm.py`).
+        output: folder to save model, processor, code and card to, if given. It is there once it could be loaded again.
+        window_frames, window_mode, queries_per_window, audio_padding, pieces_per_token: as in [`LsmConfig`].
+        qformer_layers, qformer_hidden, qformer_heads: size of the Q-Former.
+        qformer_ffn: width of its feed-forward layers, four times its hidden size if None.
+        instruction_first: whether the prompt has the instruction before the speech.
+        template_settings: what the chat template asks for beyond the messages, as in [`LsmProcessor`].
+        dtype: of the whole model; `"auto"` is the LLM checkpoint's.
+        seed: of the projector's initial weights.
+        weights: without them nothing large is read or downloaded, and the model is on the meta device.
+
+    Raises:
+        ValueError: if the two models cannot be put together; the message says why.
+    """
+    if output is not None and not weights:
+        raise ValueError(
+            f"an LSM without weights cannot be saved to {output}; leave out the output, or read the weights."
+        )
+    whisper, feature_extractor, llm, tokenizer = _load(audio, text, dtype, weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        audio_token_id = make_room(llm, tokenizer)
+        config = LsmConfig(
+            audio_config=whisper.config,
+            qformer_config={
+                "num_hidden_layers": qformer_layers,
+                "hidden_size": qformer_hidden,
+                "num_attention_heads": qformer_heads,
+                "intermediate_size": qformer_ffn or 4 * qformer_hidden,
+            },
+            text_config=llm.config.get_text_config(),
+            window_frames=window_frames,
+            window_mode=window_mode,
+            queries_per_window=queries_per_window,
+            audio_padding=audio_padding,
+            pieces_per_token=pieces_per_token,
+            non_text_token_ids=non_text_token_ids(tokenizer, llm.get_input_embeddings().weight.shape[0]),
+            audio_token_id=audio_token_id,
+            lm_head_bias=llm.get_output_embeddings().bias is not None,
+        )
+        model = _assemble(config, whisper, llm)
+
+    processor = LsmProcessor(
+        feature_extractor,
+        tokenizer,
+        window_frames=window_frames,
+        window_mode=window_mode,
+        queries_per_window=queries_per_window,
+        audio_padding=audio_padding,
+        instruction_first=instruction_first,
+        template_settings=template_settings,
+    )
+    config.responder = {**identify(text), "template": processor.template_hash}
+    if output is not None:
+        with whole_folder(output) as partial:
+            model.save_pretrained(partial)
+            processor.save_pretrained(partial)
+            write_base_card(partial, audio, text, config)
+    return model, processor
+
+
+@contextlib.contextmanager
+def whole_folder(output: str | Path) -> Iterator[Path]:
+    """A folder to write an LSM into, which becomes `output` once it can be loaded; what fails leaves nothing behind."""
+    output = Path(output).resolve()
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        LsmForConditionalGeneration.from_pretrained(partial, device_map="meta")  # keys and shapes, no weights
+        output.mkdir(exist_ok=True)
+        for stale in output.glob("model*.safetensors*"):  # which might be taken for these
+            stale.unlink()
+        for file in partial.iterdir():
+            os.replace(file, output / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _load(audio: str, text: str, dtype: str | torch.dtype, weights: bool) -> tuple:
+    """Encoder, feature extractor, LLM and tokenizer, checked to fit together."""
+    text_config = load_config(text)
+    _check_llm(text, text_config)
+    tokenizer, settings = load_tokenizer(text), generation_settings(text)
+    if weights:
+        llm = open_model(text, dtype=dtype, generation_config=settings)
+        whisper, loaded = WhisperModel.from_pretrained(audio, dtype=llm.dtype, output_loading_info=True)
+        refuse_missing(audio, {key for key in loaded["missing_keys"] if key.startswith("encoder.")})
+    else:
+        with torch.device("meta"):
+            llm = AutoModelForCausalLM.from_config(text_config, **({} if dtype == "auto" else {"dtype": dtype}))
+            whisper = WhisperModel(WhisperConfig.from_pretrained(audio))
+    feature_extractor = WhisperFeatureExtractor.from_pretrained(audio)
+    _check_parts(whisper, feature_extractor, llm)
+    return whisper, feature_extractor, llm, tokenizer
+
+
+def _check_llm(text: str, config) -> None:
+    if config.model_type == LsmConfig.model_type:
+        raise ValueError(f"{text} is an LSM already, or an adapter for one; name the LLM that it was made of.")
+    if (quantized := getattr(config, "quantization_config", None)) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise ValueError(
+            f"{text} is quantised ({method}), and an LSM is made of whole weights: name the checkpoint that it was "
+            "quantised from; `recipes.sft --llm qlora` has the LLM in 4 bits while it learns."
+        )
+
+
+def _check_parts(whisper: WhisperModel, feature_extractor: WhisperFeatureExtractor, llm: PreTrainedModel) -> None:
+    mels, frames = whisper.config.num_mel_bins, 2 * whisper.config.max_source_positions
+    if feature_extractor.feature_size != mels:
+        raise ValueError(
+            f"The encoder reads {mels} mels, its feature extractor makes {feature_extractor.feature_size}."
+        )
+    if feature_extractor.nb_max_frames > frames:
+        raise ValueError(
+            f"The encoder takes {frames} frames, but its feature extractor cuts audio into chunks of "
+            f"{feature_extractor.nb_max_frames}; lower its `chunk_length`."
+        )
+    head, text_config = llm.get_output_embeddings(), llm.config.get_text_config()
+    if head is None or (head.in_features, head.out_features) != (text_config.hidden_size, text_config.vocab_size):
+        raise ValueError(f"{type(llm).__name__} has no plain linear head over its hidden states and vocabulary.")
+
+
+def _assemble(config: LsmConfig, whisper: WhisperModel, llm: PreTrainedModel) -> LsmForConditionalGeneration:
+    """An LSM whose parts are the given modules; only the projector gets memory of its own."""
+    config.dtype = llm.dtype
+    for name in config.sub_configs:
+        sub_config = getattr(config, name)
+        sub_config.dtype = llm.dtype
+        sub_config._name_or_path = ""  # a local folder's path would end up in a published config
+    with torch.device("meta"):
+        model = LsmForConditionalGeneration(config)
+    tower = model.model.audio_tower
+    tower.load_state_dict(whisper.encoder.state_dict(), assign=True)
+    model.model.projector = LsmProjector(config).to(llm.dtype)
+    model.model.language_model = llm.get_decoder()
+    model.lm_head = llm.get_output_embeddings()
+    model.generation_config = llm.generation_config
+    return model.eval()

@@ -1,0 +1,257 @@
+"""The output of the frozen audio tower, kept on disk: it never changes, so epochs and models can share it.
+
+`recipes.store_features` makes such a store; `--audio_feature_store` of `recipes.sft` and `--audio-feature-store` of
+`recipes.evaluate` read it.
+"""
+
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from configuration_lsm import num_encoder_frames
+from dataset_builders.corpora.corpus import decode
+from dataset_builders.files import differences
+from processing_lsm import LsmProcessor, load_audio
+
+logger = logging.getLogger(__name__)
+
+CLIPS, FRAMES = "clips.jsonl", "hidden_states.f16"
+SPAN_BATCHES = 16  # that are sorted together: of 32 clips of 30 s, 1 GB
+# Mel frames (1 s) that clips are padded to a multiple of. For every new shape oneDNN makes new kernels, which stay in
+# memory with what malloc cannot give back around them.
+SHAPES = 100
+
+
+def audio_key(audio: dict) -> str:
+    """What names a clip in a store: the hash of its file's bytes."""
+    content = audio["bytes"] if audio.get("bytes") is not None else Path(audio["path"]).read_bytes()
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def load_clip(row: dict, use: str = "heard", rate: int = 16_000) -> np.ndarray:
+    """The waveform `(samples,)` float32 at `rate` Hz of a row's `audio`: a file's, or whatever `load_audio` takes.
+
+    Raises:
+        ValueError: names the row that has a clip which cannot be read, or is cut off, and says what to do.
+    """
+    audio = row["audio"]
+    try:
+        of_file = isinstance(audio, dict) and "array" not in audio
+        return decode(audio, rate) if of_file else load_audio(audio, target_rate=rate)
+    except ValueError as error:
+        raise ValueError(
+            f"row {row.get('id')!r} has a clip that cannot be {use}: {str(error).rstrip('.')}. Leave the row out, or "
+            "mend its file and build the set again; without --trust-headers a build leaves such files out."
+        ) from error
+
+
+class AudioFeatureStore:
+    """Audio tower outputs on disk, by `audio_key`; memory-mapped, float16.
+
+    Only clips of at most one chunk (30 s) can be stored. `clips.jsonl` says what heard them and, of each clip in turn,
+    its key, encoder frames and samples; a build appends to it once the frames are on disk, and so goes on from it.
+
+    Raises:
+        ValueError: the folder is no store, or one of an older version, which does not say what heard it.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / CLIPS).is_file():
+            raise ValueError(
+                f"{folder} is no feature store, or of an older version that does not say which encoder it is of: "
+                "delete it, so that it is made anew, or name another."
+            )
+        self.heard_by, self.clips = _read_clips(self.folder)
+        self.frames = np.memmap(self.folder / FRAMES, np.float16, mode="r").reshape(-1, self.heard_by["width"])
+
+    def check(self, model) -> "AudioFeatureStore":
+        """This store.
+
+        Raises:
+            ValueError: another encoder's, or the same one's with another padding.
+        """
+        now = hearing(model)
+        if changed := differences({name: self.heard_by[name] for name in now}, now):
+            names = ", ".join(f"{name} {was}, not {now}" for name, (was, now) in changed.items())
+            raise ValueError(
+                f"{self.folder} holds what another model hears ({names}): delete it, so that it is made anew, or name "
+                "another feature store."
+            )
+        return self
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.clips
+
+    def num_samples(self, key: str) -> int:
+        """Samples of the clip at 16 kHz."""
+        return self.clips[key][2]
+
+    def batch(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """`audio_hidden_states` `(clips, encoder_frames, d_audio)` float32 and `input_features_mask` `(clips, frames)`
+        int64 (two mel frames per encoder frame), zero-padded to the longest, as the model takes them."""
+        spans = [self.clips[key] for key in keys]
+        longest = max(frames for _, frames, _ in spans)
+        hidden = torch.zeros(len(spans), longest, self.frames.shape[1])
+        mask = torch.zeros(len(spans), 2 * longest, dtype=torch.long)
+        for row, (start, frames, _) in enumerate(spans):
+            hidden[row, :frames] = torch.from_numpy(self.frames[start : start + frames].astype(np.float32))
+            mask[row, : 2 * frames] = 1
+        return {"audio_hidden_states": hidden, "input_features_mask": mask}
+
+    @classmethod
+    def build(cls, folder: str | Path, model, processor: LsmProcessor, audio: Iterable[dict], batch_size: int = 32):
+        """Run every distinct clip through `model`'s audio tower; a whole store in `folder` is opened as it is, and what
+        a killed build has left is gone on with.
+
+        Args:
+            folder: appears when whole.
+            model: an LSM; its audio tower alone is used.
+            audio: clips as `{"bytes", "path"}`.
+            batch_size: clips encoded at a time.
+
+        Raises:
+            ValueError: a clip that cannot be read, or is longer than one chunk; or a store that another encoder made.
+        """
+        folder, heard_by = Path(folder), hearing(model)
+        if not folder.exists():
+            partial = folder.with_name(folder.name + ".partial")
+            partial.mkdir(parents=True, exist_ok=True)
+            with (partial / CLIPS).open("a", encoding="utf-8") as known:
+                fcntl.flock(known, fcntl.LOCK_EX)  # another process may be making it
+                if not folder.exists():
+                    _write(partial, known, heard_by, model, processor, audio, batch_size)
+                    os.replace(partial, folder)
+        return cls(folder).check(model)
+
+
+def hearing(model) -> dict:
+    """What the tower's output of a clip is a function of: `encoder`, a hash of its weights, whatever type they are
+    loaded in; `padding`; and its `width`. No `encoder` where each device has a part of it (DeepSpeed's ZeRO-3)."""
+    found, tower = {"padding": model.config.audio_padding, "width": model.config.audio_config.d_model}, hashlib.sha256()
+    for name, weights in sorted(model.model.audio_tower.state_dict().items()):
+        if not weights.numel():
+            return found
+        tower.update(name.encode())
+        tower.update(weights.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+    return found | {"encoder": f"sha256:{tower.hexdigest()[:16]}"}
+
+
+def _read_clips(folder: Path) -> tuple[dict, dict[str, tuple[int, int, int]]]:
+    """What heard them, and the first frame, the frames and the samples of every clip by its key. A line that a killed
+    build tore is no line, and neither is one whose frames are not there."""
+    lines = (folder / CLIPS).read_text(encoding="utf-8").split("\n")[:-1]
+    heard_by, clips, start = json.loads(lines[0]) if lines else {}, {}, 0
+    there = (folder / FRAMES).stat().st_size // (2 * heard_by["width"]) if lines else 0
+    for key, frames, samples in map(json.loads, lines[1:]):
+        if start + frames > there:
+            break
+        clips[key] = start, frames, samples
+        start += frames
+    return heard_by, clips
+
+
+def _write(folder: Path, known, heard_by: dict, model, processor: LsmProcessor, audio: Iterable[dict], batch_size: int):
+    """Clips are sorted by length within a span of so many that memory does not grow with the set. What a killed build
+    has left of the same encoder stays."""
+    clips: dict[str, tuple[int, int, int]] = {}
+    if (folder / FRAMES).exists():
+        before, clips = _read_clips(folder)
+        if before != heard_by:
+            logger.warning("%s holds a part of what another encoder hears: beginning anew", folder)
+            clips = {}
+    with (folder / FRAMES).open("ab") as file:
+        file.truncate(2 * heard_by["width"] * sum(frames for _, frames, _ in clips.values()))
+        lines = (folder / CLIPS).read_bytes().splitlines(keepends=True)[: len(clips) + 1 if clips else 0]
+        known.truncate(sum(map(len, lines)))
+        if not lines:
+            _note(known, heard_by)
+        span: dict[str, np.ndarray] = {}
+
+        def encode():
+            before = len(clips)
+            _encode(file, clips, span, model, processor, batch_size)
+            file.flush()
+            os.fsync(file.fileno())
+            _note(known, *([key, *clip[1:]] for key, clip in itertools.islice(clips.items(), before, None)))
+            span.clear()
+
+        for clip in tqdm(audio, desc="encoding audio", unit="clip"):
+            key = audio_key(clip)
+            if key not in clips and key not in span:
+                span[key] = _load(clip, key, processor)
+            if len(span) == SPAN_BATCHES * batch_size:
+                encode()
+        encode()
+
+
+def _note(known, *records) -> None:
+    known.write("".join(json.dumps(record) + "\n" for record in records))
+    known.flush()
+    os.fsync(known.fileno())
+
+
+def _load(clip: dict, key: str, processor: LsmProcessor) -> np.ndarray:
+    waveform = load_clip({"id": clip.get("id") or clip.get("path") or key, "audio": clip})
+    if len(processor.chunk_lengths(len(waveform))) > 1:
+        raise ValueError(
+            f"{clip.get('path') or key} is {len(waveform) / 16_000:.1f} s long; stored features take clips of one "
+            "chunk (30 s): train without --audio_feature_store."
+        )
+    return waveform
+
+
+@torch.inference_mode()
+def _encode(file, clips: dict, span: dict[str, np.ndarray], model, processor: LsmProcessor, batch_size: int) -> None:
+    """Append what the tower makes of the clips in `span`, and note in `clips` where it stands."""
+    start = file.tell() // (2 * model.config.audio_config.d_model)
+    keys = sorted(span, key=lambda key: len(span[key]))
+    for first in range(0, len(keys), batch_size):
+        batch = keys[first : first + batch_size]
+        features = processor.audio_features([span[key] for key in batch])
+        longest = features["input_features"].shape[-1]
+        more = min(-(-longest // SHAPES) * SHAPES, processor.feature_extractor.nb_max_frames) - longest
+        features = {
+            name: nn.functional.pad(torch.from_numpy(value), (0, more)).to(model.device)
+            for name, value in features.items()
+        }
+        mask = features["input_features_mask"] if model.config.audio_padding == "longest" else None
+        hidden = model.model.audio_tower(features["input_features"], mask).last_hidden_state
+        lengths = [num_encoder_frames(frames) for frames in features["input_features_mask"].sum(-1).tolist()]
+        for key, states, frames in zip(batch, hidden.cpu(), lengths, strict=True):
+            file.write(states[:frames].to(torch.float16).numpy().tobytes())
+            clips[key] = start, frames, len(span[key])
+            start += frames
+
+
+def store_features(folder: str | None, dataset, model, processor) -> tuple[AudioFeatureStore | None, object]:
+    """The tower's output for all clips, and the rows with `audio_key` instead of their audio; without a folder, no
+    store and the rows as they are."""
+    if folder is None:
+        return None, dataset
+    rows = dataset.select_columns(sorted({"id", "audio"} & set(dataset.column_names)))
+    clips = ({**row["audio"], "id": row.get("id")} for row in rows if row["audio"])
+    store = AudioFeatureStore.build(folder, model, processor, clips)
+    dataset = dataset.map(lambda row: {"audio_key": row["audio"] and audio_key(row["audio"])}, remove_columns="audio")
+    refuse_other_clips(store, (key for key in dataset["audio_key"] if key is not None), "--audio_feature_store")
+    return store, dataset
+
+
+def refuse_other_clips(store: AudioFeatureStore, keys: Iterable[str], option: str) -> None:
+    """Refuse a store that was made for other clips."""
+    there = [key in store for key in keys]
+    if missing := there.count(False):
+        raise ValueError(
+            f"{store.folder} was made for other clips: it lacks {missing} of {len(there)}. Delete it or name another "
+            f"{option}."
+        )

@@ -1,0 +1,362 @@
+"""Any checkpoint that can be asked about speech, behind one interface: what it is given, what it answers.
+
+- an LSM, in its own prompt layout;
+- a speech LLM of transformers (Qwen2-Audio, Granite Speech, Audio Flamingo 3, Voxtral and their kind), in the layout of
+  its own documentation: the clip, then the instruction;
+- a plain text LLM, which can read transcripts alone.
+"""
+
+import base64
+import inspect
+import io
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, BatchFeature
+from transformers.utils import is_mistral_common_available
+
+from dataset_builders.responders.exchange import Reply
+from language_models.checkpoints import load_config, load_processor, open_model
+from language_models.generation import GREEDY, read_answers
+from language_models.tokenizers import make_room, text_processor
+from processing_lsm import as_text, special_tokens
+from recipes.listening.collator import render_prompt, render_response, response_tokens
+from recipes.listening.features import AudioFeatureStore, audio_key, load_clip
+
+HEARD = ("audio", "silence", "transcript")
+MARKS = ("\ue000", "\ue001")  # of private use: no text has them
+
+
+class SpeechLLM:
+    """A checkpoint and its processor; this class is for the speech LLMs of transformers.
+
+    Rows are dicts with an `instruction` and, as far as they are heard, `audio` (`{"bytes", "path"}`, or whatever
+    `load_audio` takes) and `transcript`.
+    """
+
+    hears = True
+
+    def __init__(self, model, processor, name: str = "model"):
+        self.model, self.processor, self.name = model.eval(), processor, name
+        self.tokenizer = processor.tokenizer
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        config = model.config
+        self.audio_token_id = getattr(config, "audio_token_id", getattr(config, "audio_token_index", None))
+
+    @cached_property
+    def _special(self):
+        return special_tokens(self.tokenizer)
+
+    def as_text(self, text: str) -> str:
+        """As [`LsmProcessor.as_text`]; the tokenizers of others read the character of no width that is put there."""
+        return as_text(text, self._special)
+
+    def conversation(self, row: dict, hear: str) -> list[dict]:
+        """The messages of one prompt; the clip itself is not among them."""
+        instruction = self.as_text(row["instruction"])
+        if hear == "transcript":
+            content = [{"type": "text", "text": f"{instruction}\n{self.as_text(row['transcript'])}"}]
+        else:
+            content = [{"type": "audio", "audio": ""}, {"type": "text", "text": instruction}]
+        return [{"role": "user", "content": content}]
+
+    def prompt(self, row: dict, hear: str = "audio") -> str:
+        """The prompt up to where the answer begins, with one placeholder for the clip if it is heard."""
+        return self.processor.apply_chat_template(self.conversation(row, hear), add_generation_prompt=True)
+
+    def response_ids(self, row: dict, hear: str) -> list[int]:
+        """What follows the tokens of the prompt when the answer is the row's `response`, its end included."""
+        response = self.as_text(row["response"]) + (self.tokenizer.eos_token or "")
+        return self.tokenizer(response, add_special_tokens=False).input_ids
+
+    def inputs(self, rows: Sequence[dict], hear: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:
+        """Model inputs of a batch of prompts, padded on the left.
+
+        Args:
+            rows: what is asked.
+            hear: `audio`, `silence` (as long as the clip) or `transcript`.
+            store: the audio tower's output for clips it was run on before; an LSM's alone.
+        """
+        prompts = [self.prompt(row, hear) for row in rows]
+        if hear == "transcript":
+            return self.tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
+        # Padding is of the text alone: some encoders take nothing but clips padded to 30 s.
+        settings = {"text_kwargs": {"padding": True, "padding_side": "left"}, "return_tensors": "pt"}
+        if hasattr(self.processor, "feature_extractor"):
+            settings["audio_kwargs"] = {"sampling_rate": 16_000}
+        inputs = self.processor(text=prompts, audio=self.clips(rows, hear), **settings)
+        return inputs.to(self.model.dtype)  # of the features alone; not every encoder does so itself
+
+    def clips(self, rows: Sequence[dict], hear: str) -> list[np.ndarray]:
+        """16 kHz waveforms, `(samples,)` float32."""
+        clips = [load_clip(row) for row in rows]
+        return [np.zeros_like(clip) for clip in clips] if hear == "silence" else clips
+
+    def spans(self, row: dict, hear: str) -> list[tuple[int, str]]:
+        """Every token of the prompt with what it is: `(token id, role)` with the roles `instruction`, `speech` (of a
+        transcript, too) and `template`, the clip as one token.
+
+        Raises:
+            ValueError: the template changes the instruction or the transcript.
+        """
+        prompt = self.prompt(row, hear)
+        fields = {"instruction": "instruction"} | ({"speech": "transcript"} if hear == "transcript" else {})
+        texts = {role: row[field].strip() for role, field in fields.items()}
+        # Where they stand is seen from marks in their place: their words may occur in each other and in the template.
+        marks = dict(zip(fields, MARKS, strict=False))
+        filled = {field: row[field].replace(texts[role], marks[role], 1) for role, field in fields.items()}
+        texts = {role: self.as_text(text) for role, text in texts.items()}
+        rebuilt, covered = self.prompt(row | filled, hear), {}
+        for role in sorted(fields, key=lambda role: rebuilt.find(marks[role])):
+            start = rebuilt.find(marks[role])
+            covered[role] = (start, start + len(texts[role]))
+            rebuilt = rebuilt.replace(marks[role], texts[role])
+        if rebuilt != prompt or any(start < 0 for start, _ in covered.values()):
+            raise ValueError(f"the prompt {prompt!r} does not hold {texts} as they are.")
+        return [
+            (token, "speech" if token == self.audio_token_id else _role_of(span, covered))
+            for token, span in self._tokens(row, hear)
+        ]
+
+    def _tokens(self, row: dict, hear: str) -> list[tuple[int, tuple[int, int]]]:
+        """The tokens of the prompt, each with the characters that it covers."""
+        tokens = self.tokenizer(self.prompt(row, hear), add_special_tokens=False, return_offsets_mapping=True)
+        return list(zip(tokens.input_ids, tokens.offset_mapping, strict=True))
+
+    def logits(self, inputs: dict, kept: torch.Tensor) -> torch.Tensor:
+        """`(batch, len(kept), vocabulary)` at these positions of a batch; others are not computed where the model can
+        do without."""
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            return self.model(**inputs, use_cache=False, logits_to_keep=kept).logits
+        return self.model(**inputs, use_cache=False).logits[:, kept]
+
+    @torch.inference_mode()
+    def respond(
+        self,
+        rows: Sequence[dict],
+        hear: str = "audio",
+        store: AudioFeatureStore | None = None,
+        batch_size: int = 64,
+        max_new_tokens: int = 48,
+        allowed: Sequence[Sequence[str]] | None = None,
+        progress: bool = True,
+    ) -> list[Reply]:
+        """Greedy answers, in order.
+
+        Args:
+            rows, hear, store: as in `inputs`.
+            allowed: for every row, the only answers it may give; greedy among them, token by token.
+
+        Raises:
+            ValueError: unknown `hear`, or a text LLM that is to hear.
+        """
+        if hear not in HEARD:
+            raise ValueError(f"cannot hear {hear!r}; expected one of {HEARD}.")
+        if hear != "transcript" and not self.hears:
+            raise ValueError(f"{self.name} is a text LLM: it reads transcripts and hears nothing.")
+        replies: dict[int, Reply] = {}
+        tokens_of: dict[str, list[int]] = {}
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].get("transcript", "")))
+        for start in tqdm(range(0, len(order), batch_size), desc="answers", unit="batch", disable=not progress):
+            batch = order[start : start + batch_size]
+            inputs = self.inputs([rows[index] for index in batch], hear, store)
+            choices = None
+            if allowed is not None:
+                for index in batch:  # what stands before an answer may change its tokens, but is alike in all prompts
+                    for answer in set(allowed[index]) - set(tokens_of):
+                        tokens_of[answer] = self.response_ids(rows[index] | {"response": answer}, hear)
+                choices = [[tokens_of[answer] for answer in allowed[index]] for index in batch]
+            replies |= zip(batch, self._generate(inputs, max_new_tokens, choices), strict=True)
+        return [replies[index] for index in range(len(rows))]
+
+    def _generate(self, inputs: BatchFeature, max_new_tokens: int, choices) -> list[Reply]:
+        inputs = inputs.to(self.model.device)
+        start = inputs["input_ids"].shape[1]
+        settings = {**GREEDY, "max_new_tokens": max_new_tokens}
+        end = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        ends = end if isinstance(end, list) else [end]
+        if choices is not None:
+            settings |= self._only(choices, start, ends)
+        output = self.model.generate(**inputs, **settings, pad_token_id=self.tokenizer.pad_token_id)[:, start:]
+        finished = torch.isin(output, torch.tensor(ends, device=output.device)).any(dim=1).tolist()
+        texts = read_answers(self.tokenizer, output.tolist())
+        return [Reply(text, "stop" if done else "length") for text, done in zip(texts, finished, strict=True)]
+
+    @staticmethod
+    def _only(choices: Sequence[Sequence[list[int]]], start: int, ends: list[int]) -> dict:
+        """Settings of `generate` that let every row write the tokens of one of its choices, and nothing else."""
+        tries = []
+        for answers in choices:
+            trie: dict = {}
+            for ids in answers:
+                node = trie
+                for token in ids if ids[-1] in ends else [*ids, ends[0]]:
+                    node = node.setdefault(token, {})
+            tries.append(trie)
+
+        def allowed(row: int, tokens: torch.Tensor) -> list[int]:
+            node = tries[row]
+            for token in tokens[start:].tolist():
+                node = node.get(token, {})
+            return list(node) or ends[:1]
+
+        longest = max(_depth(trie) for trie in tries)
+        return {"prefix_allowed_tokens_fn": allowed, "max_new_tokens": longest}
+
+
+class Lsm(SpeechLLM):
+    """An LSM: the one prompt layout of `LsmProcessor.conversation`, and features that were computed before."""
+
+    def prompt(self, row: dict, hear: str = "audio") -> str:
+        return render_prompt(self.processor, row, "transcript" if hear == "transcript" else "audio")
+
+    def response_ids(self, row: dict, hear: str) -> list[int]:
+        prompt = self.prompt(row)
+        return response_tokens(self.tokenizer, [prompt], [render_response(self.processor, row, prompt)])[0]
+
+    def inputs(self, rows: Sequence[dict], hear: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:
+        prompts = [self.prompt(row, hear) for row in rows]
+        settings = {"add_special_tokens": False, "padding_side": "left", "padding": True, "return_tensors": "pt"}
+        if hear == "transcript":
+            return self.tokenizer(prompts, **settings)
+        keys = [audio_key(row["audio"]) for row in rows] if store is not None and hear == "audio" else []
+        if keys and all(key in store for key in keys):
+            prompts = self.processor.expand_audio_tokens(prompts, [store.num_samples(key) for key in keys])
+            inputs = self.tokenizer(prompts, **settings)
+            inputs.update(store.batch(keys))
+            return inputs
+        return self.processor(text=prompts, audio=self.clips(rows, hear), **settings)
+
+
+class TextLLM(Lsm):
+    """A plain text LLM, with the very prompts that an LSM composed of it has; it reads transcripts alone."""
+
+    hears = False
+
+
+class GraniteSpeech(SpeechLLM):
+    """Granite Speech, whose template takes text alone: its documentation writes the placeholder into it."""
+
+    def conversation(self, row: dict, hear: str) -> list[dict]:
+        instruction = self.as_text(row["instruction"])
+        if hear == "transcript":
+            return [{"role": "user", "content": f"{instruction}\n{self.as_text(row['transcript'])}"}]
+        return [{"role": "user", "content": f"{self.processor.audio_token}{instruction}"}]
+
+    def prompt(self, row: dict, hear: str = "audio") -> str:
+        return self.tokenizer.apply_chat_template(
+            self.conversation(row, hear), add_generation_prompt=True, tokenize=False
+        )
+
+
+class Voxtral(SpeechLLM):
+    """Voxtral, whose tokenizer (mistral-common's) makes tokens of messages and text of none: here, a prompt is what its
+    tokens say.
+
+    Raises:
+        ImportError: mistral-common is not installed.
+    """
+
+    def __init__(self, model, processor, name: str = "model"):
+        if not is_mistral_common_available():
+            raise ImportError(f"{name} is a Voxtral, whose tokenizer is mistral-common's; pip install mistral-common")
+        super().__init__(model, processor, name)
+
+    def as_text(self, text: str) -> str:
+        return text  # no text stands for a special token
+
+    def conversation(self, row: dict, hear: str, clip: np.ndarray | None = None) -> list[dict]:
+        """With the clip among the messages, or with a moment of silence in its place."""
+        messages = super().conversation(row, hear)
+        if hear != "transcript":
+            file = io.BytesIO()
+            samples = np.zeros(1600, np.float32) if clip is None else clip
+            soundfile.write(file, samples, 16_000, format="WAV", subtype="FLOAT")
+            data = f"data:audio/wav;base64,{base64.b64encode(file.getvalue()).decode()}"
+            messages[0]["content"][0] = {"type": "audio", "base64": data}
+        return messages
+
+    def prompt(self, row: dict, hear: str = "audio") -> str:
+        return b"".join(piece for _, piece in self._pieces(row, hear)).decode()
+
+    def response_ids(self, row: dict, hear: str) -> list[int]:
+        return [*self.tokenizer(row["response"], add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+
+    def inputs(self, rows: Sequence[dict], hear: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:
+        clips = [None] * len(rows) if hear == "transcript" else self.clips(rows, hear)
+        messages = [self.conversation(row, hear, clip) for row, clip in zip(rows, clips, strict=True)]
+        return self.processor.apply_chat_template(messages).to(self.model.dtype)
+
+    def _pieces(self, row: dict, hear: str) -> list[tuple[int, bytes]]:
+        """The tokens of the prompt with what they say, the clip as one."""
+        from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+
+        ids = self.tokenizer.apply_chat_template(self.conversation(row, hear), return_dict=False)
+        words = self.tokenizer.tokenizer.instruct_tokenizer.tokenizer
+        return [
+            (token, words.id_to_byte_piece(token, SpecialTokenPolicy.KEEP))
+            for token, before in zip(ids, [None, *ids], strict=False)
+            if not token == before == self.audio_token_id
+        ]
+
+    def _tokens(self, row: dict, hear: str) -> list[tuple[int, tuple[int, int]]]:
+        # A token is of bytes, of which a character may have several.
+        places = [place for place, char in enumerate(self.prompt(row, hear)) for _ in char.encode()]
+        tokens, start = [], 0
+        for token, piece in self._pieces(row, hear):
+            end = start + len(piece)
+            tokens.append((token, (places[start], places[end - 1] + 1)))
+            start = end
+        return tokens
+
+
+FAMILIES: dict[str, type[SpeechLLM]] = {"lsm": Lsm, "granite_speech": GraniteSpeech, "voxtral": Voxtral}
+
+
+def load(source: str | Path, dtype: str = "auto") -> SpeechLLM:
+    """Open a checkpoint, on the GPU if there is one.
+
+    Args:
+        source: folder or Hub id of an LSM, a speech LLM or a text LLM, or of an adapter for one of them.
+        dtype: of its weights; `"auto"` is the checkpoint's.
+    """
+    config = load_config(source, trust_remote_code=True)
+    speech = any(hasattr(config, name) for name in ("audio_token_id", "audio_token_index"))
+    family = FAMILIES.get(config.model_type, SpeechLLM) if speech else TextLLM
+    # The families are spread over several auto classes; a checkpoint of theirs says which class it is.
+    auto = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    model = open_model(source, auto, trust_remote_code=True, dtype=dtype)
+    if speech:
+        processor = load_processor(source)
+    else:
+        processor = text_processor(source)
+        make_room(model, processor.tokenizer)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return family(model, processor, Path(source).name if Path(source).exists() else str(source))
+
+
+def template_settings_of(source: str | Path) -> dict | None:
+    """What the chat template of an LSM has been told, for the text LLM beside it; None for other checkpoints."""
+    if load_config(source, trust_remote_code=True).model_type != "lsm":
+        return None
+    return load_processor(source).template_settings
+
+
+def _role_of(span: tuple[int, int], covered: dict[str, tuple[int, int]]) -> str:
+    """What a token is that covers these characters; one that straddles a border belongs to what it ends in."""
+    for role, (start, end) in covered.items():
+        if span[1] > start and span[1] <= end and span[0] < span[1]:
+            return role
+    return "template"
+
+
+def _depth(trie: dict) -> int:
+    return 1 + max(map(_depth, trie.values())) if trie else 0

@@ -1,0 +1,49 @@
+"""A speech recogniser (Whisper, CTC models) where a speech LLM may stand: it transcribes, whatever it is asked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import pipeline
+from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+
+from dataset_builders.responders.exchange import Reply
+from language_models.checkpoints import load_config
+from recipes.listening.features import load_clip
+from recipes.listening.speech_llm import SpeechLLM, load
+
+CHUNK = 30  # seconds: Whisper's own, and what CTC models have memory for
+
+
+class Transcriber:
+    """transformers' `automatic-speech-recognition` pipeline; clips of any length.
+
+    Args:
+        source: folder or Hub id.
+        dtype: of its weights; `"auto"` is the checkpoint's.
+    """
+
+    def __init__(self, source: str | Path, dtype: str = "auto"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.pipe = pipeline("automatic-speech-recognition", model=str(source), dtype=dtype, device=device)
+        self.name = Path(source).name if Path(source).exists() else str(source)
+
+    def respond(self, rows: Sequence[dict], hear: str = "audio", store=None, batch_size: int = 16, **_) -> list[Reply]:
+        """Transcripts of the rows' `audio`, in order.
+
+        Raises:
+            ValueError: it is to hear anything else than the clip.
+        """
+        if hear != "audio":
+            raise ValueError(f"{self.name} recognises speech; it cannot hear {hear!r}.")
+        rate = self.pipe.feature_extractor.sampling_rate
+        clips = [{"raw": load_clip(row, rate=rate), "sampling_rate": rate} for row in rows]
+        found = self.pipe(clips, batch_size=batch_size, chunk_length_s=CHUNK)
+        return [Reply(one["text"].strip()) for one in found]
+
+
+def load_recogniser(source: str | Path, dtype: str = "auto") -> Transcriber | SpeechLLM:
+    """What a cascade hears with: a recogniser, or a speech LLM that is asked to transcribe."""
+    kind = load_config(source, trust_remote_code=True).model_type
+    recognises = kind in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES or kind in MODEL_FOR_CTC_MAPPING_NAMES
+    return Transcriber(source, dtype) if recognises else load(source, dtype)

@@ -1,0 +1,41 @@
+"""Frozen audio tower output, computed once: the tower never changes, so epochs and models may share what it hears.
+
+    python -m recipes.store_features --model checkpoints/base --corpus CORPUS --splits train test --output features
+
+`--audio_feature_store` of `recipes.sft` and `--audio-feature-store` of `recipes.evaluation.evaluation` read the folder.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from dataset_builders.corpora.opening import open_corpus
+from language_models.checkpoints import load_processor, open_model
+from modeling_lsm import LsmForConditionalGeneration
+from recipes.listening.features import AudioFeatureStore, audio_key, refuse_other_clips
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of an LSM with the audio tower")
+    parser.add_argument("--corpus", required=True, help="ASR corpus, as dataset_builders.self_powered build takes it")
+    parser.add_argument("--splits", nargs="+", default=["train"], help="splits of the corpus")
+    parser.add_argument("--output", required=True, help="folder of the store")
+    parser.add_argument("--batch-size", type=int, default=32, help="clips per batch")
+    args = parser.parse_args()
+    model = open_model(args.model, LsmForConditionalGeneration, merge=False).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def clips():
+        return (utterance["audio"] for split in args.splits for utterance in open_corpus(args.corpus, split))
+
+    there = Path(args.output).exists()
+    store = AudioFeatureStore.build(args.output, model, load_processor(args.model), clips(), args.batch_size)
+    if there:
+        refuse_other_clips(store, map(audio_key, clips()), "--output")
+    print(f"{args.output}: {len(store.clips)} clips, {len(store.frames)} frames")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Rows of a study as jobs, what their results are, and the table of all."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset_builders.files import read_yaml, write_whole
+from recipes.evaluation.tables import main_figure
+from recipes.reporting.figures import plot_study
+from recipes.reporting.markdown import to_markdown
+from recipes.studies.stages import Stage, make, plan, seconds
+from recipes.training.callbacks import FOLLOWING, LOG, read_lines
+
+logger = logging.getLogger(__name__)
+
+KEYS = {"base", "rows", "seeds", "trained", "unseen"}
+SHARE = 0.9  # of the text LLM's following, which `steps` are counted to
+RESULTS = {
+    "trained": "trained kinds",
+    "unseen": "never-trained kinds",
+    "text_kept": "text kept",
+    "wer": "WER",
+    "steps": "steps to 90 %",
+}
+BESIDE = {
+    "seconds": "training (s)",
+    "copies": "copies",
+    "unseen_copies": "copies, never-trained",
+    "silence": "silence",
+    "shuffled": "other clip",
+    "swapped": "other instruction",
+    "text_llm": "text LLM",
+    "unseen_text_llm": "text LLM, never-trained",
+    "cascade": "cascade",
+    "unseen_cascade": "cascade, never-trained",
+    "cascade_wer": "cascade WER",
+    "instruction_share": "saliency on the instruction",
+    "speech_share": "saliency on the speech",
+}
+COUNTS = ("steps", "seconds")  # all others are shares
+NOTE = (
+    "Means over seeds. In brackets: from the lowest to the highest end of the seeds' 95 % intervals (questions "
+    "resampled), which for one seed is its interval; of steps and seconds, the lowest and the highest. Text kept: "
+    "change of the share right when the transcript is read, against the text LLM. Steps to 90 %: of the last training, "
+    "until following on the validation clips reached 90 % of the text LLM's; `k of n` where not all seeds did. "
+    "Training: seconds of all that learned, {workers} commands at a time. Silence, other clip and other "
+    "instruction are controls: who listens and does what is asked fails there."
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row with one seed, and the stages that it needs by key."""
+
+    row: str
+    seed: int
+    stages: dict[str, Stage]
+
+    def is_whole(self, folder: Path) -> bool:
+        return all((folder / stage.name).exists() for stage in self.stages.values())
+
+
+def overrides(rows: Mapping[str, Mapping | None], name: str, above: tuple[str, ...] = ()) -> dict:
+    """What a row changes in the base, with what it takes from the row that it is `of`.
+
+    Raises:
+        ValueError: a row that is not there, or rows that are of each other.
+    """
+    if name not in rows:
+        raise ValueError(f"no row {name!r}; there are {', '.join(rows)}.")
+    if name in above:
+        raise ValueError(f"the rows {' → '.join((*above, name))} are of each other.")
+    own = {key: value for key, value in (rows[name] or {}).items() if key not in ("of", "seeds")}
+    other = (rows[name] or {}).get("of")
+    return merge(overrides(rows, other, (*above, name)), own) if other else own
+
+
+def merge(settings: Mapping, changes: Mapping) -> dict:
+    """Settings with changes; those of a stage are changed one by one."""
+    changed = {
+        key: {**(settings.get(key) or {}), **value} if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+    return {**settings, **changed}
+
+
+def read(config: str | Path) -> dict:
+    """A study's configuration.
+
+    Raises:
+        ValueError: it has other keys than `base`, `rows`, `trained`, `unseen` and `seeds`, or lacks one.
+    """
+    content = read_yaml(config)
+    if not isinstance(content, dict) or set(content) != KEYS:
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{config} has {found}; expected the keys {', '.join(sorted(KEYS))}.")
+    return content
+
+
+def jobs_of(config: Mapping, names: Sequence[str], seeds: Sequence[int], folder: Path) -> list[Job]:
+    """What is to be made, in order.
+
+    Args:
+        config: as `read` gives it.
+        names: of the rows; all if empty.
+        seeds: of every row; its own, or the configuration's, if empty.
+        folder: of the study.
+
+    Raises:
+        ValueError: as `overrides` and `plan`; the row is named.
+    """
+    jobs = []
+    for name in names or config["rows"]:
+        changes = overrides(config["rows"], name)
+        wanted = ["evaluate", *changes.pop("also", [])]
+        settings = merge(config["base"], changes)
+        for place, seed in enumerate(seeds or (config["rows"][name] or {}).get("seeds", config["seeds"])):
+            try:
+                jobs.append((place, Job(name, seed, plan(settings, wanted, seed, folder))))
+            except ValueError as error:
+                raise ValueError(f"row {name!r}: {error}") from error
+    return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
+
+
+def record_of(job: Job, folder: Path, trained: str, unseen: str) -> dict:
+    """The figures of a row with one seed: `name`, `seed`, those of `RESULTS` and `BESIDE` (None for none), `intervals`,
+    `parts` (the share right of every kind), `layers` and `folders`.
+
+    Raises:
+        ValueError: the evaluation has no task of these names.
+    """
+    folders = {key: folder / stage.name for key, stage in job.stages.items()}
+    tasks = json.loads((folders["evaluate"] / "results.json").read_text(encoding="utf-8"))["tasks"]
+    if missing := {trained, unseen} - set(tasks):
+        raise ValueError(f"{folders['evaluate']} has no task {missing.pop()!r}; it has {', '.join(tasks)}.")
+    metrics = metrics_of(tasks[trained], tasks[unseen])
+    looks = next(filter(None, (read_lines(path / FOLLOWING) for path in reversed(folders.values()))), [])
+    ceiling = metrics["text_llm"]["value"] if metrics["text_llm"] else 0.0
+    bias = folders["bias"] / "bias.json" if "bias" in folders else None
+    layers = json.loads(bias.read_text(encoding="utf-8"))["layers"] if bias else []
+    spent = seconds(folder)
+    values = {name: metric and metric["value"] for name, metric in metrics.items()} | {
+        f"{part}_share": sum(layer[part] for layer in layers) / len(layers) if layers else None
+        for part in ("instruction", "speech")
+    }
+    values["steps"] = next((look["step"] for look in looks if look.get("following", 0) >= SHARE * ceiling > 0), None)
+    values["seconds"] = sum(spent.get(path.name, 0) for path in folders.values() if any(path.rglob(LOG)))
+    systems = [task["systems"]["model"] for task in (tasks[trained], tasks[unseen])]
+    return {
+        "name": job.row,
+        "seed": job.seed,
+        **{name: values[name] for name in (*RESULTS, *BESIDE)},
+        "intervals": {name: [metric["low"], metric["high"]] for name, metric in metrics.items() if metric},
+        "parts": {
+            kind: part["figures"].get("right", {}).get("value")
+            for system in systems
+            for kind, part in system.get("parts", {}).items()
+        },
+        "layers": [{part: layer[part] for part in ("instruction", "speech")} for layer in layers],
+        "folders": {key: path.name for key, path in folders.items()},
+    }
+
+
+def metrics_of(trained: Mapping, unseen: Mapping) -> dict[str, dict | None]:
+    """The figures of two tasks of `results.json`, each with its interval; None for what was not measured."""
+
+    def figure(task: Mapping, system: str, name: str | None = None, part: str | None = None) -> dict | None:
+        found = task["systems"].get(system, {})
+        found = (found.get("parts", {}).get(part, found) if part else found).get("figures", {})
+        return found.get(name or main_figure(found))
+
+    def both(name: str, system: str, which: str | None = None) -> dict[str, dict | None]:
+        return {name: figure(trained, system, which), f"unseen_{name}": figure(unseen, system, which)}
+
+    controls = {control: figure(trained, control) for control in ("silence", "shuffled", "swapped")}
+    return {
+        "trained": figure(trained, "model"),
+        "unseen": figure(unseen, "model"),
+        "text_kept": trained["comparisons"].get("text_kept"),
+        "wer": figure(trained, "model", "wer", "transcription"),
+        "cascade_wer": figure(trained, "cascade", "wer", "transcription"),
+        **both("copies", "model", "transcript_copy"),
+        **both("text_llm", "text_llm"),
+        **both("cascade", "cascade"),
+        **controls,
+    }
+
+
+def summary(records: Sequence[dict], name: str) -> dict | None:
+    """One figure over a row's seeds: `value`, their mean; `low` and `high`; and how many of the `seeds` have it. None
+    if none has."""
+    having = [record for record in records if record[name] is not None]
+    if not having:
+        return None
+    bounds = [bound for record in having for bound in record["intervals"].get(name, [record[name]])]
+    value = sum(record[name] for record in having) / len(having)
+    return {"value": value, "low": min(bounds), "high": max(bounds), "seeds": len(having)}
+
+
+def cell(records: Sequence[dict], name: str) -> str:
+    found = summary(records, name)
+    if found is None:
+        return "–"
+    if name not in COUNTS:
+        return f"{100 * found['value']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+    spread = f" ({found['low']:.0f} to {found['high']:.0f})" if found["seeds"] > 1 else ""
+    some = f", {found['seeds']} of {len(records)}" if found["seeds"] < len(records) else ""
+    return f"{found['value']:.0f}{spread}{some}"
+
+
+def write(config: Mapping, records: Sequence[dict], failed: Mapping[str, str], workers: int, folder: Path) -> None:
+    """`study.json`, `study.md` and the picture."""
+    by_row = {name: [record for record in records if record["name"] == name] for name in config["rows"]}
+    by_row = {name: some for name, some in by_row.items() if some}
+
+    def table(columns: Mapping[str, str], cell_of: Callable[[Sequence[dict], str], str]) -> str:
+        lines = [[name, *(cell_of(some, column) for column in columns)] for name, some in by_row.items()]
+        return to_markdown(["row", *columns.values()], lines)
+
+    def share(some: Sequence[dict], kind: str) -> str:
+        known = [record["parts"][kind] for record in some if record["parts"].get(kind) is not None]
+        return f"{100 * sum(known) / len(known):.1f} %" if known else "–"
+
+    kinds = {kind: kind for record in records for kind in record["parts"]}
+    seeds = {name: ", ".join(str(record["seed"]) for record in some) for name, some in by_row.items()}
+    changes = [[name, seeds[name], json.dumps(overrides(config["rows"], name))] for name in by_row]
+    parts = ["# Study", NOTE.format(workers=workers), table(RESULTS, cell), "Share right, kind by kind:"]
+    parts += [table(kinds, share), "Controls, and who stands beside:", table(BESIDE, cell)]
+    parts += ["What a row changes in the base:", to_markdown(["row", "seeds", "changes"], changes)]
+    parts += [f"**{name} failed.**\n\n```\n{reason}\n```" for name, reason in failed.items()]
+    write_whole(folder / "study.json", json.dumps({"rows": records, "failed": failed}, indent=1) + "\n")
+    write_whole(folder / "study.md", "\n\n".join(parts) + "\n")
+    if records:
+        summaries = {name: {column: summary(some, column) for column in RESULTS} for name, some in by_row.items()}
+        layers = {name: next((r["layers"] for r in some if r["layers"]), []) for name, some in by_row.items()}
+        ceilings = {"trained": summary(records, "text_llm"), "unseen": summary(records, "unseen_text_llm")}
+        plot_study(summaries, RESULTS, folder / "study", COUNTS, ceilings, layers)
+
+
+def study(config: Mapping, names: Sequence[str], seeds: Sequence[int], workers: int, folder: Path) -> dict[str, str]:
+    """Make what is missing, and write the table whenever a row is whole; rows that were made before are in it, too.
+
+    Returns:
+        By row and seed of those that failed, why.
+    """
+    jobs = jobs_of(config, names, seeds, folder)
+    known = {(job.row, job.seed): job for job in (*jobs_of(config, (), (), folder), *jobs)}
+    whole: dict[tuple[str, int], dict] = {}
+    failed: dict[str, str] = {}
+
+    def look(*_) -> None:
+        fresh = [key for key, job in known.items() if key not in whole and job.is_whole(folder)]
+        for key in fresh:
+            whole[key] = record_of(known[key], folder, config["trained"], config["unseen"])
+            logger.info("%s, seed %d is whole", *key)
+        if fresh or failed:
+            write(config, [whole[key] for key in known if key in whole], failed, workers, folder)
+
+    look()
+    reasons = make((stage for job in jobs for stage in job.stages.values()), folder, workers, look)
+    for job in jobs:
+        if found := [reasons[stage.name] for stage in job.stages.values() if stage.name in reasons]:
+            failed[f"{job.row}, seed {job.seed}"] = found[0]
+    look()
+    return failed
