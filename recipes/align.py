@@ -84,7 +84,7 @@ def _utterances(corpus: str, split: str, revision: str | None):
     yield from open_corpus(corpus, split)
 
 
-def main(script_args: AlignArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
+def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
     main_process, output = PartialState().is_main_process, Path(training_args.output_dir)
     training_args.align_steps = training_args.align_steps or STEPS  # an alignment of no steps is not what was asked
     check_model(script_args, model_args)
@@ -123,7 +123,11 @@ def main(script_args: AlignArguments, training_args: LsmTrainingArguments, model
         )
 
 
-if __name__ == "__main__":
+def main() -> None:
     logging.basicConfig(level=logging.INFO)
-    main(*parse(AlignArguments, LsmTrainingArguments, ModelConfig))
+    run(*parse(AlignArguments, LsmTrainingArguments, ModelConfig))
     PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -61,10 +61,10 @@ class Conversation:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="folder or Hub id of an LSM or a text LLM")
     parser.add_argument("--audio", help="audio file or URL: any rate, mono or stereo")
     parser.add_argument("--instruction", action="append", help="ask this and stop; may be given several times")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
     args = parser.parse_args()
     try:
         chat = Conversation(args.model, args.audio, args.max_new_tokens)

@@ -19,17 +19,37 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="Hub id or folder of a causal LLM")
     parser.add_argument("--output", required=True, help="folder to write the LSM to")
     parser.add_argument("--window-frames", type=int, default=17, help="encoder frames (20 ms) per window")
-    parser.add_argument("--window-mode", default="fixed", choices=["fixed", "proportional"])
-    parser.add_argument("--queries-per-window", type=int, default=1, help="speech tokens per window")
-    parser.add_argument("--audio-padding", default="longest", choices=["longest", "max_length"])
     parser.add_argument(
-        "--pieces-per-token", type=int, default=8, help="word pieces of the LLM that a speech token is read as, or 0"
+        "--window-mode",
+        default="fixed",
+        choices=["fixed", "proportional"],
+        help="proportional: windows as long as the original code has them, for its checkpoints",
     )
-    parser.add_argument("--qformer-layers", type=int, default=2)
-    parser.add_argument("--qformer-hidden", type=int, default=768)
-    parser.add_argument("--qformer-heads", type=int, default=12)
-    parser.add_argument("--qformer-ffn", type=int, help="four times the hidden size if absent")
-    parser.add_argument("--instruction-first", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--queries-per-window", type=int, default=1, help="speech tokens per window")
+    parser.add_argument(
+        "--audio-padding",
+        default="longest",
+        choices=["longest", "max_length"],
+        help="pad clips to the longest of a batch, or all to 30 s",
+    )
+    parser.add_argument(
+        "--pieces-per-token",
+        type=int,
+        default=8,
+        help="number of word pieces whose embeddings a speech token is the mean of; 0 leaves the reader out",
+    )
+    parser.add_argument("--qformer-layers", type=int, default=2, help="layers of the Q-Former")
+    parser.add_argument("--qformer-hidden", type=int, default=768, help="hidden size of the Q-Former")
+    parser.add_argument("--qformer-heads", type=int, default=12, help="attention heads of the Q-Former")
+    parser.add_argument(
+        "--qformer-ffn", type=int, help="width of its feed-forward layers; four times the hidden size if absent"
+    )
+    parser.add_argument(
+        "--instruction-first",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the instruction stands before the speech in a prompt",
+    )
     parser.add_argument("--template-settings", help="""JSON for the chat template: '{"enable_thinking": true}'""")
     parser.add_argument("--dtype", default="auto", help="auto (the LLM's), float32, bfloat16 or float16")
     parser.add_argument("--seed", type=int, default=0, help="of the projector's initial weights")

@@ -26,10 +26,10 @@ from recipes.studies.stages import alone_in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="runs/quickstart")
-    parser.add_argument("--config", default=str(CONFIGS / "quickstart.yaml"))
-    parser.add_argument("--steps", type=int, help="of every training, instead of its config's")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="runs/quickstart", help="folder of everything that is made")
+    parser.add_argument("--config", default=str(CONFIGS / "quickstart.yaml"), help="YAML file of sizes and settings")
+    parser.add_argument("--steps", type=int, help="steps of every training, instead of those in its configuration")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws and initial weights")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     disable_progress_bar()

@@ -69,7 +69,7 @@ def rows_of(script_args, training_args, model, processor, costs: Costs) -> tuple
     return rows, row_costs, store
 
 
-def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
+def train(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
     settings = settings_of(script_args, training_args, model_args) | contents_of(script_args, model_args)
     settings["num_processes"] = PartialState().num_processes
     check_model(script_args, model_args)
@@ -141,9 +141,13 @@ def main(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, m
             trainer.push_to_hub()
 
 
-if __name__ == "__main__":
+def main() -> None:
     logging.basicConfig(level=logging.INFO)
     arguments = parse(LsmScriptArguments, LsmTrainingArguments, ModelConfig)
-    code = preflight(*arguments) if arguments[0].preflight else main(*arguments)
+    code = preflight(*arguments) if arguments[0].preflight else train(*arguments)
     PartialState().destroy_process_group()
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
     python -m recipes.store_features --model checkpoints/base --corpus CORPUS --splits train test --output features
 
-`--audio_feature_store` of `recipes.sft` and `--audio-feature-store` of `recipes.evaluation.evaluation` read the folder.
+`--audio_feature_store` of `recipes.sft` and `--audio-feature-store` of `recipes.evaluate` read the folder.
 """
 
 import argparse

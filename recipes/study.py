@@ -26,8 +26,10 @@ from recipes.studies.study import read, study
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(Path(__file__).parent / "configs" / "study.yaml"))
-    parser.add_argument("--output", default="runs/study")
+    parser.add_argument(
+        "--config", default=str(Path(__file__).parent / "configs" / "study.yaml"), help="YAML file of stages and rows"
+    )
+    parser.add_argument("--output", default="runs/study", help="folder of the stages and the table")
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="rows of the study to run; all if absent")
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[], help="seeds of every row, instead of those that the row names"

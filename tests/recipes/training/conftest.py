@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from trl import ModelConfig
 
-from recipes.sft import main
+from recipes import sft
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.callbacks import LOG, read_lines
 
@@ -64,7 +64,7 @@ def train(defaults, parts_of):
 
     def run(**options) -> Path:
         parts = parts_of({**defaults, **options})
-        main(*parts)
+        sft.train(*parts)
         return Path(parts[1].output_dir)
 
     return run

@@ -10,7 +10,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, WhisperConfig, WhisperFeatureExtractor
 from trl import ModelConfig, TrlParser
 
-from recipes.sft import main
+from recipes.sft import train
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, accumulation
 from recipes.training.callbacks import LOG, read_lines
 from recipes.training.preflight import Preflight
@@ -133,7 +133,7 @@ def test_it_trains_a_stand_in_of_the_same_kind(name, whisper_dir, llm_dir, set_d
     if script_args.tasks != ["transcription"]:
         script_args.tasks = None  # the tiny set has rows of some tasks alone
     script_args.composition = {"qformer_hidden": 32, "qformer_heads": 4}
-    main(script_args, training_args, model_args)
+    train(script_args, training_args, model_args)
     lines = [line for line in read_lines(tmp_path / "out" / LOG) if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2]
     assert training_args.gradient_accumulation_steps == 2

@@ -97,7 +97,7 @@ def test_every_recipe_reads_what_any_recipe_writes(
 
         options = {**defaults, **steps, "model_name_or_path": str(folder), "align_batch_size": 2, "align_steps": 1}
         _, *arguments = parts_of({**options, "output_dir": str(out / "aligned"), "dataset_name": "-"})
-        align.main(align.AlignArguments(corpus=str(corpus)), *arguments)
+        align.run(align.AlignArguments(corpus=str(corpus)), *arguments)
         torch.testing.assert_close(layer(load(out / "aligned").model), layer(chat.model))
 
         rest = {"model_name_or_path": str(folder), "learning_rate": 0.0, "max_steps": 1, "align_steps": None}
