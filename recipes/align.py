@@ -30,7 +30,8 @@ from trl import ModelConfig
 from dataset_builders.corpora.corpus import FEATURES, Corpus
 from dataset_builders.corpora.opening import open_corpus
 from recipes.listening.features import store_features
-from recipes.reporting.model_card import base_models_of, write_trained_card
+from recipes.reporting.model_card import base_models_of
+from recipes.reporting.training_card import write_trained_card
 from recipes.training.alignment import FOLDER, STEPS, align, needs_alignment, validation_rows
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
 from recipes.training.callbacks import LOG, read_lines

@@ -1,6 +1,8 @@
 """Imports go downwards: the floors of the house, lowest first, and what may not know the nano toy."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,11 @@ def test_a_module_imports_from_its_own_room_and_from_lower_floors_alone(file):
 )
 def test_only_nano_and_the_quickstart_import_nano(file):
     assert not [module for module in imported(ROOT / file) if ".nano" in module]
+
+
+@pytest.mark.parametrize("module", ["modeling_lsm", "recipes.compose"])
+def test_what_answers_and_composes_needs_nothing_of_training_evaluation_and_reports(module):
+    heavy = {"datasets", "jiwer", "matplotlib", "sacrebleu", "trl"}
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

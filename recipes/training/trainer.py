@@ -14,7 +14,7 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from language_models.checkpoints import calling_peft
 from processing_lsm import LsmProcessor
-from recipes.reporting.model_card import write_trained_card
+from recipes.reporting.training_card import write_trained_card
 from recipes.training.callbacks import FOLLOWING, LOG, read_lines
 from recipes.training.checkpoints import WholeCheckpoints
 from recipes.training.costs import Costs
