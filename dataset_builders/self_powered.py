@@ -10,7 +10,7 @@ transcript itself. Draws are a function of (seed, utterance). Rows lie in `DIR/d
 `load_dataset(DIR, TASK)` or `load_dataset(DIR, "all")` reads them, from the Hub too.
 
 A build that was killed goes on with the same command, in any number of processes (torchrun, accelerate, srun, SLURM
-arrays): see `shards.py`. An LLM behind a server answers with `--server URL`: see `server_responder.py`.
+arrays): see `shards.py`. An LLM behind a server answers with `--server URL`: see `responders/server.py`.
 
 `import` and `export` exchange sets with the original project, whose JSONL has `instruction`, `audio` and `text`.
 """
@@ -37,7 +37,7 @@ from transformers import HfArgumentParser
 
 from dataset_builders.building import FEATURES, SHARD_ROWS, TASKS, build
 from dataset_builders.corpora.corpus import Corpus
-from dataset_builders.corpora.opening import PRESETS, open_corpus
+from dataset_builders.corpora.opening import OF_FILES, PRESETS, open_corpus
 from dataset_builders.corpora.transcripts import NORMALIZERS
 from dataset_builders.filters import FILTERS
 from dataset_builders.instructions import POOL_PATH, Draw, load_pool, parse_weights
@@ -58,48 +58,63 @@ class BuildArguments:
     """What a build can be told, on the command line and by [`SelfPoweredBuilder`]."""
 
     corpus: str = field(
-        metadata={"help": "a Hub id, a manifest (.jsonl, .csv, .tsv), a folder, or one of " + ", ".join(PRESETS)}
+        metadata={"help": "A Hub id, a manifest (.jsonl, .csv, .tsv), a folder, or one of " + ", ".join(PRESETS)}
     )
-    llm: str = field(metadata={"help": "Causal LLM, or LSM with one inside: folder or Hub id."})
+    llm: str = field(metadata={"help": "Folder or Hub id of a causal LLM, or of an LSM, whose LLM answers then."})
     # The corpus
-    split: str = _option("train", "Split of the corpus, and name of the set's.")
+    split: str = _option("train", "Split of the corpus; the split of the set gets the same name.")
     corpus_config: str | None = _option(None, "Configuration of the corpus on the Hub.")
-    corpus_name: str | None = _option(None, "What rows call the corpus; by default its Hub id, folder or file name.")
+    corpus_name: str | None = _option(
+        None, "Name of the corpus in the rows; by default its Hub id, folder or file name."
+    )
     corpus_revision: str | None = _option(None, "Branch, tag or commit of the corpus on the Hub.")
-    preset: str | None = _option(None, "Whose columns and transcript rule: " + ", ".join(PRESETS))
-    audio_column: str | None = _option(None, "Column of the audio, where it has no customary name.")
+    preset: str | None = _option(None, "Corpus whose columns and transcript rule are used: " + ", ".join(OF_FILES))
+    audio_column: str | None = _option(None, "Column of the audio, if its name is not a common one.")
     transcript_column: str | None = _option(None, "Column of the transcript.")
     id_column: str | None = _option(None, "Column of the utterance's id.")
-    normalizer: str | None = _option(None, f"Rule for the transcripts: {', '.join(NORMALIZERS)}. By preset, or plain.")
-    data_root: str | None = _option(None, "Folder that a manifest's audio must be in; its own by default.")
-    limit: int | None = _option(None, "Ask for so many rows.")
+    normalizer: str | None = _option(
+        None, f"Rule for the transcripts: {', '.join(NORMALIZERS)}; by default that of the preset, or plain."
+    )
+    data_root: str | None = _option(None, "Folder that a manifest's audio must be in; by default the manifest's own.")
+    limit: int | None = _option(None, "Number of rows to ask for.")
     # What is asked
     tasks: list[str] = field(
-        default_factory=lambda: list(TASKS), metadata={"help": "TASK or TASK=WEIGHT; TASK=inf for every utterance."}
+        default_factory=lambda: list(TASKS),
+        metadata={"help": "Tasks to draw from: TASK, TASK=WEIGHT, or TASK=inf for a task that every utterance gets."},
     )
-    tasks_per_utterance: int = _option(1, "How many of them an utterance gets.")
-    languages: list[str] | None = field(default=None, metadata={"help": "To translate into; by default the pool's."})
-    pool: str = _option(str(POOL_PATH), "YAML file of tasks and their wordings.")
-    seed: int = _option(0, "Of the draws.")
+    tasks_per_utterance: int = _option(1, "Number of tasks that an utterance gets.")
+    languages: list[str] | None = field(
+        default=None, metadata={"help": "Languages to translate into; by default those of the pool."}
+    )
+    pool: str = _option(str(POOL_PATH), "YAML file of instructions: tasks and their wordings.")
+    seed: int = _option(0, "Seed of the draws.")
     # Who answers
-    max_new_tokens: int = _option(MAX_NEW_TOKENS, "Longest response.")
-    max_prompt_tokens: int | None = _option(None, "Longer prompts are not asked; what the LLM has room for.")
-    dtype: str = _option("auto", "Of a local LLM.")
+    max_new_tokens: int = _option(MAX_NEW_TOKENS, "Longest response, in tokens.")
+    max_prompt_tokens: int | None = _option(
+        None, "Longest prompt, in tokens; by default what the LLM has room for. Longer ones are left out."
+    )
+    dtype: str = _option("auto", "Data type of an LLM that runs here.")
     template_settings: str | None = _option(
-        None, "JSON of what the chat template asks for, of an LLM that is in no LSM: '{\"enable_thinking\": true}'."
+        None, "JSON of settings for the LLM's chat template, such as '{\"enable_thinking\": true}'. An LSM has its own."
     )
     server: str | None = _option(None, "URL of a server that runs the LLM, such as http://localhost:8000/v1.")
-    served_model: str | None = _option(None, "The LLM's name on the server, if it is not --llm.")
-    prompt_format: str = _option("tokens", "What the server is sent: tokens, or text where it takes no tokens.")
-    concurrency: int = _option(64, "Requests to the server at a time.")
-    timeout: float = _option(300.0, "Seconds for one answer of the server.")
+    served_model: str | None = _option(None, "Name of the LLM on the server; --llm by default.")
+    prompt_format: str = _option("tokens", "Form of the prompts for the server: tokens, or text if it takes no tokens.")
+    concurrency: int = _option(64, "Number of requests that the server gets at the same time.")
+    timeout: float = _option(300.0, "Seconds that the server has for an answer.")
     # What is kept
     filters_off: list[str] = field(
-        default_factory=list, metadata={"help": f"Names of filters that drop nothing: {', '.join(FILTERS)}."}
+        default_factory=list, metadata={"help": f"Filters to switch off: {', '.join(FILTERS)}."}
     )
-    judge_below: int | None = _option(None, "Drop what the LLM itself scores below this, of 1 to 5.")
-    trust_headers: bool = _option(False, "Take audio for what its header says, without decoding it once.")
-    shard_size: int | None = _option(None, f"Utterances written at a time; by default those of {SHARD_ROWS} rows.")
+    judge_below: int | None = _option(
+        None, "Drop responses to which the LLM itself gives a lower score than this, from 1 to 5."
+    )
+    trust_headers: bool = _option(
+        False, "Trust the headers of audio files, and do not decode each file once to check it."
+    )
+    shard_size: int | None = _option(
+        None, f"Number of utterances written together; by default as many as make {SHARD_ROWS} rows."
+    )
 
     def open_corpus(self) -> Corpus:
         columns = {role: getattr(self, f"{role}_column") for role in ("audio", "transcript", "id")}

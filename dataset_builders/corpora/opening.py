@@ -70,6 +70,7 @@ PRESETS = {
     ),
     "nano": Preset(None, {}, "plain", "apache-2.0", speaker="dataset_builders.nano.corpus:NanoCorpus"),
 }
+OF_FILES = [name for name, known in PRESETS.items() if known.speaker is None]  # whose columns and rules are known
 
 
 class HubCorpus(Corpus):
@@ -243,9 +244,8 @@ def load_corpus(corpus: str | Path, split: str, limit: int | None = None, **sett
 
 
 def _preset(preset: str | None, corpus: str) -> Preset:
-    of_files = [name for name, known in PRESETS.items() if known.speaker is None]
-    if preset is not None and preset not in of_files:
-        raise ValueError(f"unknown preset {preset!r}; there are {of_files}")
+    if preset is not None and preset not in OF_FILES:
+        raise ValueError(f"unknown preset {preset!r}; there are {OF_FILES}")
     by_id = {known.corpus: name for name, known in PRESETS.items() if known.corpus}
     name = preset or by_id.get(corpus) or (corpus if corpus in PRESETS else None)
     if name == corpus and PRESETS[name].corpus is None and PRESETS[name].speaker is None:
