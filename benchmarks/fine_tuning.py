@@ -42,6 +42,7 @@ from trl import ModelConfig, get_peft_config
 from benchmarks.machine import describe, free_memory
 from configuration_lsm import LsmConfig
 from language_models.generation import context_of
+from language_models.tokenizers import speech_processor
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
 from recipes.listening.collator import SpeechResponseCollator
@@ -166,7 +167,7 @@ def make_processor() -> LsmProcessor:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
-    return LsmProcessor(WhisperFeatureExtractor(feature_size=80), fast)
+    return speech_processor(WhisperFeatureExtractor(feature_size=80), fast)
 
 
 def make_config(preset: str, processor: LsmProcessor) -> LsmConfig:

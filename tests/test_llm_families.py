@@ -19,7 +19,9 @@ from transformers import (
 )
 
 from modeling_lsm import LsmForConditionalGeneration
-from processing_lsm import AUDIO_TOKEN, DEFAULT_CHAT_TEMPLATE, LsmProcessor
+from language_models.templates import DEFAULT_CHAT_TEMPLATE
+from language_models.tokenizers import speech_processor
+from processing_lsm import AUDIO_TOKEN, LsmProcessor
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
@@ -173,7 +175,7 @@ SILENT = "{% for m in messages if m['role'] != 'system' %}[{{ m['content'] }}]{%
 def test_a_system_message_opens_the_first_question_of_llms_that_take_none(processor, llm_dir, template):
     tokenizer = AutoTokenizer.from_pretrained(llm_dir, extra_special_tokens=[AUDIO_TOKEN])
     tokenizer.chat_template = template
-    own = LsmProcessor(processor.feature_extractor, tokenizer)
+    own = speech_processor(processor.feature_extractor, tokenizer)
     system = {"role": "system", "content": "Be brief."}
     chat = own.conversation("What is said?", audio=True, response="Hello.")
     as_one = [{"role": "user", "content": f"Be brief.\n\nWhat is said?\n{AUDIO_TOKEN}"}, chat[1]]
@@ -200,7 +202,7 @@ def test_a_tokenizer_without_eos_is_refused(compose_tiny, whisper_dir, llm_dir, 
     tokenizer = AutoTokenizer.from_pretrained(llm_dir, extra_special_tokens=[AUDIO_TOKEN])
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS token"):
-        LsmProcessor(processor.feature_extractor, tokenizer)
+        speech_processor(processor.feature_extractor, tokenizer)
     AutoModelForCausalLM.from_pretrained(llm_dir).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no EOS token"):

@@ -11,6 +11,7 @@ from corpus_files import clip as audio_file
 from tiny_tokenizer import CHAT_TEMPLATE, THINKING_TEMPLATE, tiny_sentencepiece, tiny_tokenizer
 from transformers import ByT5Tokenizer, WhisperFeatureExtractor
 
+from language_models.tokenizers import speech_processor
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
 from recipes.listening.collator import SpeechResponseCollator, render_prompt, render_response, response_tokens
 
@@ -176,7 +177,7 @@ SPACE = CHAT_TEMPLATE.replace("|>' +", "|>: ' +").replace("'<|assistant|>'", "'<
 def processor_of(tokenizer, template: str) -> LsmProcessor:
     tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
     tokenizer.pad_token = tokenizer.eos_token
-    return LsmProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=template)
+    return speech_processor(WhisperFeatureExtractor(), tokenizer, chat_template=template)
 
 
 @pytest.mark.parametrize("kind", ["first", "always", "legacy"])
@@ -213,7 +214,7 @@ def test_a_token_across_the_border_is_cut_there(answered, kind):
 def test_a_thought_is_no_label(answered, thinking):
     """Neither the empty one that templates put before a finished answer, nor one that an imported row has."""
     own = processor_of(tiny_tokenizer(), CHAT_TEMPLATE)
-    own = LsmProcessor(
+    own = speech_processor(
         own.feature_extractor, own.tokenizer, THINKING_TEMPLATE, template_settings={"enable_thinking": thinking}
     )
     thoughtful = answered[1] | {"response": "<think>\nHm.\n</think>\n\nNobody says it."}
