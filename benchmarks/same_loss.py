@@ -25,11 +25,11 @@ from trl import ModelConfig, TrlParser
 import recipes.sft
 from benchmarks.contestants import CHUNK, project_frames
 from benchmarks.machine import describe
-from dataset_builders.files import read_yaml
+from dataset_builders.files import read_lines, read_yaml
 from recipes.listening.collator import SpeechResponseCollator
 from recipes.nano.quickstart import CONFIGS, Quickstart
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
-from recipes.training.callbacks import LOG, read_lines
+from recipes.training.callbacks import LOG
 from recipes.training.trainer import LsmTrainer
 
 ALL, ORDER, NONE = ARMS = ("all levers", "grouping alone", "none")

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from configuration_lsm import LsmConfig
+from dataset_builders.files import partial_of
 from language_models.checkpoints import load_config, open_model, refuse_missing
 from language_models.generation import generation_settings
 from language_models.identity import identify
@@ -109,7 +110,7 @@ def compose(
     )
     config.responder = {**identify(text), "template": processor.template_hash}
     if output is not None:
-        with whole_folder(output) as partial:
+        with whole_checkpoint(output) as partial:
             model.save_pretrained(partial)
             processor.save_pretrained(partial)
             write_base_card(partial, audio, text, config)
@@ -117,10 +118,10 @@ def compose(
 
 
 @contextlib.contextmanager
-def whole_folder(output: str | Path) -> Iterator[Path]:
+def whole_checkpoint(output: str | Path) -> Iterator[Path]:
     """A folder to write an LSM into, which becomes `output` once it can be loaded; what fails leaves nothing behind."""
     output = Path(output).resolve()
-    partial = output.with_name(f"{output.name}.partial")
+    partial = partial_of(output)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

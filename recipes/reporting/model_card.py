@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from configuration_lsm import LsmConfig
+from dataset_builders.files import PARTIAL, write_whole
 from recipes.reporting import figures
 from recipes.reporting.markdown import to_markdown
 
@@ -219,9 +220,7 @@ def plot_curves(log: Sequence[Mapping], following: Sequence[Mapping], stem: str 
 
 def _save(folder: str | Path, data: ModelCardData, lines: Sequence[str]) -> None:
     text = "\n".join([f"---\n{data.to_yaml()}\n---\n", *lines])
-    partial = Path(folder) / "README.md.partial"
-    ModelCard(text).save(partial)
-    partial.replace(partial.with_name("README.md"))
+    write_whole(Path(folder) / "README.md", text)
 
 
 # Names
@@ -238,7 +237,7 @@ def _is_hub_id(source: str) -> bool:
 
 def _name_of(folder: str | Path) -> str:
     """A folder's name when it is done: until then some are called `NAME.partial`."""
-    return Path(folder).resolve().name.removesuffix(".partial")
+    return Path(folder).resolve().name.removesuffix(PARTIAL)
 
 
 def _named(source: str) -> str:
