@@ -64,26 +64,6 @@ def test_training_is_on_the_right_and_generation_on_the_left(processor, rows):
     assert processor.tokenizer.padding_side == "left"
 
 
-def test_what_rows_begin_with_is_counted_up_to_where_they_differ_or_hear(processor, rows):
-    alike = [{**rows[0], "instruction": "Say it again. " * 10 + end} for end in ("Now.", "Later.", "Then.", "Now.")]
-    batch = SpeechResponseCollator(processor, share=True)(alike)
-    ids, shared = batch["input_ids"], batch["shared_prefix"]
-    assert (ids[:, :shared] == ids[:1, :shared]).all()
-    assert not (ids[:, shared] == ids[0, shared]).all()
-    same = SpeechResponseCollator(processor, share=True)([alike[0]] * 4)
-    first_heard = (same["input_ids"][0] == processor.audio_token_id).nonzero()[0]
-    assert same["shared_prefix"] == first_heard
-    read = SpeechResponseCollator(processor, share=True)([{**alike[0], "audio": None}] * 4)
-    assert read["shared_prefix"] == int((read["labels"][0] == -100).sum()) - 1  # something is left to answer from
-
-
-def test_a_short_beginning_is_not_worth_two_calls_and_one_row_shares_with_nobody(processor, rows):
-    long = {**rows[0], "instruction": "Say it again. " * 30}
-    for batch in ([{**rows[0], "instruction": "Say."}] * 2, [long]):
-        assert "shared_prefix" not in SpeechResponseCollator(processor, share=True)(batch)
-    assert "shared_prefix" not in SpeechResponseCollator(processor)([long] * 8)
-
-
 def test_a_batch_gives_the_loss_of_its_rows(processor, lsm, rows):
     """Padding, neighbours and clips of other lengths do not matter."""
     collate = SpeechResponseCollator(processor)
