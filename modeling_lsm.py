@@ -130,7 +130,8 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
 
     A window has many frames and few queries. So the key matrix is applied to the queries, qᵀ(Kx) = (Kᵀq)ᵀx, and the
     value matrix to what the attention has summed up, Σ p(Vx) = V Σ px, as DeepSeek-V2 does when it decodes (arXiv
-    2405.04434, section 2.1.2): once per query each, instead of once per frame.
+    2405.04434, section 2.1.2): once per query each, instead of once per frame. A step of the alignment, in which the
+    LLM is not run, takes twice as long without (`docs/speed.md`).
     """
 
     def forward(
