@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub import DatasetCardData
 
+from dataset_builders.files import write_whole
 from dataset_builders.filters import FILTERS
 from dataset_builders.shards import BuildFolder
 
@@ -92,9 +93,7 @@ def write_card(folder: Path, pool: Mapping) -> None:
             *_settings(builds, pool),
         ]
     )
-    partial = folder / "README.md.partial"
-    DatasetCard(text).save(partial)
-    partial.replace(folder / "README.md")
+    write_whole(folder / "README.md", text)
 
 
 def _metadata(builds: list[BuildFolder], summaries: Mapping[str, Summary]) -> DatasetCardData:

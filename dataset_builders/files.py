@@ -1,21 +1,26 @@
-"""Files as all commands read and write them: what they hold, as a fingerprint; YAML that loses no key; written whole.
+"""Files as all commands read and write them: what they hold, as a fingerprint; YAML that loses no key; JSON lines;
+written whole.
 
 Whatever is kept and reused carries the fingerprint of what it was made from, since a path says nothing about what is
 there by now.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import yaml
 from huggingface_hub import snapshot_download
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 WHOLE, PIECE, PIECES, TAIL = 2**20, 2**12, 64, 2**16  # bytes, and pieces of larger files
 ADAPTER = "adapter_config.json"
+PARTIAL = ".partial"  # ends the name of what is not whole yet
 # What loading a checkpoint reads; beside it, trainings write logs, cards and checkpoints.
 MODEL_FILES = ("*.safetensors", "*model*.bin", "*config.json", "tokenizer*", "vocab*", "merges.txt", "*.model")
 MODEL_FILES += ("*.jinja", "*tokens*.json")
@@ -137,8 +142,71 @@ def read_yaml(path: str | Path, kind: str = "YAML") -> object:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+def read_template(path: Path, **filters: Callable) -> Template:
+    """The Jinja template of an HTML page: what is filled in is escaped, and a variable that is missing is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(path.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= filters
+    return environment.get_template(path.name)
+
+
+def partial_of(target: str | Path) -> Path:
+    """Where `target` is written until it is whole."""
+    target = Path(target)
+    return target.with_name(target.name + PARTIAL)
+
+
+@contextlib.contextmanager
+def whole(target: str | Path, resume: bool = False) -> Iterator[Path]:
+    """Write a file or a folder that is never seen half written: the block writes to the path that it is given, which
+    becomes `target` when the block ends without an error.
+
+    What an interrupted block wrote stays at that path (`partial_of`). The next one begins without it, or with it if
+    `resume`.
+    """
+    partial = partial_of(target)
+    if partial.is_dir() and not resume:
+        shutil.rmtree(partial)
+    elif not resume:
+        partial.unlink(missing_ok=True)
+    yield partial
+    os.replace(partial, target)
+
+
+def write_whole(file: str | Path, text: str) -> None:
+    """Write a text file that is never seen half written; its folder is made.
+
+    Half a surrogate pair, which an LLM's answer may hold and UTF-8 may not, is written as `?`.
+    """
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with whole(file) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The records of a file of JSON lines, none if it is not there. A last line without its end was torn by a kill and
+    is no record."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]  # texts may hold what `splitlines` splits
+
+
+def append_lines(file: Path, records: Iterable[dict | list]) -> None:
+    """Append records to a file of JSON lines, and have the disk hold them; its folder is made. A last line that a kill
+    tore is cut off."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+b") as lines:
+        if lines.tell():
+            lines.seek(-1, os.SEEK_END)
+            if lines.read() != b"\n":
+                lines.seek(0)
+                lines.truncate(lines.read().rfind(b"\n") + 1)
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        lines.write(text.encode("utf-8", "surrogatepass"))  # as `json.loads` reads it
+        lines.flush()
+        os.fsync(lines.fileno())

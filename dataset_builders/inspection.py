@@ -23,7 +23,6 @@ import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -31,6 +30,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from dataset_builders.files import read_template, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -187,11 +188,7 @@ def render_html(survey: Survey, samples: list[dict]) -> str:
     Args:
         samples: rows of `draw_samples`.
     """
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("inspection.html").render(
+    return read_template(Path(__file__).with_name("inspection.html")).render(
         survey=survey,
         table=_table(survey),
         largest_task=max(tally.rows for tally in survey.tasks.values()),
@@ -222,8 +219,7 @@ def inspect_set(folder: str | Path, html: str | Path | None = None, samples: int
     found = survey(folder)
     if html is not None:
         page = render_html(found, draw_samples(folder, samples, seed))
-        Path(html).parent.mkdir(parents=True, exist_ok=True)
-        Path(html).write_text(page, encoding="utf-8")
+        write_whole(html, page)
         logger.info("%s: %.1f MB", html, len(page) / 1e6)
     return {
         "total": found.total.summary(),

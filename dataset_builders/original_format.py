@@ -8,8 +8,7 @@ and `recipes/sft.py` takes them for foreign until told otherwise.
 import itertools
 import json
 import logging
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from dataset_builders.building import SHARD_ROWS, finish, read, report, to_tables
 from dataset_builders.corpora.corpus import RefusedRowError
 from dataset_builders.corpora.local import ManifestCorpus
-from dataset_builders.files import fingerprint
+from dataset_builders.files import fingerprint, whole
 from dataset_builders.shards import BuildFolder, Shard
 
 logger = logging.getLogger(__name__)
@@ -119,20 +118,22 @@ def export_original(folder: str | Path, output: str | Path, split: str = "train"
     output = Path(output)
     if output.exists():
         raise ValueError(f"{output} exists; delete it or name another output.")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "audio").mkdir(parents=True)
+    with whole(output) as partial:
+        (partial / "audio").mkdir(parents=True)
+        _write_rows(_rows(files), partial, split)
+    return output / f"{split}.jsonl"
+
+
+def _write_rows(rows: Iterable[dict], folder: Path, split: str) -> None:
     with (
-        open(partial / f"{split}.jsonl", "w", encoding="utf-8") as responses,
-        open(partial / f"{split}_transcripts.jsonl", "w", encoding="utf-8") as transcripts,
+        open(folder / f"{split}.jsonl", "w", encoding="utf-8") as responses,
+        open(folder / f"{split}_transcripts.jsonl", "w", encoding="utf-8") as transcripts,
     ):
-        for row in tqdm(_rows(files), unit="row", desc="export"):
-            audio = _write_audio(partial, row)
+        for row in tqdm(rows, unit="row", desc="export"):
+            audio = _write_audio(folder, row)
             line = {"instruction": row["instruction"], "audio": audio, "text": row["response"]}
             responses.write(json.dumps(line, ensure_ascii=False) + "\n")
             transcripts.write(json.dumps({"audio": audio, "text": row["transcript"]}, ensure_ascii=False) + "\n")
-    partial.rename(output)
-    return output / f"{split}.jsonl"
 
 
 def _rows(files: list[Path]) -> Iterator[dict]:

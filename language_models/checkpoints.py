@@ -113,23 +113,23 @@ def refuse_missing(source: str | Path, missing: set[str]) -> None:
         raise ValueError(f"{source} lacks {len(missing)} of its weights, such as {sorted(missing)[:3]}.")
 
 
-def where(file: str, source: str | Path, revision: str | None = None) -> tuple[str, str | None]:
+def checkpoint_with(file: str, source: str | Path, revision: str | None = None) -> tuple[str, str | None]:
     """The checkpoint that has this file, and its revision: `source`, or what that is an adapter for."""
     adapter = adapter_of(source, revision)
     if adapter is None or cached_file(
         str(source), file, revision=revision, _raise_exceptions_for_missing_entries=False
     ):
         return str(source), revision
-    return where(file, base_of(source, revision), adapter.get("revision"))
+    return checkpoint_with(file, base_of(source, revision), adapter.get("revision"))
 
 
 def load_config(source: str | Path, revision: str | None = None, **settings):
     """The configuration of a checkpoint, or of what an adapter is for; `settings` of `AutoConfig.from_pretrained`."""
-    source, revision = where("config.json", source, revision)
+    source, revision = checkpoint_with("config.json", source, revision)
     return AutoConfig.from_pretrained(source, revision=revision, **settings)
 
 
 def load_processor(source: str | Path, revision: str | None = None):
     """The processor of a speech LLM, or of what an adapter is for if it has none of its own."""
-    source, revision = where("processor_config.json", source, revision)
+    source, revision = checkpoint_with("processor_config.json", source, revision)
     return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=True)

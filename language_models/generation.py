@@ -16,7 +16,7 @@ from transformers.utils import (
 )
 
 from configuration_lsm import num_positions
-from language_models.checkpoints import where
+from language_models.checkpoints import checkpoint_with
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def valid_settings(given: dict, name: str) -> GenerationConfig:
 
 def generation_settings(llm: str) -> GenerationConfig:
     """The `valid_settings` of an LLM, or of what an adapter is for."""
-    source, revision = where("generation_config.json", llm)
+    source, revision = checkpoint_with("generation_config.json", llm)
     file = cached_file(source, "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     if file is not None:
         given = json.loads(Path(file).read_text(encoding="utf-8"))

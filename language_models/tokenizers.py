@@ -17,8 +17,9 @@ from transformers.utils import (
     is_sentencepiece_available,
 )
 
-from language_models.checkpoints import where
+from language_models.checkpoints import checkpoint_with
 from language_models.generation import never_write
+from language_models.templates import speech_template
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
 
 
@@ -30,7 +31,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         ValueError: if it has no EOS token.
     """
     # Batches are padded where generation wants it; a training collator pads on the right by asking for it.
-    source, revision = where("tokenizer_config.json", source)
+    source, revision = checkpoint_with("tokenizer_config.json", source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
     except (ImportError, ValueError) as error:  # which would name tiktoken, whatever is missing
@@ -69,9 +70,26 @@ def non_text_token_ids(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> l
     return [id for id in range(embeddings) if id not in text]
 
 
+def speech_processor(
+    feature_extractor: WhisperFeatureExtractor,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    **settings,
+) -> LsmProcessor:
+    """The processor of an LSM with this tokenizer, which has the audio placeholder. Its chat template is the LLM's own,
+    made to take audio (`speech_template`).
+
+    Args:
+        chat_template: instead of the tokenizer's.
+        settings: of [`LsmProcessor`].
+    """
+    template = speech_template(chat_template or tokenizer.chat_template, tokenizer)
+    return LsmProcessor(feature_extractor, tokenizer, chat_template=template, **settings)
+
+
 def text_processor(llm: str | Path, template_settings: dict | None = None) -> LsmProcessor:
     """The processor that an LSM composed of this LLM would have: it lays out the very same prompts."""
-    return LsmProcessor(WhisperFeatureExtractor(), load_tokenizer(str(llm)), template_settings=template_settings)
+    return speech_processor(WhisperFeatureExtractor(), load_tokenizer(str(llm)), template_settings=template_settings)
 
 
 def parse_template_settings(text: str | None) -> dict | None:

@@ -173,13 +173,6 @@ class LsmTrainingArguments(SFTConfig):
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "group_by_length (rows of similar cost), random or sequential."}
     )
-    share_prefix: bool = field(
-        default=True,
-        metadata={
-            "help": "Read what all rows of a batch begin with (a system message, ...) once. It needs the whole LLM "
-            "on each device and --gradient_checkpointing false."
-        },
-    )
     # A NaN is shown and stops the training, where transformers would log the average of the losses before it.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are NaN or infinite."})
 

@@ -1,11 +1,11 @@
 """What is seen while a training goes on: the log as lines of JSON, and whether the model does what it is told."""
 
-import json
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from dataset_builders.corpora.opening import load_corpus
+from dataset_builders.files import append_lines, read_lines, whole
 from dataset_builders.instructions import SELF_POWERED_TASKS
 from recipes.evaluation.following import held_out_rows, load_checker, score
 from recipes.listening.features import AudioFeatureStore
@@ -15,22 +15,12 @@ from recipes.training.arguments import LsmScriptArguments
 LOG, FOLLOWING = "log.jsonl", "following.jsonl"
 
 
-def read_lines(file: Path) -> list[dict]:
-    """The records of a file of JSON lines; none if it is not there."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-
-
-def append_line(file: Path, record: dict) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record) + "\n")
-
-
 def rewind(file: Path, step: int) -> None:
     """Forget what was written of the steps after `step`, which come again."""
-    lines = [json.dumps(record) + "\n" for record in read_lines(file) if record["step"] <= step]
     if file.is_file():
-        file.write_text("".join(lines), encoding="utf-8")
+        kept = [record for record in read_lines(file) if record["step"] <= step]
+        with whole(file) as partial:
+            append_lines(partial, kept)
 
 
 class LogCallback(TrainerCallback):
@@ -49,7 +39,7 @@ class LogCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             record = {"step": state.global_step, "max_steps": state.max_steps, **(logs or {})}
-            append_line(Path(args.output_dir) / LOG, record)
+            append_lines(Path(args.output_dir) / LOG, [record])
 
 
 class FollowingCallback(TrainerCallback):
@@ -79,4 +69,4 @@ class FollowingCallback(TrainerCallback):
         for name in scores.keys() - {"tasks"}:
             self.trainer._metrics["train"][name] = [scores[name]]
         if state.is_world_process_zero:
-            append_line(Path(args.output_dir) / FOLLOWING, {"step": state.global_step, **scores})
+            append_lines(Path(args.output_dir) / FOLLOWING, [{"step": state.global_step, **scores}])

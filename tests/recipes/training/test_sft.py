@@ -11,12 +11,12 @@ from packaging import version
 from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM
 from trl import ModelConfig
 
+from dataset_builders.files import read_lines
 from processing_lsm import LsmProcessor
 from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import Lsm
 from recipes.training import models
 from recipes.training.arguments import LsmScriptArguments
-from recipes.training.callbacks import read_lines
 from recipes.training.models import load_model
 
 
