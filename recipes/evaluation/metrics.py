@@ -34,6 +34,34 @@ _BLEU_TOKENIZERS = {"zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
 
 
 @dataclass(frozen=True)
+class Figure:
+    """What readers are told of a figure."""
+
+    is_main: bool = False  # it can stand for a task in tables and pictures
+    lower_is_better: bool = False
+    is_fraction: bool = True  # shown in per cent
+
+
+FIGURES = {  # of several main ones, the first that was measured stands for the task
+    "following": Figure(is_main=True),
+    "wer": Figure(is_main=True, lower_is_better=True),
+    "cer": Figure(is_main=True, lower_is_better=True),
+    "bleu": Figure(is_main=True, is_fraction=False),
+    "accuracy": Figure(is_main=True),
+    "f1": Figure(is_main=True),
+    "exact_match": Figure(is_main=True),
+    "right": Figure(is_main=True),
+    "accuracy_constrained": Figure(),
+    "macro_f1": Figure(),
+    "chrf": Figure(is_fraction=False),
+    "unparsed": Figure(lower_is_better=True),
+    "transcript_copy": Figure(lower_is_better=True),
+    "truncated": Figure(lower_is_better=True),
+    "rtfx": Figure(is_fraction=False),
+}
+
+
+@dataclass(frozen=True)
 class Metric:
     """A figure, the ends of its 95 % interval, and, where the figure has settings, the signature that names them."""
 

@@ -1,13 +1,20 @@
 """From answers to figures: the nano language's own right answers, a parrot, and answers that nobody can read."""
 
+from dataclasses import replace
+
 import pytest
+import yaml
 
 from dataset_builders.nano.tasks import UNSEEN_TASKS, answers
 from recipes.evaluation.following import is_copy
-from recipes.evaluation.kinds import is_correct as has_its_form
+from recipes.evaluation.forms import is_correct as has_its_form
+from recipes.evaluation.kinds import KINDS, Kind, allowed_answers, is_right
+from recipes.evaluation.metrics import FIGURES, mean
 from recipes.evaluation.questions import read_rows
-from recipes.evaluation.scoring import LOWER_IS_BETTER, MAIN, choices, is_correct, read_label, score, score_pool
-from recipes.evaluation.tasks import KINDS, load_tasks, override
+from recipes.evaluation.results import SystemResult, figures_of, score_kind, score_pool
+from recipes.evaluation.rows import Answer, Question
+from recipes.evaluation.tables import main_figure, show
+from recipes.evaluation.tasks import load_tasks, override
 
 TASKS = load_tasks()
 SPOKEN = "the farmer proudly repaired the old clock in the attic"
@@ -15,16 +22,16 @@ NANO = [name for name in TASKS if name.startswith("nano_") and TASKS[name].task]
 
 
 def row(kind, references=(), labels=(), answer="{}", **more):
-    asked = {"task": kind, "kind": kind, "references": list(references), "labels": list(labels), "answer": answer}
-    return {
-        "transcript": SPOKEN,
-        "language": "en",
-        "target_language": None,
-        "constraint": None,
-        "right": [],
-        **asked,
-        **more,
-    }
+    asked = {"id": "u0", "utterance": 0, "audio": {}, "duration": 1.0, "source": "here", "instruction": "Do."}
+    asked |= {"transcript": SPOKEN, "task": kind, "kind": kind, "references": references, "labels": labels}
+    return Question(**asked | {"answer": answer} | more)
+
+
+def answered(rows, responses, constrained=None):
+    """Answers of a system that was given the rows as they are."""
+    chosen = constrained or [None] * len(rows)
+    said = [Answer(row.id, *texts) for row, *texts in zip(rows, responses, chosen, strict=True)]
+    return SystemResult(rows, rows, said)
 
 
 YES_NO = row("yes_no", ["yes"])
@@ -46,11 +53,15 @@ def pool(read):
 
 
 def right_answer(row, task=None):
-    return answers(task or row["task"], row["transcript"])[0]
+    return answers(task or row.task, row.transcript)[0]
 
 
 def values(scored):
     return {name: metric.value for name, metric in scored.items()}
+
+
+def said_by(question, response):
+    return KINDS[question.kind].read(question, response)
 
 
 # What an answer says
@@ -72,26 +83,26 @@ def values(scored):
     ],
 )
 def test_a_free_answer_to_a_closed_question_is_read_for_its_label(asked, response, label):
-    assert read_label(asked, response) == label
-    assert is_correct(asked, response) == (label in asked["references"])
+    assert said_by(asked, response) == label
+    assert is_right(asked, response) == (label in asked.references)
 
 
 def test_a_closed_question_has_answers_that_alone_are_allowed():
-    assert choices(YES_NO) == ["yes", "no"]
-    assert choices(row("yes_no", ["no"], answer="Answer: {}")) == ["Answer: yes", "Answer: no"]
-    assert choices(CHOICE) == ["(A)", "(B)", "(C)"]
-    assert choices(INTENT) == ["The intent is repair.", "The intent is cook.", "The intent is love."]
+    assert allowed_answers(YES_NO) == ["yes", "no"]
+    assert allowed_answers(row("yes_no", ["no"], answer="Answer: {}")) == ["Answer: yes", "Answer: no"]
+    assert allowed_answers(CHOICE) == ["(A)", "(B)", "(C)"]
+    assert allowed_answers(INTENT) == ["The intent is repair.", "The intent is cook.", "The intent is love."]
 
 
 def test_every_allowed_answer_can_be_read_back():
     for asked in (YES_NO, CHOICE, INTENT):
-        said = [read_label(asked, choice) for choice in choices(asked)]
+        said = [said_by(asked, choice) for choice in allowed_answers(asked)]
         assert None not in said and len(set(said)) == len(said)
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"yes_no", "choice", "classification", "pool"}))
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"yes_no", "choice", "classification"}))
 def test_an_open_question_allows_any_answer(kind):
-    assert choices(row(kind, ["clock"])) is None
+    assert allowed_answers(row(kind, ["clock"])) is None
 
 
 # Which answer is right
@@ -112,23 +123,23 @@ def test_an_open_question_allows_any_answer(kind):
     ],
 )
 def test_one_answer_is_right_or_wrong_as_its_kind_has_it(asked, right, wrong):
-    assert is_correct(asked, right) is True
-    assert is_correct(asked, wrong) is False
+    assert is_right(asked, right) is True
+    assert is_right(asked, wrong) is False
 
 
 def test_where_an_oracle_knows_all_right_answers_nothing_else_is_right():
     """Figures read `Repair!` for the label it names; to follow is to answer as it was taught."""
-    asked = INTENT | {"right": ["The intent is repair."]}
-    assert is_correct(asked, "the intent is repair")
-    assert not is_correct(asked, "Repair!")
-    scored = values(score([asked] * 2, ["the intent is repair", "Repair!"], [None] * 2))
+    asked = replace(INTENT, right=["The intent is repair."])
+    assert is_right(asked, "the intent is repair")
+    assert not is_right(asked, "Repair!")
+    scored = values(score_kind(answered([asked] * 2, ["the intent is repair", "Repair!"])))
     assert (scored["accuracy"], scored["right"]) == (1.0, 0.5)
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"constraints", "pool"}))
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"constraints"}))
 def test_where_nobody_knows_what_is_right_no_answer_is_right_or_wrong(kind):
     """A pool without an oracle asks for an intent, too, and has no labels for it."""
-    assert is_correct(row(kind), "The intent is repair.") is None
+    assert is_right(row(kind), "The intent is repair.") is None
 
 
 # Figures by kind
@@ -138,9 +149,9 @@ def test_where_nobody_knows_what_is_right_no_answer_is_right_or_wrong(kind):
 def test_right_answers_get_all_and_the_transcript_gets_nothing(read, name):
     rows = read(name)
     task = TASKS[name].task
-    best = values(score(rows, [right_answer(row, task) for row in rows], [None] * len(rows)))
-    parrot = values(score(rows, [row["transcript"] for row in rows], [None] * len(rows)))
-    main = next(figure for figure in MAIN if figure in best)
+    best = values(score_kind(answered(rows, [right_answer(row, task) for row in rows])))
+    parrot = values(score_kind(answered(rows, [row.transcript for row in rows])))
+    main = main_figure(best)
     if task == "transcription":
         assert best == parrot == {"wer": 0.0, "right": 1.0}
     else:
@@ -170,33 +181,59 @@ def test_right_answers_get_all_and_the_transcript_gets_nothing(read, name):
     ],
 )
 def test_a_kind_has_its_figures_and_one_that_stands_for_it(asked, figures):
-    scored = score([asked, asked], ["said", "said"], [None, None])
+    scored = score_kind(answered([asked, asked], ["said", "said"]))
     assert set(scored) == figures
-    assert figures & set(MAIN)
+    assert figures <= set(FIGURES) and main_figure(scored)
     assert all(metric.low <= metric.value <= metric.high for metric in scored.values())
 
 
 def test_answers_that_say_nothing_are_counted_as_wrong_and_as_unread():
     rows = [INTENT] * 4
-    scored = values(score(rows, ["repair", "cook", "It may be repair or love.", ""], [None] * 4))
+    scored = values(score_kind(answered(rows, ["repair", "cook", "It may be repair or love.", ""])))
     assert scored["accuracy"] == 0.25
     assert scored["unparsed"] == 0.5
-    assert "unparsed" in LOWER_IS_BETTER
+    assert FIGURES["unparsed"].lower_is_better
 
 
 def test_accuracy_among_the_allowed_answers_is_a_figure_of_its_own():
     rows, free = [INTENT] * 4, [""] * 4
     said = ["The intent is repair."] * 3 + ["The intent is love."]
-    scored = values(score(rows, free, said))
+    scored = values(score_kind(answered(rows, free, said)))
     assert (scored["accuracy"], scored["accuracy_constrained"]) == (0.0, 0.75)
-    assert "accuracy_constrained" not in score(rows, free, [None] * 4)
-    letters = values(score([CHOICE] * 2, ["", ""], ["(B)", "(C)"]))
+    assert "accuracy_constrained" not in score_kind(answered(rows, free))
+    letters = values(score_kind(answered([CHOICE] * 2, ["", ""], ["(B)", "(C)"])))
     assert letters["accuracy_constrained"] == 0.5
 
 
 def test_copies_are_of_what_is_said_not_of_what_is_right():
     rows = [row("oracle", ["The clock."]), row("oracle", ["The clock."], transcript="the clock")]
-    assert values(score(rows, [SPOKEN, SPOKEN], [None, None]))["transcript_copy"] == 0.5
+    assert values(score_kind(answered(rows, [SPOKEN, SPOKEN])))["transcript_copy"] == 0.5
+
+
+def test_a_new_kind_is_one_entry(monkeypatch, tmp_path, corpus_dir):
+    """Asked for in a file of tasks, refused without what it needs, read, scored, and shown."""
+    counted = Kind(
+        figures=lambda questions, responses: {"f1": mean([response.isdigit() for response in responses])},
+        is_right=lambda question, response: response == question.references[0],
+        spell=lambda texts, choices: [str(len(text.split())) for text in texts],
+        needs={"a `reference`": ("reference",)},
+    )
+    monkeypatch.setitem(KINDS, "count", counted)
+    block = {"group": "qa", "kind": "count", "description": "Count.", "prompt": "How many words?"}
+    block |= {"data": {"corpus": str(corpus_dir), "split": "train"}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"tasks": {"mine": block}}))
+    with pytest.raises(ValueError, match="task 'mine': kind 'count' needs a `reference`"):
+        load_tasks(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"tasks": {"mine": block | {"reference": "transcript"}}}))
+    rows = read_rows(load_tasks(tmp_path / "mine.yaml")["mine"])
+    said = [str(len(row.transcript.split())) for row in rows]
+    scored = figures_of(answered(rows, said))["figures"]
+    assert {name: figure["value"] for name, figure in scored.items()} == {
+        "f1": 1.0,
+        "right": 1.0,
+        "transcript_copy": 0.0,
+    }
+    assert (main_figure(scored), show("f1", scored["f1"])) == ("f1", "100.0 % (100.0–100.0)")
 
 
 # Figures of the pool
@@ -204,39 +241,42 @@ def test_copies_are_of_what_is_said_not_of_what_is_right():
 
 def test_perfect_answers_to_the_pool(pool):
     responses = [right_answer(row) for row in pool]
-    assert len({row["task"] for row in pool}) == 7
-    assert values(score_pool(pool, responses)) == {"following": 1.0, "transcript_copy": 0.0}
+    assert len({row.task for row in pool}) == 7
+    assert values(score_pool(answered(pool, responses))) == {"following": 1.0, "transcript_copy": 0.0}
 
 
 def test_a_parrot_follows_nothing_and_copies_everything(pool):
     """What training on transcriptions alone makes, and neither figure counts the transcriptions that it gets right."""
-    responses = [f"{row['transcript'].capitalize()}." for row in pool]
-    assert all(is_copy(row["transcript"], response) for row, response in zip(pool, responses, strict=True))
-    assert values(score_pool(pool, responses)) == {"following": 0.0, "transcript_copy": 1.0}
+    responses = [f"{row.transcript.capitalize()}." for row in pool]
+    assert all(is_copy(row.transcript, response) for row, response in zip(pool, responses, strict=True))
+    assert values(score_pool(answered(pool, responses))) == {"following": 0.0, "transcript_copy": 1.0}
 
 
 def test_following_is_the_mean_of_tasks_not_of_rows():
-    rows = [INTENT | {"task": "intent"}] * 3 + [row("keywords", ["clock"], task="keyword")]
-    assert values(score_pool(rows, ["repair"] * 3 + ["lamp"]))["following"] == 0.5
+    rows = [replace(INTENT, task="intent")] * 3 + [row("keywords", ["clock"], task="keyword")]
+    assert values(score_pool(answered(rows, ["repair"] * 3 + ["lamp"])))["following"] == 0.5
 
 
 def test_a_restatement_close_to_the_transcript_is_no_copy():
-    rows = [row("oracle", ["The clock."], task="repetition"), INTENT | {"task": "intent"}]
-    assert values(score_pool(rows, [SPOKEN, "repair"]))["transcript_copy"] == 0.0
+    rows = [row("oracle", ["The clock."], task="repetition"), replace(INTENT, task="intent")]
+    assert values(score_pool(answered(rows, [SPOKEN, "repair"])))["transcript_copy"] == 0.0
 
 
 def test_what_is_no_self_powered_task_is_right_or_wrong_and_no_following(read):
     rows = read("nano_unseen")
-    assert {row["task"] for row in rows} <= set(UNSEEN_TASKS)
-    assert values(score_pool(rows, [right_answer(row) for row in rows])) == {"right": 1.0, "transcript_copy": 0.0}
+    assert {row.task for row in rows} <= set(UNSEEN_TASKS)
+    assert values(score_pool(answered(rows, [right_answer(row) for row in rows]))) == {
+        "right": 1.0,
+        "transcript_copy": 0.0,
+    }
 
 
 def test_a_pool_without_an_oracle_still_shows_copies(read):
     rows = read("nano", oracle="")
-    responses = [row["transcript"] for row in rows]
-    assert values(score_pool(rows, responses)) == {"transcript_copy": 1.0}
-    assert not any(has_its_form(row["task"], row["transcript"], row["transcript"]) for row in rows[::2])
+    responses = [row.transcript for row in rows]
+    assert values(score_pool(answered(rows, responses))) == {"transcript_copy": 1.0}
+    assert not any(has_its_form(row.task, row.transcript, row.transcript) for row in rows[::2])
 
 
 def test_a_pool_of_transcriptions_alone_has_no_figure_of_following():
-    assert score_pool([row("transcription", [SPOKEN])], [SPOKEN]) == {}
+    assert score_pool(answered([row("transcription", [SPOKEN])], [SPOKEN])) == {}

@@ -8,7 +8,7 @@ from dataset_builders.instructions import SELF_POWERED_TASKS
 from dataset_builders.nano.grammar import sample_sentence
 from dataset_builders.nano.tasks import answers
 from recipes.evaluation.following import load_checker
-from recipes.evaluation.kinds import is_correct
+from recipes.evaluation.forms import is_correct
 
 SPOKEN = "the farmer proudly repaired the old clock in the attic"
 ANSWERS = {
@@ -107,4 +107,4 @@ def test_a_task_without_a_known_form_is_refused():
 
 
 def test_it_is_a_checker_that_training_can_name():
-    assert load_checker("recipes.evaluation.kinds") is is_correct
+    assert load_checker("recipes.evaluation.forms") is is_correct
