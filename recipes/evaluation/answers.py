@@ -15,6 +15,7 @@ from dataset_builders.responders.exchange import Reply
 from recipes.evaluation.rows import Answer, Question
 from recipes.listening.features import audio_key
 
+Replies = tuple[list[Reply], list[str | None]]  # free and constrained answers
 FEATURES = Features(
     {
         "task": Value("string"),  # of the registry
@@ -35,7 +36,7 @@ FEATURES = Features(
 
 def answer(
     rows: Sequence[Question],
-    respond: Callable[[Sequence[Question]], tuple[list[Reply], list[str | None]]],
+    respond: Callable[[Sequence[Question]], Replies],
     file: Path,
     size: int,
     name: str = "answers",

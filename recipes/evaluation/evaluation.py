@@ -9,10 +9,9 @@ from pathlib import Path
 
 from dataset_builders.files import content_of, write_whole
 from dataset_builders.instructions import TRANSCRIPTION
-from dataset_builders.responders.exchange import Reply
 from language_models.tokenizers import text_processor
 from recipes.evaluation import pages
-from recipes.evaluation.answers import answer, to_parquet
+from recipes.evaluation.answers import Replies, answer, to_parquet
 from recipes.evaluation.kinds import allowed_answers
 from recipes.evaluation.questions import read_rows
 from recipes.evaluation.results import SystemResult, collect
@@ -21,7 +20,7 @@ from recipes.evaluation.systems import SYSTEMS, System, shuffle_clips, swap_inst
 from recipes.evaluation.tasks import EvaluationTask
 from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import Lsm, SpeechLLM, TextLLM, load, template_settings_of
-from recipes.listening.transcriber import load_recogniser
+from recipes.listening.transcriber import Transcriber, load_recogniser
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ class Evaluation:
         if "base" not in self.checkpoints:
             self.chosen = self._without_base()
         self.paths = there
-        self._open: tuple[str, SpeechLLM] | None = None
+        self._open: tuple[str, SpeechLLM | Transcriber] | None = None
 
     def _without_base(self) -> list[System]:
         """The systems where the checkpoint has to stand for the text LLM that it was: said in its label."""
@@ -80,7 +79,7 @@ class Evaluation:
         named = [dataclasses.replace(s, label=label) if s.name == "text_llm" else s for s in self.chosen]
         return [system for system in named if self.systems or system.name != "model_reading"]
 
-    def llm(self, checkpoint: str) -> SpeechLLM:
+    def llm(self, checkpoint: str) -> SpeechLLM | Transcriber:
         """One of the checkpoints; one is held at a time."""
         path = str(self.paths[checkpoint])
         if self._open is None or self._open[0] != path:
@@ -153,7 +152,7 @@ class Evaluation:
 
         return answer(rows, respond, file, CHUNK * self.batch_size, f"{task.name}, {name}")
 
-    def respond(self, llm: SpeechLLM, system: System, rows: Sequence[Question]) -> tuple[list[Reply], list[str | None]]:
+    def respond(self, llm: SpeechLLM | Transcriber, system: System, rows: Sequence[Question]) -> Replies:
         """Free answers, and to closed questions those among the allowed ones."""
         settings = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens, "progress": False}
         store = self.store if system.slot == "audio" else None

@@ -55,7 +55,7 @@ def _spell(texts: Sequence[str], known: Mapping[str, str], trouble: str) -> list
 # The kinds
 
 Figures = Callable[[Sequence[Question], Sequence[str]], dict[str, Metric]]
-NEEDS_REFERENCE = {"a `reference`, or `oracle` and `task`": ("reference", "oracle")}
+NEEDS_REFERENCE: dict[str, tuple[str, ...]] = {"a `reference`, or `oracle` and `task`": ("reference", "oracle")}
 
 
 def _is_reference(question: Question, response: str) -> bool:
@@ -80,7 +80,7 @@ class Kind:
     draw: Callable[[str, int], tuple[str, Constraint]] | None = None
 
 
-def _closed(read: Callable, choices: Callable, needs: Mapping[str, tuple[str, ...]], **more) -> Kind:
+def _closed(read: Callable, choices: Callable, needs: dict[str, tuple[str, ...]], **more) -> Kind:
     """A kind whose answers are among a few."""
 
     def figures(questions: Sequence[Question], responses: Sequence[str]) -> dict[str, Metric]:

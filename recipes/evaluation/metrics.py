@@ -77,7 +77,7 @@ class Metric:
 
 
 def bootstrap_ratio(
-    numerators: Sequence[float], denominators: Sequence[float], draws: int = DRAWS, seed: int = 0
+    numerators: Sequence[float], denominators: Sequence[float] | np.ndarray, draws: int = DRAWS, seed: int = 0
 ) -> Metric:
     """`sum(numerators) / sum(denominators)`, one of each per row. Draws whose denominators are all 0 do not count.
 
@@ -111,10 +111,10 @@ def mean(
         members[group].append(value)
     rng = np.random.default_rng(seed)
     means = np.zeros(draws)
-    for group in members.values():
-        held = np.asarray(group, float)
+    for some in members.values():
+        held = np.asarray(some, float)
         means += np.concatenate([held[rows].mean(axis=1) for rows in _resamples(len(held), draws, rng)])
-    return _metric(np.mean([np.mean(group) for group in members.values()]), means / len(members))
+    return _metric(float(np.mean([np.mean(some) for some in members.values()])), means / len(members))
 
 
 # Transcripts
@@ -245,7 +245,7 @@ def macro_f1(gold: Sequence[str], predicted: Sequence[str | None]) -> Metric:
 
     # Rows drawn with replacement are a multinomial draw of the confusion table's cells.
     tables = np.random.default_rng(0).multinomial(len(gold), counts / len(gold), size=DRAWS)
-    return _metric(f1(counts[None])[0], f1(tables))
+    return _metric(float(f1(counts[None])[0]), f1(tables))
 
 
 # Free text

@@ -50,7 +50,7 @@ def look_up(line: dict, path: str) -> list:
     return list(_flat(values))
 
 
-def _flat(values: list) -> Iterator:
+def _flat(values: Sequence) -> Iterator:
     for value in values:
         if isinstance(value, list | tuple):
             yield from _flat(value)

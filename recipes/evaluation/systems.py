@@ -76,8 +76,8 @@ def swap_instructions(rows: Sequence[Question]) -> list[Question]:
 
 def transcription_rows(rows: Sequence[Question]) -> list[Question]:
     """One row for every utterance, which asks for its transcription: what a cascade hears."""
-    pool, asked = load_pool(), {"task": TRANSCRIPTION, "kind": TRANSCRIPTION, "labels": []}
-    first: dict[int, Question] = {}
+    pool, first = load_pool(), {}
+    asked: dict = {"task": TRANSCRIPTION, "kind": TRANSCRIPTION, "labels": []}
     for row in rows:
         first.setdefault(row.utterance, row)
     return [

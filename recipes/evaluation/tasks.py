@@ -133,7 +133,7 @@ def _check(task: EvaluationTask) -> None:
     _check_prompt(task)
 
 
-def _check_type(key: str, value: object, hint: object) -> None:
+def _check_type(key: str, value: object, hint: typing.Any) -> None:
     kind = typing.get_origin(hint)
     if kind is Mapping:
         items = value.items() if isinstance(value, Mapping) else [(None, None)]
