@@ -1,4 +1,4 @@
-"""From answers to figures: the nano language's own right answers, a parrot, and answers that nobody can read."""
+"""Kinds of question: the nano language's own right answers, a parrot, and answers that nobody can read."""
 
 from dataclasses import replace
 
