@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart study test test-oldest lint format clean
+.PHONY: quickstart study test test-oldest lint types format clean
 
 # $(call install,CONSTRAINTS) makes the environment that the target names. torch first and alone: what follows then finds
 # it installed and no CUDA build is resolved beside it.
@@ -27,7 +27,7 @@ quickstart: .venv
 study: .venv
 	$(BIN)/python -m recipes.study --config recipes/configs/study.yaml --output runs/study
 
-test: .venv lint
+test: .venv lint types
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The same tests under the oldest transformers that setup.cfg allows.
@@ -37,6 +37,9 @@ test-oldest: .venv-oldest
 lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv
+	$(BIN)/mypy
 
 format: .venv
 	$(BIN)/ruff check --fix .

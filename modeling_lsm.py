@@ -53,7 +53,7 @@ class LsmPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["WhisperEncoderLayer", "Blip2QFormerLayer"]
+    _no_split_modules: list[str] | set[str] = ["WhisperEncoderLayer", "Blip2QFormerLayer"]  # noqa: RUF012
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True

@@ -111,8 +111,8 @@ def _decode(source) -> tuple[np.ndarray, int]:
         reason = "the file does not exist"
     except (OSError, RuntimeError, TypeError, ValueError, http.client.HTTPException) as error:
         # In words of its own where it has some: others may repeat what was given, which may be megabytes.
-        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
-    raise ValueError(f"Cannot read {_name(source)} as audio: {str(reason).rstrip('.')}.")
+        reason = str(getattr(error, "error_string", None) or getattr(error, "strerror", None) or error)
+    raise ValueError(f"Cannot read {_name(source)} as audio: {reason.rstrip('.')}.")
 
 
 def _content(source) -> bytes:
@@ -229,7 +229,7 @@ def leave_out_breaks(tokenizer) -> None:
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
 
 
-class LsmProcessorKwargs(ProcessingKwargs, total=False):
+class LsmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     # Prompts hold the special tokens that the chat template puts there, and no second BOS.
     _defaults = {"text_kwargs": {"padding": True, "add_special_tokens": False}}  # noqa: RUF012
 
@@ -372,7 +372,8 @@ class LsmProcessor(ProcessorMixin):
 
     def _as_text(self, message: dict) -> dict:
         """The message or part with its texts as text."""
-        texts = {key: self.as_text(value) for key, value in message.items() if key in TEXTS and isinstance(value, str)}
+        known = ((key, value) for key, value in message.items() if key in TEXTS and isinstance(value, str))
+        texts: dict = {key: self.as_text(value) for key, value in known}
         if isinstance(message.get("content"), (list, tuple)):
             texts["content"] = [self._as_text(part) for part in message["content"]]
         return message | texts

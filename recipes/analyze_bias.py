@@ -2,10 +2,10 @@
 
     python -m recipes.analyze_bias --model runs/quickstart/checkpoint --data runs/quickstart/corpus --split test \
         --output runs/bias/self_powered
-    python -m recipes.analyze_bias --model runs/quickstart/base --hear transcript --data runs/quickstart/corpus \
+    python -m recipes.analyze_bias --model runs/quickstart/base --slot transcript --data runs/quickstart/corpus \
         --split test --output runs/bias/text_llm --beside "self-powered LSM=runs/bias/self_powered/bias.json"
 
-`--model` is an LSM, another speech LLM of transformers or, with `--hear transcript`, a text LLM. `--data` is a
+`--model` is an LSM, another speech LLM of transformers or, with `--slot transcript`, a text LLM. `--data` is a
 self-powered set or an ASR corpus. Writes `bias.json`, the pictures and `report.html`.
 """
 
@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="self-powered set, or ASR corpus: folder, manifest or Hub id")
     parser.add_argument("--split", help="`test` if there is one, else the first")
     parser.add_argument("--output", required=True)
-    parser.add_argument("--hear", choices=("audio", "transcript"), default="audio")
+    parser.add_argument(
+        "--slot", choices=("audio", "transcript"), default="audio", help="what stands where the speech belongs"
+    )
     parser.add_argument("--target", choices=TARGETS, default="response", help="which response is traced")
     parser.add_argument("--tasks", nargs="+", default=list(SELF_POWERED_TASKS))
     parser.add_argument("--limit", type=int, default=120, help="rows at most")
@@ -59,12 +61,12 @@ def main() -> None:
     rows = load_rows(args.data, args.split, args.limit, args.tasks, args.seed)
     llm = load(args.model)
     options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
-    answers = [reply.text for reply in llm.respond(rows, args.hear, **options)]
+    answers = [reply.text for reply in llm.respond(rows, args.slot, **options)]
     traced = with_targets(rows, llm, args.target, answers, None, **options)
     if len(traced) < len(rows):
         logger.warning("%d of %d rows have an empty response and are not traced", len(rows) - len(traced), len(rows))
-    bias = analyze(llm, traced, args.hear, batch_size=args.batch_size)
-    about = {"model": llm.name, "data": args.data, "source": rows[0]["source"], "hear": args.hear}
+    bias = analyze(llm, traced, args.slot, batch_size=args.batch_size)
+    about = {"model": llm.name, "data": args.data, "source": rows[0]["source"], "hear": args.slot}
     bias |= behave(rows, answers, args.checker) | about | {"target": args.target}
     label = args.label or llm.name
     if label in beside:

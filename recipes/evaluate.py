@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from recipes.evaluation import tables
 from recipes.evaluation.evaluation import Evaluation
 from recipes.evaluation.systems import SYSTEMS
-from recipes.evaluation.tasks import Task, choose_tasks, load_tasks, override
+from recipes.evaluation.tasks import EvaluationTask, choose_tasks, load_tasks, override
 from recipes.listening.features import AudioFeatureStore
 
 
-def list_tasks(tasks: dict[str, Task]) -> str:
+def list_tasks(tasks: dict[str, EvaluationTask]) -> str:
     width = max(map(len, tasks))
     return "\n".join(f"{task.group:<10} {task.name:<{width}}  {task.description}" for task in tasks.values())
 
@@ -93,8 +93,7 @@ def main() -> None:
         dtype=args.dtype,
         store=AudioFeatureStore(args.audio_feature_store) if args.audio_feature_store else None,
     )
-    found = run.run()
-    print(tables.markdown(found))
+    print(tables.markdown(run.run()))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ DRAWS = 1000
 def analyze(
     llm: SpeechLLM,
     rows: list[dict],
-    hear: str = "audio",
+    slot: str = "audio",
     store: AudioFeatureStore | None = None,
     batch_size: int = 16,
     compare: bool | None = None,
@@ -34,8 +34,8 @@ def analyze(
     """Trace the rows' responses to what was given.
 
     Args:
-        rows: `id`, `instruction`, `response`, `transcript` and, unless it is the transcript that is heard, `audio`.
-        hear: `audio` or `transcript`.
+        rows: `id`, `instruction`, `response`, `transcript` and, where it is heard, `audio`.
+        slot: what stands where the speech belongs, `audio` or `transcript`.
         store: the audio tower's output for clips it was run on before.
         batch_size: rows traced at a time.
         compare: whether to measure how alike speech and text are; by default if the model hears and there are enough
@@ -46,22 +46,24 @@ def analyze(
         the rows; `intervals`: 95 % of the same, rows resampled; `rows`; `tokens`: mean number by role; `similarity`
         (`similarity.measure`) or None.
     """
-    found, tokens = [], []
+    measured, tokens = [], []
     order = sorted(rows, key=lambda row: len(row["transcript"]) + len(row["response"]))
     with tqdm(total=len(rows), desc="tracing answers", unit="row") as progress:
         for start in range(0, len(order), batch_size):
-            batch = teacher_forced(llm, order[start : start + batch_size], hear, store)
-            found += saliency.measure(llm, batch)
+            batch = teacher_forced(llm, order[start : start + batch_size], slot, store)
+            measured += saliency.measure(llm, batch)
             tokens += [[int((roles == role).sum()) for role in range(len(ROLES))] for roles in batch.roles]
             progress.update(len(batch.lengths))
-    values = np.array([[[[layer[name][role] for role in ROLES] for name in FIGURES] for layer in row] for row in found])
+    values = np.array(
+        [[[[layer[name][role] for role in ROLES] for name in FIGURES] for layer in row] for row in measured]
+    )
     low, high = bootstrap(values)
     result = {name: _by_role(values.mean(0)[:, place]) for place, name in enumerate(FIGURES)}
     bounds = np.stack([low, high], -1)
     result["intervals"] = {name: _by_role(bounds[:, place]) for place, name in enumerate(FIGURES)}
     result |= {"rows": len(rows), "tokens": dict(zip(ROLES, np.mean(tokens, 0).round(2).tolist(), strict=True))}
     if compare is None:
-        compare = hear != "transcript" and len(rows) >= 8
+        compare = slot != "transcript" and len(rows) >= 8
     return result | {"similarity": similarity.measure(llm, rows, store, batch_size) if compare else None}
 
 
@@ -80,7 +82,7 @@ def _by_role(values: np.ndarray) -> list[dict]:
 
 def behave(rows: Sequence[dict], answers: Sequence[str], checker: str = following.BY_FORM) -> dict:
     """`following` and `transcript_copy` of the answers (None without rows that tell), and the `checker` that judged."""
-    scores = following.score(rows, answers, following.load_checker(checker))
+    scores = following.score_following(rows, answers, following.load_checker(checker))
     return {name: scores.get(name) for name in ("following", "transcript_copy")} | {"checker": checker}
 
 

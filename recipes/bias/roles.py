@@ -37,22 +37,22 @@ class TeacherForcedBatch:
 
 
 def teacher_forced(
-    llm: SpeechLLM, rows: Sequence[dict], hear: str = "audio", store: AudioFeatureStore | None = None
+    llm: SpeechLLM, rows: Sequence[dict], slot: str = "audio", store: AudioFeatureStore | None = None
 ) -> TeacherForcedBatch:
     """A batch whose answers are the rows' `response`.
 
     Raises:
         ValueError: an empty response, or a prompt whose tokens cannot be told apart.
     """
-    inputs = dict(llm.inputs(rows, hear, store))
+    inputs = dict(llm.inputs(rows, slot, store))
     mask = inputs["attention_mask"].bool()
     sequences, roles, starts = [], [], []
     for row, ids, real in zip(rows, inputs["input_ids"], mask, strict=True):
         if not row["response"].strip():
             raise ValueError(f"row {row.get('id')!r} has an empty response; there is nothing to explain.")
         prompt = ids[real].tolist()
-        response = llm.response_ids(row, hear)
-        named = expand(prompt, llm.spans(row, hear), llm.audio_token_id)
+        response = llm.response_ids(row, slot)
+        named = expand(prompt, llm.spans(row, slot), llm.audio_token_id)
         sequences.append(prompt + response)
         starts.append(len(prompt))
         roles.append([ROLES.index("first"), *named[1:], *[ROLES.index("response")] * len(response)])

@@ -63,13 +63,13 @@ def best_match(speech: torch.Tensor, text: torch.Tensor) -> tuple[float, torch.T
 
 @torch.inference_mode()
 def token_states(
-    llm: SpeechLLM, rows: Sequence[dict], hear: str, store: AudioFeatureStore | None = None, batch_size: int = 16
+    llm: SpeechLLM, rows: Sequence[dict], slot: str, store: AudioFeatureStore | None = None, batch_size: int = 16
 ) -> list[torch.Tensor]:
     """For every row the states of what stands in the slot, `(levels, tokens, width)`: input and every layer."""
     states = []
     speech = ROLES.index("speech")
     for start in range(0, len(rows), batch_size):
-        batch = teacher_forced(llm, rows[start : start + batch_size], hear, store)
+        batch = teacher_forced(llm, rows[start : start + batch_size], slot, store)
         hidden = torch.stack(llm.model(**batch.inputs, output_hidden_states=True, use_cache=False).hidden_states)
         states += [hidden[:, row, roles == speech].cpu() for row, roles in enumerate(batch.roles)]
     return states

@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from dataset_builders.files import append_lines, read_lines, whole
 from dataset_builders.responders.exchange import Reply
+from recipes.evaluation.rows import Answer, Question
 from recipes.listening.features import audio_key
 
+Replies = tuple[list[Reply], list[str | None]]  # free and constrained answers
 FEATURES = Features(
     {
         "task": Value("string"),  # of the registry
@@ -33,12 +35,12 @@ FEATURES = Features(
 
 
 def answer(
-    rows: Sequence[dict],
-    respond: Callable[[Sequence[dict]], tuple[list[Reply], list[str | None]]],
+    rows: Sequence[Question],
+    respond: Callable[[Sequence[Question]], Replies],
     file: Path,
     size: int,
     name: str = "answers",
-) -> list[dict]:
+) -> list[Answer]:
     """Answers to `rows`, in order; those that the file holds are not asked for again, unless the row is another by now.
 
     Args:
@@ -47,40 +49,31 @@ def answer(
         file: JSON Lines, appended to after every `size` rows, with a hash of each. A line that a killed run tore is
             dropped.
         size: rows asked at a time.
-
-    Returns:
-        For every row `{"id", "response", "constrained", "finished", "seconds"}`.
     """
-    asked = {row["id"]: _content(row) for row in rows}
-    known = {r["id"]: r for r in read_lines(file) if r.pop("row", None) == asked.get(r["id"])}
-    left = [row for row in rows if row["id"] not in known]
+    asked = {row.id: _content(row) for row in rows}
+    known = {r["id"]: Answer(**r) for r in read_lines(file) if r.pop("row", None) == asked.get(r["id"])}
+    left = [row for row in rows if row.id not in known]
     # Longest together: a batch is as long as its longest row, and the slowest batch comes first.
-    left.sort(key=lambda row: -row["duration"])
+    left.sort(key=lambda row: -row.duration)
     with tqdm(total=len(rows), initial=len(rows) - len(left), desc=name, unit="row") as progress:
         for start in range(0, len(left), size):
             some = left[start : start + size]
             began = time.perf_counter()
             replies, constrained = respond(some)
             seconds = (time.perf_counter() - began) / len(some)
-            records = [
-                {
-                    "id": row["id"],
-                    "response": reply.text,
-                    "constrained": choice,
-                    "finished": reply.finish == "stop",
-                    "seconds": round(seconds, 6),
-                }
+            answers = [
+                Answer(row.id, reply.text, choice, reply.finish == "stop", round(seconds, 6))
                 for row, reply, choice in zip(some, replies, constrained, strict=True)
             ]
-            append_lines(file, [record | {"row": asked[record["id"]]} for record in records])
-            known |= {record["id"]: record for record in records}
+            append_lines(file, [vars(answer) | {"row": asked[answer.id]} for answer in answers])
+            known |= {answer.id: answer for answer in answers}
             progress.update(len(some))
-    return [known[row["id"]] for row in rows]
+    return [known[row.id] for row in rows]
 
 
-def _content(row: dict) -> str:
+def _content(row: Question) -> str:
     """Of what a row was when it was asked."""
-    content = row | {"audio": row.get("audio") and audio_key(row["audio"])}
+    content = row.as_row() | {"audio": audio_key(row.audio)}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

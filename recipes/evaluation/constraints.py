@@ -80,8 +80,8 @@ def _sentences(text: str) -> int:
     return sum(bool(_words(piece)) for piece in re.split(r"[.!?…]+[\"'”’)\]]*(?=\s|$)", bare))
 
 
-def _has_words(*words: str) -> Callable[[str], bool]:
-    return lambda text: set(words) <= set(_words(text))
+def _begins(pattern: str) -> Callable[[str], bool]:
+    return lambda text: bool(re.match(pattern, text))
 
 
 def _is_answer_object(text: str) -> bool:
@@ -128,29 +128,21 @@ _ALL = (
     Constraint(
         "include_words",
         'Use both of the words "perhaps" and "listener" in your answer.',
-        _has_words("perhaps", "listener"),
+        lambda text: {"perhaps", "listener"} <= set(_words(text)),
     ),
     Constraint("no_commas", "Do not use any comma.", lambda text: not re.search("[,，、]", text)),
     Constraint("forbid_word", 'Do not use the word "the".', lambda text: "the" not in _words(text)),
-    Constraint(
-        "starts_with",
-        'Begin your answer with the words "In short".',
-        lambda text: bool(re.match(r"In short\b", text)),
-    ),
+    Constraint("starts_with", 'Begin your answer with the words "In short".', _begins(r"In short\b")),
     Constraint(
         "ends_with",
         'End your answer with the sentence "That is all." and nothing after it.',
         lambda text: bool(re.search(r"(^|\s)That is all\.$", text)),
     ),
-    Constraint(
-        "quoted",
-        "Put your whole answer between double quotation marks.",
-        lambda text: bool(re.fullmatch(r'"[^"]+"|“[^“”]+”', text)),
-    ),
+    Constraint("quoted", "Put your whole answer between double quotation marks.", _begins(r'("[^"]+"|“[^“”]+”)\Z')),
     Constraint(
         "title",
         "Give your answer a title in double angle brackets, such as <<Title>>, on a line of its own before it.",
-        lambda text: bool(re.match(r"<<[^<>\n]*\w[^<>\n]*>>\s*\n\s*\S", text)),
+        _begins(r"<<[^<>\n]*\w[^<>\n]*>>\s*\n\s*\S"),
     ),
     Constraint("language_spanish", "Answer in Spanish.", _language("spanish")),
     Constraint("language_german", "Answer in German.", _language("german")),

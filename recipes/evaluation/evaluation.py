@@ -3,23 +3,24 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from dataset_builders.files import content_of, write_whole
 from dataset_builders.instructions import TRANSCRIPTION
-from dataset_builders.responders.exchange import Reply
 from language_models.tokenizers import text_processor
-from recipes.evaluation import pages, results
-from recipes.evaluation.answers import answer, to_parquet
+from recipes.evaluation import pages
+from recipes.evaluation.answers import Replies, answer, to_parquet
+from recipes.evaluation.kinds import allowed_answers
 from recipes.evaluation.questions import read_rows
-from recipes.evaluation.scoring import choices, is_correct
+from recipes.evaluation.results import SystemResult, collect
+from recipes.evaluation.rows import Answer, Question
 from recipes.evaluation.systems import SYSTEMS, System, shuffle_clips, swap_instructions, transcription_rows
-from recipes.evaluation.tasks import Task
+from recipes.evaluation.tasks import EvaluationTask
 from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import Lsm, SpeechLLM, TextLLM, load, template_settings_of
-from recipes.listening.transcriber import load_recogniser
+from recipes.listening.transcriber import Transcriber, load_recogniser
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Evaluation:
 
     output: Path
     checkpoints: dict[str, str]
-    tasks: Sequence[Task]
+    tasks: Sequence[EvaluationTask]
     systems: Sequence[str] = ()
     limit: int | Mapping[str, int] | None = None
     control_limit: int | None = None
@@ -60,21 +61,16 @@ class Evaluation:
         there = {"base": self.checkpoints["model"], "asr": self.checkpoints["model"], **self.checkpoints}
         if self.control_limit is not None and self.control_limit < 1:
             raise ValueError(f"control_limit is {self.control_limit}; expected 1 or more, or other --systems.")
-        unknown = sorted(set(self.systems) - set(SYSTEMS))
-        if unknown:
+        if unknown := sorted(set(self.systems) - set(SYSTEMS)):
             raise ValueError(f"unknown system {unknown[0]!r}; there are {list(SYSTEMS)}.")
-        absent = [name for name in self.systems if SYSTEMS[name].checkpoint not in there]
-        if absent:
+        if absent := [name for name in self.systems if SYSTEMS[name].checkpoint not in there]:
             raise ValueError(f"the system {absent[0]!r} needs --{SYSTEMS[absent[0]].checkpoint}.")
-        self.chosen = [
-            system
-            for system in SYSTEMS.values()
-            if (system.name in self.systems or not self.systems) and system.checkpoint in there
-        ]
+        wanted = self.systems or SYSTEMS
+        self.chosen = [system for name, system in SYSTEMS.items() if name in wanted and system.checkpoint in there]
         if "base" not in self.checkpoints:
             self.chosen = self._without_base()
         self.paths = there
-        self._open: tuple[str, SpeechLLM] | None = None
+        self._open: tuple[str, SpeechLLM | Transcriber] | None = None
 
     def _without_base(self) -> list[System]:
         """The systems where the checkpoint has to stand for the text LLM that it was: said in its label."""
@@ -83,7 +79,7 @@ class Evaluation:
         named = [dataclasses.replace(s, label=label) if s.name == "text_llm" else s for s in self.chosen]
         return [system for system in named if self.systems or system.name != "model_reading"]
 
-    def llm(self, checkpoint: str) -> SpeechLLM:
+    def llm(self, checkpoint: str) -> SpeechLLM | Transcriber:
         """One of the checkpoints; one is held at a time."""
         path = str(self.paths[checkpoint])
         if self._open is None or self._open[0] != path:
@@ -99,9 +95,9 @@ class Evaluation:
     def run(self) -> dict:
         """Ask, score and write; returns the results."""
         self._check_folder()
-        rows = {task.name: read_rows(task, self.limit_of(task), self.seed) for task in self.tasks}
-        asked: dict[tuple[str, str], list[dict]] = {}
-        answers: dict[tuple[str, str], list[dict]] = {}
+        limits = self.limit if isinstance(self.limit, Mapping) else {task.name: self.limit for task in self.tasks}
+        rows = {task.name: read_rows(task, limits.get(task.name), self.seed) for task in self.tasks}
+        results: dict[tuple[str, str], SystemResult] = {}
         if any(system.change == "recognised" for system in self.chosen):
             for task in self.tasks:
                 self.recognise(task, rows[task.name])
@@ -110,37 +106,29 @@ class Evaluation:
             for task in self.tasks:
                 some = rows[task.name]
                 if system.is_control and self.control_limit is not None:
-                    some = [row for row in some if row["utterance"] < self.control_limit]
-                if system.hear == "transcript" and not all(row["transcript"] for row in some):
+                    some = [row for row in some if row.utterance < self.control_limit]
+                if system.slot == "transcript" and not all(row.transcript for row in some):
                     logger.warning("%s has rows without a transcript, so %s is left out", task.name, system.name)
                     continue
-                asked[task.name, system.name] = some
-                answers[task.name, system.name] = self.ask(task, system, some)
-        if not answers:
+                results[task.name, system.name] = self.ask(task, system, some)
+        if not results:
             raise ValueError("nothing could be asked: no system here can do without a transcript.")
-        found = results.collect(self.tasks, self.chosen, asked, answers) | {"checkpoints": self.settings["checkpoints"]}
-        to_parquet(list(self._records(asked, answers)), self.output / "predictions.parquet")
-        pages.write(self.output, found, asked, answers)
-        return found
+        report = collect(self.tasks, self.chosen, results) | {"checkpoints": self.settings["checkpoints"]}
+        to_parquet(list(_predictions(results)), self.output / "predictions.parquet")
+        pages.write(self.output, report, results)
+        return report
 
-    def limit_of(self, task: Task) -> int | None:
-        return self.limit.get(task.name) if isinstance(self.limit, Mapping) else self.limit
-
-    def ask(self, task: Task, system: System, rows: Sequence[dict]) -> list[dict]:
-        """The answers of one system to one task, and what it was given: `asked` under each."""
+    def ask(self, task: EvaluationTask, system: System, rows: Sequence[Question]) -> SystemResult:
+        """What one system answers to one task."""
         given = self.given(task, system, rows)
         # A cascade's transcription is what its ASR model heard.
-        heard = [row for row in given if system.change == "recognised" and row["kind"] == TRANSCRIPTION]
-        records = [
-            {"id": row["id"], "response": row["transcript"], "constrained": None, "finished": True, "seconds": None}
-            for row in heard
-        ]
-        known = {record["id"] for record in records}
-        records += self.answer(task, system, [row for row in given if row["id"] not in known], system.name)
-        by_id = {record["id"]: record for record in records}
-        return [by_id[row["id"]] | {"asked": row["instruction"]} for row in given]
+        heard = [row for row in given if system.change == "recognised" and row.kind == TRANSCRIPTION]
+        known = {row.id: Answer(row.id, row.transcript) for row in heard}
+        answers = self.answer(task, system, [row for row in given if row.id not in known], system.name)
+        known |= {answer.id: answer for answer in answers}
+        return SystemResult(rows, given, [known[row.id] for row in given])
 
-    def given(self, task: Task, system: System, rows: Sequence[dict]) -> list[dict]:
+    def given(self, task: EvaluationTask, system: System, rows: Sequence[Question]) -> list[Question]:
         """The rows as the system gets them."""
         if system.change == "shuffled":
             return shuffle_clips(rows)
@@ -148,48 +136,35 @@ class Evaluation:
             return swap_instructions(rows)
         return self.recognise(task, rows) if system.change == "recognised" else list(rows)
 
-    def recognise(self, task: Task, rows: Sequence[dict]) -> list[dict]:
+    def recognise(self, task: EvaluationTask, rows: Sequence[Question]) -> list[Question]:
         """The rows with what the ASR model heard for a transcript."""
         asked = transcription_rows(rows)
-        records = self.answer(task, System("asr", "ASR", "asr", "audio"), asked, "asr")
-        heard = {row["utterance"]: record["response"] for row, record in zip(asked, records, strict=True)}
-        return [row | {"transcript": heard[row["utterance"]] or " "} for row in rows]
+        answers = self.answer(task, System("asr", "ASR", "asr", "audio"), asked, "asr")
+        heard = {row.utterance: answer.response for row, answer in zip(asked, answers, strict=True)}
+        return [dataclasses.replace(row, transcript=heard[row.utterance] or " ") for row in rows]
 
-    def answer(self, task: Task, system: System, rows: Sequence[dict], name: str) -> list[dict]:
+    def answer(self, task: EvaluationTask, system: System, rows: Sequence[Question], name: str) -> list[Answer]:
         """Answers to rows as they were given; those on disk are not asked for again, and load no checkpoint."""
         file = self.output / "answers" / task.name / f"{name}.jsonl"
 
-        def respond(some: Sequence[dict]):
+        def respond(some: Sequence[Question]):
             return self.respond(self.llm(system.checkpoint), system, some)
 
         return answer(rows, respond, file, CHUNK * self.batch_size, f"{task.name}, {name}")
 
-    def respond(self, llm: SpeechLLM, system: System, rows: Sequence[dict]) -> tuple[list[Reply], list[str | None]]:
+    def respond(self, llm: SpeechLLM | Transcriber, system: System, rows: Sequence[Question]) -> Replies:
         """Free answers, and to closed questions those among the allowed ones."""
         settings = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens, "progress": False}
-        store = self.store if system.hear == "audio" else None
-        replies = llm.respond(rows, system.hear, store, **settings)
+        store = self.store if system.slot == "audio" else None
+        replies = llm.respond([row.as_row() for row in rows], system.slot, store, **settings)
         constrained: list[str | None] = [None] * len(rows)
-        closed = [place for place, row in enumerate(rows) if choices(row)] if self.constrained else []
-        if closed:
-            asked = [rows[place] for place in closed]
-            among = llm.respond(asked, system.hear, store, allowed=[choices(row) for row in asked], **settings)
-            for place, reply in zip(closed, among, strict=True):
+        allowed = {place: few for place, row in enumerate(rows) if self.constrained and (few := allowed_answers(row))}
+        if allowed:
+            asked = [rows[place].as_row() for place in allowed]
+            among = llm.respond(asked, system.slot, store, allowed=list(allowed.values()), **settings)
+            for place, reply in zip(allowed, among, strict=True):
                 constrained[place] = reply.text
         return replies, constrained
-
-    def _records(self, asked: dict, answers: dict):
-        for (task, system), records in answers.items():
-            for row, record in zip(asked[task, system], records, strict=True):
-                yield {
-                    "task": task,
-                    "system": system,
-                    "part": row["task"],
-                    "instruction": record["asked"],
-                    "correct": is_correct(row, record["response"]),
-                    **{key: row[key] for key in ("id", "transcript", "references")},
-                    **{key: record[key] for key in ("response", "constrained", "finished", "seconds")},
-                }
 
     @cached_property
     def settings(self) -> dict:
@@ -225,3 +200,12 @@ class Evaluation:
                 "another --output."
             )
         write_whole(file, json.dumps(now, indent=1) + "\n")
+
+
+def _predictions(results: Mapping[tuple[str, str], SystemResult]) -> Iterator[dict]:
+    """The rows of `predictions.parquet`."""
+    for (task, system), result in results.items():
+        for row, given, said, hit in zip(result.questions, result.given, result.answers, result.hits, strict=True):
+            asked = {"part": row.task, "transcript": row.transcript, "references": row.references}
+            asked |= {"task": task, "system": system, "instruction": given.instruction}
+            yield asked | vars(said) | {"correct": hit}

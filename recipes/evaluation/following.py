@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jiwer
 import numpy as np
@@ -12,7 +12,7 @@ from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Dra
 from recipes.evaluation.metrics import error_rate, normalize_text
 
 COPY_WER = 0.2  # an answer this close to the transcript is a copy of it
-BY_FORM = "recipes.evaluation.kinds"  # the checker that judges the form of an answer alone
+BY_FORM = "recipes.evaluation.forms"  # the checker that judges the form of an answer alone
 Checker = Callable[[str, str, str], bool]
 
 
@@ -22,10 +22,10 @@ def load_checker(module: str) -> Checker:
     Raises:
         ValueError: the module has none.
     """
-    found = getattr(importlib.import_module(module), "is_correct", None)
-    if found is None:
+    checker = getattr(importlib.import_module(module), "is_correct", None)
+    if checker is None:
         raise ValueError(f"{module} has no is_correct(task, transcript, response); name a module that has.")
-    return found
+    return checker
 
 
 def held_out_rows(corpus: Iterable[dict], tasks: Sequence[str], seed: int = 0) -> list[dict]:
@@ -41,7 +41,7 @@ def is_copy(transcript: str, response: str) -> bool:
     return bool(said) and jiwer.wer(said, answered) < COPY_WER
 
 
-def score(rows: Sequence[dict], responses: Sequence[str], checker: Checker) -> dict:
+def score_following(rows: Sequence[Mapping], responses: Sequence[str], checker: Checker) -> dict:
     """Following rate, transcript copy rate and word error rate.
 
     Returns:
@@ -49,22 +49,17 @@ def score(rows: Sequence[dict], responses: Sequence[str], checker: Checker) -> d
         `transcript_copy`: share of answers to tasks other than repetition and transcription that are the transcript;
         `wer`: of the transcription rows, as `metrics.error_rate` has it of English. A figure without rows is left out.
     """
+    answered = list(zip(rows, responses, strict=True))
     right: dict[str, list[bool]] = {}
-    copies, spoken, written = [], [], []
-    for row, response in zip(rows, responses, strict=True):
+    for row, response in answered:
         right.setdefault(row["task"], []).append(checker(row["task"], row["transcript"], response))
-        if row["task"] == TRANSCRIPTION:
-            spoken.append(row["transcript"])
-            written.append(response)
-        elif row["task"] != "repetition":
-            copies.append(is_copy(row["transcript"], response))
     tasks = {task: float(np.mean(hits)) for task, hits in sorted(right.items())}
     followed = [share for task, share in tasks.items() if task in SELF_POWERED_TASKS]
-    scores = {"tasks": tasks}
-    if followed:
-        scores["following"] = float(np.mean(followed))
-    if copies:
-        scores["transcript_copy"] = float(np.mean(copies))
-    if spoken:
-        scores["wer"] = error_rate(spoken, written)[1].value
+    others = [pair for pair in answered if pair[0]["task"] not in (TRANSCRIPTION, "repetition")]
+    copies = [is_copy(row["transcript"], response) for row, response in others]
+    shares = {"following": followed, "transcript_copy": copies}
+    scores = {"tasks": tasks} | {name: float(np.mean(values)) for name, values in shares.items() if values}
+    if written := [pair for pair in answered if pair[0]["task"] == TRANSCRIPTION]:
+        said, heard = [row["transcript"] for row, _ in written], [response for _, response in written]
+        scores["wer"] = error_rate(said, heard)[1].value
     return scores

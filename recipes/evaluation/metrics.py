@@ -34,6 +34,34 @@ _BLEU_TOKENIZERS = {"zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
 
 
 @dataclass(frozen=True)
+class Figure:
+    """What readers are told of a figure."""
+
+    is_main: bool = False  # it can stand for a task in tables and pictures
+    lower_is_better: bool = False
+    is_fraction: bool = True  # shown in per cent
+
+
+FIGURES = {  # of several main ones, the first that was measured stands for the task
+    "following": Figure(is_main=True),
+    "wer": Figure(is_main=True, lower_is_better=True),
+    "cer": Figure(is_main=True, lower_is_better=True),
+    "bleu": Figure(is_main=True, is_fraction=False),
+    "accuracy": Figure(is_main=True),
+    "f1": Figure(is_main=True),
+    "exact_match": Figure(is_main=True),
+    "right": Figure(is_main=True),
+    "accuracy_constrained": Figure(),
+    "macro_f1": Figure(),
+    "chrf": Figure(is_fraction=False),
+    "unparsed": Figure(lower_is_better=True),
+    "transcript_copy": Figure(lower_is_better=True),
+    "truncated": Figure(lower_is_better=True),
+    "rtfx": Figure(is_fraction=False),
+}
+
+
+@dataclass(frozen=True)
 class Metric:
     """A figure, the ends of its 95 % interval, and, where the figure has settings, the signature that names them."""
 
@@ -49,7 +77,7 @@ class Metric:
 
 
 def bootstrap_ratio(
-    numerators: Sequence[float], denominators: Sequence[float], draws: int = DRAWS, seed: int = 0
+    numerators: Sequence[float], denominators: Sequence[float] | np.ndarray, draws: int = DRAWS, seed: int = 0
 ) -> Metric:
     """`sum(numerators) / sum(denominators)`, one of each per row. Draws whose denominators are all 0 do not count.
 
@@ -83,10 +111,10 @@ def mean(
         members[group].append(value)
     rng = np.random.default_rng(seed)
     means = np.zeros(draws)
-    for group in members.values():
-        held = np.asarray(group, float)
+    for some in members.values():
+        held = np.asarray(some, float)
         means += np.concatenate([held[rows].mean(axis=1) for rows in _resamples(len(held), draws, rng)])
-    return _metric(np.mean([np.mean(group) for group in members.values()]), means / len(members))
+    return _metric(float(np.mean([np.mean(some) for some in members.values()])), means / len(members))
 
 
 # Transcripts
@@ -217,7 +245,7 @@ def macro_f1(gold: Sequence[str], predicted: Sequence[str | None]) -> Metric:
 
     # Rows drawn with replacement are a multinomial draw of the confusion table's cells.
     tables = np.random.default_rng(0).multinomial(len(gold), counts / len(gold), size=DRAWS)
-    return _metric(f1(counts[None])[0], f1(tables))
+    return _metric(float(f1(counts[None])[0]), f1(tables))
 
 
 # Free text

@@ -2,14 +2,15 @@
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import soundfile
 
 from dataset_builders.files import write_whole
 from processing_lsm import load_audio
-from recipes.evaluation.scoring import is_correct
+from recipes.evaluation.metrics import FIGURES
+from recipes.evaluation.results import SystemResult
 from recipes.evaluation.tables import NOTE, by_part, comparisons, details, main_figure, markdown, model_index, summary
 from recipes.reporting import figures
 from recipes.reporting.page import Examples, Facts, Picture, Table, Text, write_page
@@ -28,15 +29,15 @@ STYLES = {
 }
 
 
-def draw(found: dict, folder: Path) -> list[Path]:
+def draw(report: dict, folder: Path) -> list[Path]:
     """Bars by system: a picture of every task that asks several questions, and one of every group's other tasks."""
     pictures: dict[str, dict[str, dict[str, dict]]] = {}
-    for name, task in found["tasks"].items():
+    for name, task in report["tasks"].items():
         several = len(by_part(task)) > 1
         for part, by_system in by_part(task).items():
             for system, scored in by_system.items():
                 if figure := main_figure(scored):
-                    scale = 0.01 if figure == "bleu" else 1
+                    scale = 1 if FIGURES[figure].is_fraction else 0.01
                     bar = {key: scale * scored[figure][key] for key in ("value", "low", "high")}
                     bars = pictures.setdefault(name if several else task["group"], {})
                     bars.setdefault(system, {})[f"{part or ('all' if several else name)}, {figure}"] = bar
@@ -46,44 +47,41 @@ def draw(found: dict, folder: Path) -> list[Path]:
     return [folder / name for name in pictures]
 
 
-def write(output: Path, found: dict, asked: Mapping, answers: Mapping) -> None:
+def write(output: Path, report: dict, results: Mapping[tuple[str, str], SystemResult]) -> None:
     """`results.json`, `results.md`, `model_index.yaml`, the pictures and `report.html`."""
-    texts = {"results.json": json.dumps(found, indent=1) + "\n", "results.md": markdown(found)}
-    for name, text in (texts | {"model_index.yaml": model_index(found)}).items():
+    texts = {"results.json": json.dumps(report, indent=1) + "\n", "results.md": markdown(report)}
+    for name, text in (texts | {"model_index.yaml": model_index(report)}).items():
         write_whole(output / name, text)
-    blocks: list = [Text(NOTE), Table("Summary", *summary(found))]
-    if comparisons(found)[1]:
-        blocks.append(Table("Relative change of the share of right answers", *comparisons(found)))
-    for stem in draw(found, output):
+    blocks: list = [Text(NOTE), Table("Summary", *summary(report))]
+    if comparisons(report)[1]:
+        blocks.append(Table("Relative change of the share of right answers", *comparisons(report)))
+    for stem in draw(report, output):
         blocks.append(Picture(stem, f"{stem.name}: the figure that stands for each question.", "Bars by system"))
-    for name, task in found["tasks"].items():
+    for name, task in report["tasks"].items():
         note = f"{task['description']} Asked: {task['prompt']}"
         blocks.append(Table(f"{name}: all figures", *details(task), note=note))
-        shown = {
-            system: dict(zip((row["id"] for row in asked[name, system]), answers[name, system], strict=True))
-            for system in task["systems"]
-        }
-        rows = max((asked[name, system] for system in shown), key=len)
-        blocks.append(Examples(examples(rows, shown)))
-    blocks.append(Facts({**found["checkpoints"], **found["versions"]}))
-    name = Path(found["checkpoints"]["model"]).name
-    write_page(output / "report.html", f"Evaluation of {name}", found["checkpoints"]["model"], blocks)
+        blocks.append(Examples(examples({system: results[name, system] for system in task["systems"]})))
+    blocks.append(Facts({**report["checkpoints"], **report["versions"]}))
+    name = Path(report["checkpoints"]["model"]).name
+    write_page(output / "report.html", f"Evaluation of {name}", report["checkpoints"]["model"], blocks)
 
 
-def examples(rows: Sequence[dict], answers: Mapping[str, Mapping[str, dict]]) -> list[dict]:
-    """Some rows, of every question one, with their audio and what the systems answered (by system and id)."""
-    first = {row["task"]: row for row in reversed(rows)}
+def examples(results: Mapping[str, SystemResult]) -> list[dict]:
+    """Some questions of one task, of every part one, with their audio and what the systems answered."""
+    rows = max((result.questions for result in results.values()), key=len)
+    first = {row.task: row for row in reversed(rows)}
     chosen = list(reversed(first.values())) if len(first) > 1 else rows[:3]
+    said: dict[str, list[tuple]] = {row.id: [] for row in chosen}
+    for system, result in results.items():
+        for answer, hit in zip(result.answers, result.hits, strict=True):
+            if answer.id in said:
+                said[answer.id].append((system, answer.response, hit))
     return [
         {
-            "instruction": row["instruction"],
-            "transcript": row["transcript"],
-            "audio": playable(row["audio"]),
-            "answers": [
-                (system, said[row["id"]]["response"], is_correct(row, said[row["id"]]["response"]))
-                for system, said in answers.items()
-                if row["id"] in said
-            ],
+            "instruction": row.instruction,
+            "transcript": row.transcript,
+            "audio": playable(row.audio),
+            "answers": said[row.id],
         }
         for row in chosen[:EXAMPLES]
     ]

@@ -68,10 +68,10 @@ def parse_yes_no(response: str) -> str | None:
     if told := re.findall(rf"\b(?:answer|response)(?: is| would be)? ({says})\b", text):
         return _only({_SAYS[word] for word in told})
     predicates = re.findall(rf"\b(?:is|s|was|are|be|seems|sounds)( not)?(?: \w+ly)? ({says})\b", text)
-    found = {_flip(_SAYS[word], bool(no)) for no, word in predicates if word != "no"}  # "there is no rain"
+    answers = {_flip(_SAYS[word], bool(no)) for no, word in predicates if word != "no"}  # "there is no rain"
     # A "no" before another word is its article; one that ends a clause is an answer.
-    found |= {_SAYS[word.lower()] for word in re.findall(r"(?i)\b(yes|no)\b\s*(?=[.,;:!]|$)", said)}
-    return _only(found)
+    answers |= {_SAYS[word.lower()] for word in re.findall(r"(?i)\b(yes|no)\b\s*(?=[.,;:!]|$)", said)}
+    return _only(answers)
 
 
 def parse_choice(response: str, options: Sequence[str]) -> str | None:
@@ -83,8 +83,8 @@ def parse_choice(response: str, options: Sequence[str]) -> str | None:
     if not 1 <= len(options) <= 26:
         raise ValueError(f"got {len(options)} options; expected 1 to 26, one letter each")
     letters = string.ascii_uppercase[: len(options)]
-    if found := _letters(re.sub(r"[*_`\"“”]|\$?\\boxed|[{}$]", "", response).strip(), letters, options):
-        return _only(found)
+    if chosen := _letters(re.sub(r"[*_`\"“”]|\$?\\boxed|[{}$]", "", response).strip(), letters, options):
+        return _only(chosen)
     names: dict[str, str | None] = {}
     for letter, option in zip(letters, options, strict=True):
         names[_words(option)] = None if _words(option) in names else letter  # two options alike name neither
@@ -128,8 +128,8 @@ def _named(text: str, names: Mapping[str, str]) -> str | None:
         if not denied:
             asserted.append((match.start(), names[match[0]]))
         end = match.end()
-    found = {value for _, value in asserted}
-    return found.pop() if len(found) == 1 else _cued(text, asserted, names)
+    values = {value for _, value in asserted}
+    return values.pop() if len(values) == 1 else _cued(text, asserted, names)
 
 
 def _cued(text: str, asserted: Sequence[tuple[int, str]], names: Mapping[str, str]) -> str | None:
@@ -175,8 +175,8 @@ def _letters(text: str, letters: str, options: Sequence[str]) -> set[str]:
     return {"".join(groups).upper() for groups in re.findall(mentions, text)}
 
 
-def _only(found: set[str]) -> str | None:
-    return next(iter(found)) if len(found) == 1 else None
+def _only(values: set[str]) -> str | None:
+    return next(iter(values)) if len(values) == 1 else None
 
 
 def _flip(answer: str, negated: bool) -> str:

@@ -132,10 +132,12 @@ class Source:
         if not has_transcript:
             corpus.columns = {**corpus.columns, "transcript": UNKNOWN}
 
-    def lines(self) -> Iterator[Line]:
-        """All lines of all files."""
+    def lines(self) -> Iterator[tuple[str, dict]]:
+        """All lines of all files; raises `RefusedRowError` for one that cannot be read."""
         for where, line in self.corpus.all_lines():
-            yield where, self._complete(line) if isinstance(line, dict) else line
+            if isinstance(line, RefusedRowError):
+                raise line
+            yield where, self._complete(line)
 
     def _complete(self, line: dict) -> dict:
         named = {
@@ -147,7 +149,7 @@ class Source:
             named[UNKNOWN] = "?"
         return {**line, **named}
 
-    def utterance(self, where: str, line: dict | RefusedRowError) -> dict:
+    def utterance(self, where: str, line: dict) -> dict:
         """As `Corpus.utterance`; raises `RefusedRowError` for a line that cannot be used."""
         row = self.corpus.utterance(where, line)
         return row if self.has_transcript else row | {"transcript": ""}

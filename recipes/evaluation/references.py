@@ -6,36 +6,30 @@ A column is named as it is, by a dotted path (`answer_spans.answer`), or within 
 import importlib
 import re
 import reprlib
-import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from recipes.evaluation.tasks import COLUMN, POOL_KINDS, Task
+from dataset_builders.instructions import TRANSCRIPTION
+from recipes.evaluation.kinds import KINDS, LETTERS, POOL_KINDS, NoReferenceError
+from recipes.evaluation.tasks import COLUMN, EvaluationTask
 
-LETTERS = string.ascii_uppercase
 
-
-def answers(task: Task, utterance: dict, line: dict) -> dict:
-    """`references`, `right`, `labels` and `answer` of a row."""
-    if task.kind == "constraints":
-        return {"references": [], "right": [], "labels": [], "answer": task.answer}
+def known_answers(task: EvaluationTask, utterance: dict, line: dict) -> dict:
+    """What a question says of its answers: `references`, `right`, `labels` and `answer`, as far as it has them."""
+    if KINDS[task.kind].draw is not None:
+        return {"answer": task.answer}
     if task.oracle is not None and not task.reference:
-        return from_oracle(task.oracle, task.task, utterance["transcript"])
+        return answers_of_oracle(task.oracle, task.task, utterance["transcript"])
     if not task.reference:
         if not utterance["transcript"]:
             raise NoReferenceError("nobody knows what is said; name the column with --data NAME.columns.transcript.")
-        return {"references": [utterance["transcript"]], "right": [], "labels": [], "answer": task.answer}
-    found, labels = references(task.reference, line), list(task.labels)
-    if task.kind == "yes_no":
-        found = as_yes_no(found)
-    elif task.choices is not None:
-        choices = options(line, task.choices)
-        found, labels = as_letters(found, choices), list(choices.values())
-    elif labels not in ([], [COLUMN]):
-        found = as_labels(found, labels)
-    return {"references": found, "right": [], "labels": labels, "answer": task.answer}
+        return {"references": [utterance["transcript"]], "answer": task.answer}
+    labels = () if task.labels == (COLUMN,) else task.labels
+    choices = dict(zip(labels, labels, strict=True)) if task.choices is None else options(line, task.choices)
+    spelt = KINDS[task.kind].spell(references(task.reference, line), choices)
+    return {"references": spelt, "labels": list(choices.values()), "answer": task.answer}
 
 
-def fillings(task: Task, line: dict) -> dict[str, str]:
+def fillings(task: EvaluationTask, line: dict) -> dict[str, str]:
     """What stands in the slots of a prompt."""
     slots = {slot: " ".join(references([column], line)) for slot, column in task.slots.items()}
     if task.choices is not None:
@@ -56,7 +50,7 @@ def look_up(line: dict, path: str) -> list:
     return list(_flat(values))
 
 
-def _flat(values: list) -> Iterator:
+def _flat(values: Sequence) -> Iterator:
     for value in values:
         if isinstance(value, list | tuple):
             yield from _flat(value)
@@ -73,11 +67,7 @@ def fill(template: str, line: dict) -> list[str]:
     if "{" not in template:
         texts = [as_text(value) for value in look_up(line, template)]
     else:
-
-        def join(match: re.Match) -> str:
-            return " ".join(as_text(value) for value in look_up(line, match[1]))
-
-        texts = [re.sub(r"\{([^{}]+)\}", join, template)]
+        texts = [re.sub(r"\{([^{}]+)\}", lambda match: " ".join(map(as_text, look_up(line, match[1]))), template)]
     return list(dict.fromkeys(filter(None, (" ".join(text.split()) for text in texts))))
 
 
@@ -88,10 +78,6 @@ def as_text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-class NoReferenceError(ValueError):
-    """A row that says nothing of the right answer, or names one that is no label."""
-
-
 def references(columns: Sequence[str], line: dict) -> list[str]:
     """The right answers of a row, from columns and templates as in `fill`; none twice.
 
@@ -100,28 +86,12 @@ def references(columns: Sequence[str], line: dict) -> list[str]:
         NoReferenceError: all are empty.
     """
     try:
-        found = [text for column in columns for text in fill(column, line)]
+        texts = [text for column in columns for text in fill(column, line)]
     except (KeyError, TypeError) as error:
         raise ValueError(f"no column {' or '.join(map(repr, columns))}; there are {sorted(line)}.") from error
-    if not found:
+    if not texts:
         raise NoReferenceError(f"nothing stands in {' or '.join(map(repr, columns))}; expected a text.")
-    return list(dict.fromkeys(found))
-
-
-def as_labels(found: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """References spelt as the labels are; raises `NoReferenceError` for one that is none of them."""
-    by_name = {label.casefold(): label for label in labels}
-    if other := next((text for text in found if text.casefold() not in by_name), None):
-        raise NoReferenceError(f"{other!r} is no label; expected one of {list(labels)}.")
-    return [by_name[text.casefold()] for text in found]
-
-
-def as_yes_no(found: Sequence[str]) -> list[str]:
-    """References as `yes` or `no`; raises `NoReferenceError` for any other than those, true and false, 1 and 0."""
-    said = {"yes": "yes", "true": "yes", "1": "yes", "no": "no", "false": "no", "0": "no"}
-    if other := next((text for text in found if text.casefold() not in said), None):
-        raise NoReferenceError(f"{other!r} says neither yes nor no; expected one of {list(said)}.")
-    return [said[text.casefold()] for text in found]
+    return list(dict.fromkeys(texts))
 
 
 def options(line: dict, column: str) -> dict[str, str]:
@@ -140,18 +110,9 @@ def options(line: dict, column: str) -> dict[str, str]:
     return dict(zip(map(str, names or LETTERS), map(as_text, texts), strict=False))
 
 
-def as_letters(found: Sequence[str], choices: Mapping[str, str]) -> list[str]:
-    """References as letters, A for the first of `options`, from names, texts or numbers from 0; or NoReferenceError."""
-    known = dict(zip(map(str, range(len(choices))), LETTERS, strict=False))
-    known |= dict(zip(choices.values(), LETTERS, strict=False))
-    known |= dict(zip(choices, LETTERS, strict=False))  # a name means more than a number
-    if other := next((text for text in found if text not in known), None):
-        raise NoReferenceError(f"{other!r} is no option; expected the name, text or number of one of {dict(choices)}.")
-    return [known[text] for text in found]
-
-
-def from_oracle(oracle: str | None, task: str, transcript: str) -> dict:
-    """How answers to a task of the instruction pool are scored: `kind`, `references`, `right`, `labels` and `answer`.
+def answers_of_oracle(oracle: str | None, task: str, transcript: str) -> dict:
+    """How answers to a task of the instruction pool are scored: `kind` and, as far as they are known, `references`,
+    `right`, `labels` and `answer`.
 
     Args:
         oracle: module with `answers(task, transcript)`, the canonical answer first; it may have `FORMS`, what stands
@@ -163,22 +124,20 @@ def from_oracle(oracle: str | None, task: str, transcript: str) -> dict:
     Raises:
         ValueError: the module has no `answers`, or the transcript is not of its language.
     """
-    kind = POOL_KINDS.get(task, "oracle")
-    asked = {"kind": kind, "references": [], "right": [], "labels": [], "answer": "{}"}
-    if kind == "transcription":
-        return asked | {"references": [transcript]}
+    name = POOL_KINDS.get(task, "oracle")
+    if name == TRANSCRIPTION:
+        return {"kind": name, "references": [transcript]}
     if oracle is None:
-        return asked
+        return {"kind": name}
     module = importlib.import_module(oracle)
     if not hasattr(module, "answers"):
         raise ValueError(f"{oracle} has no answers(task, transcript); name a module that has.")
     right = module.answers(task, transcript)
-    asked["right"] = right
+    asked, kind = {"kind": name, "right": right, "references": right}, KINDS[name]
     form = getattr(module, "FORMS", {}).get(task)
     if form is None:
-        return asked | {"references": right}
+        return asked
     before, after = form.split("{}")
     bare = right[0].removeprefix(before).removesuffix(after)
-    if kind == "keywords":
-        return asked | {"references": bare.split(", ")}
-    return asked | {"references": [bare], "labels": module.labels(task), "answer": form}
+    asked["references"] = bare.split(kind.separator) if kind.separator else [bare]
+    return asked | ({"labels": module.labels(task), "answer": form} if kind.choices else {})

@@ -1,109 +1,153 @@
-"""The figures of a run as data: of every task and system, and how systems compare."""
+"""From answers to figures: of every task and system, by the kind of the question, and how systems compare."""
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 
 import numpy as np
 
-from recipes.evaluation.metrics import DRAWS, Metric, bootstrap_ratio, mean
-from recipes.evaluation.scoring import is_correct, score, score_pool
+from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION
+from recipes.evaluation.following import is_copy
+from recipes.evaluation.kinds import KINDS, is_right
+from recipes.evaluation.metrics import DRAWS, Metric, accuracy, bootstrap_ratio, mean
+from recipes.evaluation.rows import Answer, Question
 from recipes.evaluation.systems import System
-from recipes.evaluation.tasks import Task
+from recipes.evaluation.tasks import EvaluationTask
 
 SHOWN_PROMPTS = 5
 
 
+@dataclass(frozen=True)
+class SystemResult:
+    """What one system answered to the questions of one task."""
+
+    questions: Sequence[Question]
+    given: Sequence[Question]  # as the system got them: with another clip, instruction or transcript
+    answers: Sequence[Answer]
+
+    @cached_property
+    def responses(self) -> list[str]:
+        return [answer.response for answer in self.answers]
+
+    @cached_property
+    def hits(self) -> list[bool | None]:
+        """Whether each answer is right; None where nobody knows."""
+        return [is_right(*pair) for pair in zip(self.questions, self.responses, strict=True)]
+
+    def parts(self) -> dict[str, "SystemResult"]:
+        """By what is asked, in the order of its names."""
+        rows = list(zip(self.questions, self.given, self.answers, strict=True))
+        tasks = sorted({question.task for question in self.questions})
+        return {task: SystemResult(*zip(*(row for row in rows if row[0].task == task), strict=True)) for task in tasks}
+
+
 def collect(
-    tasks: Sequence[Task],
-    systems: Sequence[System],
-    asked: Mapping[tuple[str, str], Sequence[dict]],
-    answers: Mapping[tuple[str, str], Sequence[dict]],
+    tasks: Sequence[EvaluationTask], systems: Sequence[System], results: Mapping[tuple[str, str], SystemResult]
 ) -> dict:
     """All figures.
 
     Args:
-        asked: rows by task and system, as `read_rows` gives them.
-        answers: by task and system, as `answers.answer` gives them.
+        results: by the names of task and system.
 
     Returns:
         `systems` and `tasks`; of a task what was asked, and for every system its `figures` and, where a task asks
         several questions, those of its `parts`; `comparisons` as in `compare`.
     """
-    found = {}
+    scored = {}
     for task in tasks:
-        answered = [system.name for system in systems if (task.name, system.name) in answers]
+        answered = {s.name: results[task.name, s.name] for s in systems if (task.name, s.name) in results}
         if not answered:  # a text LLM alone, of clips without a transcript
             continue
-        rows = max((asked[task.name, system] for system in answered), key=len)
-        prompts = list(dict.fromkeys(row["instruction"] for row in rows))
-        found[task.name] = {
-            "group": task.group,
-            "kind": task.kind,
-            "description": task.description,
-            "corpus": task.data.corpus,
-            "config": task.data.config,
-            "split": task.data.split,
+        rows = max((result.questions for result in answered.values()), key=len)
+        scored[task.name] = {
+            **{key: getattr(task, key) for key in ("group", "kind", "description")},
+            **{key: getattr(task.data, key) for key in ("corpus", "config", "split")},
             "prompt": task.prompt or "drawn for every row",
-            "prompts": prompts[:SHOWN_PROMPTS],
+            "prompts": list(dict.fromkeys(row.instruction for row in rows))[:SHOWN_PROMPTS],
             "rows": len(rows),
-            "utterances": len({row["utterance"] for row in rows}),
-            "systems": {
-                system: figures_of(asked[task.name, system], answers[task.name, system]) for system in answered
-            },
-            "comparisons": compare(rows, {system: answers[task.name, system] for system in answered}),
+            "utterances": len({row.utterance for row in rows}),
+            "systems": {name: figures_of(result) for name, result in answered.items()},
+            "comparisons": compare(answered),
         }
-    about = {system.name: {"label": system.label, "hears": system.hear} for system in systems}
+    about = {system.name: {"label": system.label, "hears": system.slot} for system in systems}
     packages = ("torch", "transformers", "jiwer", "sacrebleu", "whisper-normalizer")
     versions = {"python": platform.python_version(), **{package: version(package) for package in packages}}
-    return {"systems": about, "tasks": found, "versions": versions}
+    return {"systems": about, "tasks": scored, "versions": versions}
 
 
-def figures_of(rows: Sequence[dict], records: Sequence[dict]) -> dict:
+def figures_of(result: SystemResult) -> dict:
     """Figures of one system's answers to one task, and of the parts of a task that asks several questions."""
-    parts: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        parts.setdefault(row["task"], []).append(place)
-    scored = {name: _part(rows, records, places) for name, places in sorted(parts.items())}
-    report = {"rows": len(rows), "truncated": mean([not record["finished"] for record in records]).as_dict()}
-    if all(record["seconds"] for record in records):  # seconds of audio for one of computing
-        heard = [row["duration"] for row in rows]
-        report["rtfx"] = bootstrap_ratio(heard, [record["seconds"] for record in records]).as_dict()
-    if len(scored) == 1:
-        (only,) = scored.values()
-        return report | {"figures": only["figures"]}
-    overall = score_pool(rows, [record["response"] for record in records])
-    return report | {"figures": _as_dicts(overall), "parts": scored}
+    answers, parts = result.answers, result.parts()
+    report = {"rows": len(answers), "truncated": mean([not answer.finished for answer in answers]).as_dict()}
+    seconds = [answer.seconds for answer in answers if answer.seconds]
+    if len(seconds) == len(answers):  # seconds of audio for one of computing
+        report["rtfx"] = bootstrap_ratio([row.duration for row in result.questions], seconds).as_dict()
+    if len(parts) == 1:
+        return report | {"figures": _as_dicts(score_kind(result))}
+    scored = {
+        name: {"kind": part.questions[0].kind, "rows": len(part.questions), "figures": _as_dicts(score_kind(part))}
+        for name, part in parts.items()
+    }
+    return report | {"figures": _as_dicts(score_pool(result)), "parts": scored}
 
 
-def _part(rows: Sequence[dict], records: Sequence[dict], places: Sequence[int]) -> dict:
-    some, said = [rows[place] for place in places], [records[place] for place in places]
-    if not all(row["references"] for row in some) and some[0]["kind"] != "constraints":
-        return {"kind": some[0]["kind"], "rows": len(some), "figures": {}}
-    responses = [record["response"] for record in said]
-    scored = score(some, responses, [record["constrained"] for record in said])
-    return {"kind": some[0]["kind"], "rows": len(some), "figures": _as_dicts(scored)}
+def score_kind(result: SystemResult) -> dict[str, Metric]:
+    """The figures of questions of one kind: those of the field, `right` (the share of right answers), and for all but
+    transcriptions and restatements `transcript_copy`. There are none where nobody knows what is right."""
+    if None in result.hits:
+        return {}
+    kind = KINDS[result.questions[0].kind]
+    figures = dict(kind.figures(result.questions, result.responses))
+    figures["right"] = mean(result.hits)
+    chosen = [answer.constrained for answer in result.answers]
+    if kind.read and None not in chosen:
+        gold = [question.references[0] for question in result.questions]
+        figures["accuracy_constrained"] = accuracy(gold, list(map(kind.read, result.questions, chosen)))
+    return figures | _transcript_copy(result)
 
 
-def _as_dicts(scored: Mapping[str, Metric]) -> dict[str, dict]:
-    return {name: metric.as_dict() for name, metric in scored.items()}
+def score_pool(result: SystemResult) -> dict[str, Metric]:
+    """Over the several tasks of a pool, transcription apart: `following`, the mean over them of the share right (called
+    `right` where none is a self-powered task), and `transcript_copy`, over rows."""
+    asked = zip(result.questions, result.hits, strict=True)
+    hits = [(row.task, hit) for row, hit in asked if row.kind != TRANSCRIPTION and hit is not None]
+    if not hits:
+        return _transcript_copy(result)
+    tasks = [task for task, _ in hits]
+    name = "following" if set(tasks) & set(SELF_POWERED_TASKS) else "right"
+    return {name: mean([hit for _, hit in hits], tasks)} | _transcript_copy(result)
 
 
-def compare(rows: Sequence[dict], answers: Mapping[str, Sequence[dict]]) -> dict:
+def _transcript_copy(result: SystemResult) -> dict[str, Metric]:
+    pairs = zip(result.questions, result.responses, strict=True)
+    asked = [pair for pair in pairs if pair[0].kind != TRANSCRIPTION and pair[0].task != "repetition"]
+    return {"transcript_copy": mean([is_copy(row.transcript, said) for row, said in asked])} if asked else {}
+
+
+def _as_dicts(figures: Mapping[str, Metric]) -> dict[str, dict]:
+    return {name: metric.as_dict() for name, metric in figures.items()}
+
+
+def compare(results: Mapping[str, SystemResult]) -> dict:
     """Relative differences of the share right, with paired 95 % intervals (rows resampled for both alike):
     `forgetting`, the model against the text LLM; `text_kept`, the model that reads against the text LLM.
+
+    Args:
+        results: of one task, by system.
     """
-    found, asked = {}, [place for place, row in enumerate(rows) if row["kind"] != "transcription"]
+    differences = {}
     for name, system in (("forgetting", "model"), ("text_kept", "model_reading")):
-        if not asked or system not in answers or "text_llm" not in answers:
+        if system not in results or "text_llm" not in results:
             continue
-        hits = [
-            [is_correct(rows[place], answers[one][place]["response"]) for place in asked]
-            for one in (system, "text_llm")
-        ]
-        if None not in hits[0] and any(hits[1]):
-            found[name] = relative(*hits, [rows[place]["task"] for place in asked])
-    return found
+        one, other = results[system], results["text_llm"]
+        pairs = zip(one.questions, one.hits, other.hits, strict=True)
+        asked = [(row.task, hit, base) for row, hit, base in pairs if row.kind != TRANSCRIPTION]
+        tasks, hits, base = zip(*asked, strict=True) if asked else ((), (), ())
+        if None not in hits and any(base):
+            differences[name] = relative(hits, base, tasks)
+    return differences
 
 
 def relative(hits: Sequence[bool], base: Sequence[bool], groups: Sequence[str], seed: int = 0) -> dict:

@@ -5,33 +5,25 @@ guessing; `swapped` takes the instruction away, and what is left is habit.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dataset_builders.instructions import TRANSCRIPTION, draw_instruction, load_pool
+from recipes.evaluation.rows import Question
 
 
 @dataclass(frozen=True)
 class System:
-    """One column of the tables.
+    """One column of the tables."""
 
-    Args:
-        name: its key in results.
-        label: what it is, for readers.
-        checkpoint: which one answers: `model`, `base`, `vanilla` or `paper`.
-        hear: `audio`, `silence` or `transcript`, as in `SpeechLLM.respond`.
-        change: what is done to the rows beforehand: `shuffled` clips, `swapped` instructions, or `recognised`
-            transcripts (written by an ASR model).
-    """
-
-    name: str
-    label: str
-    checkpoint: str
-    hear: str
-    change: str | None = None
+    name: str  # its key in results
+    label: str  # what it is, for readers
+    checkpoint: str  # which one answers: `model`, `base`, `vanilla`, `paper` or `asr`
+    slot: str  # what stands where the speech belongs, as in `SpeechLLM.respond`: `audio`, `silence` or `transcript`
+    change: str | None = None  # to the rows: `shuffled` clips, `swapped` instructions or `recognised` transcripts
 
     @property
     def is_control(self) -> bool:
-        return self.hear == "silence" or self.change in ("shuffled", "swapped")
+        return self.slot == "silence" or self.change in ("shuffled", "swapped")
 
 
 SYSTEMS = {
@@ -50,48 +42,45 @@ SYSTEMS = {
 }
 
 
-def shuffle_clips(rows: Sequence[dict]) -> list[dict]:
+def shuffle_clips(rows: Sequence[Question]) -> list[Question]:
     """The rows, each with the clip of another utterance: rotated by about half, so none keeps its own.
 
     Raises:
         ValueError: one utterance alone.
     """
-    clips = {row["utterance"]: row["audio"] for row in rows}
+    clips = {row.utterance: row.audio for row in rows}
     utterances = sorted(clips)
     if len(utterances) < 2:
         raise ValueError("one clip alone cannot be shuffled; give at least two, or leave the system `shuffled` out.")
     shift = len(utterances) // 2
     other = dict(zip(utterances, utterances[shift:] + utterances[:shift], strict=True))
-    return [row | {"audio": clips[other[row["utterance"]]]} for row in rows]
+    return [replace(row, audio=clips[other[row.utterance]]) for row in rows]
 
 
-def swap_instructions(rows: Sequence[dict]) -> list[dict]:
+def swap_instructions(rows: Sequence[Question]) -> list[Question]:
     """The rows, each with the instruction of the next row that has another task and another utterance, or of the
     instruction pool where there is none: transcription, and for a transcription task the intent."""
-    pool, swapped, several = load_pool(), [], len({row["task"] for row in rows}) > 1
+    pool, swapped, several = load_pool(), [], len({row.task for row in rows}) > 1
     for place, row in enumerate(rows):
         others = (rows[(place + step) % len(rows)] for step in range(1, len(rows) if several else 1))
         differing = (
-            other["instruction"]
-            for other in others
-            if other["task"] != row["task"] and other["utterance"] != row["utterance"]
+            other.instruction for other in others if other.task != row.task and other.utterance != row.utterance
         )
         instruction = next(differing, None)
         if instruction is None:
-            task = "intent" if row["kind"] == TRANSCRIPTION else TRANSCRIPTION
-            instruction = draw_instruction(pool, task, row["id"], 0, "held_out")
-        swapped.append(row | {"instruction": instruction})
+            task = "intent" if row.kind == TRANSCRIPTION else TRANSCRIPTION
+            instruction = draw_instruction(pool, task, row.id, 0, "held_out")
+        swapped.append(replace(row, instruction=instruction))
     return swapped
 
 
-def transcription_rows(rows: Sequence[dict]) -> list[dict]:
+def transcription_rows(rows: Sequence[Question]) -> list[Question]:
     """One row for every utterance, which asks for its transcription: what a cascade hears."""
     pool, first = load_pool(), {}
+    asked: dict = {"task": TRANSCRIPTION, "kind": TRANSCRIPTION, "labels": []}
     for row in rows:
-        first.setdefault(row["utterance"], row)
+        first.setdefault(row.utterance, row)
     return [
-        row
-        | {"task": TRANSCRIPTION, "kind": TRANSCRIPTION, "labels": []}
-        | {"instruction": draw_instruction(pool, TRANSCRIPTION, row["id"], 0, "held_out")}
+        replace(row, **asked, instruction=draw_instruction(pool, TRANSCRIPTION, row.id, 0, "held_out"))
         for row in first.values()
     ]

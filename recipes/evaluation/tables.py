@@ -5,11 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from recipes.evaluation.scoring import LOWER_IS_BETTER, MAIN
+from recipes.evaluation.metrics import FIGURES
 from recipes.reporting.markdown import to_markdown
 
-PERCENT = ("wer", "cer", "accuracy", "accuracy_constrained", "macro_f1", "f1", "exact_match", "following", "unparsed")
-PERCENT += ("transcript_copy", "truncated", "right")
 # As the Hub's task types have them.
 HUB_TASKS = {"asr": "automatic-speech-recognition", "st": "translation", "slu": "text-classification"}
 HUB_TASKS |= {"qa": "question-answering"}
@@ -21,30 +19,29 @@ NOTE = (
 
 def main_figure(figures: Mapping[str, dict]) -> str | None:
     """The name of the figure that stands for a task."""
-    return next((name for name in MAIN if name in figures), None)
+    return next((name for name in FIGURES if FIGURES[name].is_main and name in figures), None)
 
 
 def show(name: str, figure: Mapping | None) -> str:
     """A figure and its interval in a cell."""
     if figure is None:
         return "–"
-    scale, unit = (100, " %") if name in PERCENT else (1, "")
+    scale, unit = (100, " %") if FIGURES[name].is_fraction else (1, "")
     value, low, high = (scale * figure[key] for key in ("value", "low", "high"))
     return f"{value:.1f}{unit} ({low:.1f}–{high:.1f})"
 
 
-def summary(found: dict) -> tuple[list[str], list[list[str]]]:
+def summary(report: dict) -> tuple[list[str], list[list[str]]]:
     """One row for every task and part, one column for every system: the figure that stands for it."""
-    systems = list(found["systems"])
+    systems = list(report["systems"])
     header, lines = ["task", "figure", *systems], []
-    for name, task in found["tasks"].items():
+    for name, task in report["tasks"].items():
         for part, by_system in by_part(task).items():
-            figure = next(filter(None, (main_figure(figures) for figures in by_system.values())), None)
-            if figure is None:
+            if (figure := next(filter(None, map(main_figure, by_system.values())), None)) is None:
                 continue
             cells = [show(figure, by_system.get(system, {}).get(figure)) for system in systems]
             label = f"{name}: {part}" if part else name
-            arrow = "↓" if figure in LOWER_IS_BETTER else "↑"
+            arrow = "↓" if FIGURES[figure].lower_is_better else "↑"
             lines.append([label, f"{figure} {arrow}", *cells])
     return header, lines
 
@@ -70,10 +67,10 @@ def details(task: dict) -> tuple[list[str], list[list[str]]]:
     return ["system", "question", *names, "truncated", "× real time"], lines
 
 
-def comparisons(found: dict) -> tuple[list[str], list[list[str]]]:
+def comparisons(report: dict) -> tuple[list[str], list[list[str]]]:
     """Forgetting and text kept, task by task, in per cent of the text LLM's share right."""
     lines = []
-    for name, task in found["tasks"].items():
+    for name, task in report["tasks"].items():
         if task["comparisons"]:
             cells = (task["comparisons"].get(key) for key in ("forgetting", "text_kept"))
             lines.append([name, *("–" if cell is None else _change(cell) for cell in cells)])
@@ -85,19 +82,19 @@ def _change(cell: Mapping) -> str:
     return f"{value:+.1f} % ({low:+.1f} to {high:+.1f})"
 
 
-def markdown(found: dict) -> str:
+def markdown(report: dict) -> str:
     """`results.md`."""
-    parts = [f"# {found['checkpoints']['model']}", NOTE, to_markdown(*summary(found))]
-    if comparisons(found)[1]:
-        parts += ["Relative change of the share of right answers:", to_markdown(*comparisons(found))]
-    for name, task in found["tasks"].items():
+    parts = [f"# {report['checkpoints']['model']}", NOTE, to_markdown(*summary(report))]
+    if comparisons(report)[1]:
+        parts += ["Relative change of the share of right answers:", to_markdown(*comparisons(report))]
+    for name, task in report["tasks"].items():
         about = f"{task['description']} {task['rows']} questions about {task['utterances']} clips of {task['corpus']}."
         prompts = "\n\n".join("> " + prompt.replace("\n", "\n> ") for prompt in task["prompts"])
         parts += [f"## {name}", about, prompts, to_markdown(*details(task))]
     return "\n\n".join(parts) + "\n"
 
 
-def model_index(found: dict) -> str:
+def model_index(report: dict) -> str:
     """The model's figures as YAML for the head of its card."""
     listed = [
         EvalResult(
@@ -112,11 +109,11 @@ def model_index(found: dict) -> str:
             metric_value=value["value"],
             metric_args={"low": value["low"], "high": value["high"]},
         )
-        for name, task in found["tasks"].items()
+        for name, task in report["tasks"].items()
         for part, by_system in by_part(task).items()
         for figure, value in by_system.get("model", {}).items()
     ]
     if not listed:
         return ""
-    name = Path(found["checkpoints"]["model"]).name
+    name = Path(report["checkpoints"]["model"]).name
     return ModelCardData(model_name=name, eval_results=listed).to_yaml() + "\n"

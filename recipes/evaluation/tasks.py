@@ -13,30 +13,13 @@ from pathlib import Path
 
 from dataset_builders.corpora.transcripts import NORMALIZERS
 from dataset_builders.files import read_yaml
+from dataset_builders.instructions import TRANSCRIPTION
+from recipes.evaluation.kinds import KINDS, POOL_KINDS
 from recipes.evaluation.readers import READERS, Data
 
 TASKS_PATH = Path(__file__).with_name("tasks.yaml")
 GROUPS = ("asr", "st", "slu", "qa", "following")
-# How answers are scored; `oracle`: right if equal to any reference, case and marks aside.
-KINDS = (
-    "transcription",
-    "translation",
-    "classification",
-    "keywords",
-    "yes_no",
-    "choice",
-    "extraction",
-    "constraints",
-    "pool",
-    "oracle",
-)
-POOL_KINDS = {  # of the instruction pool's tasks; `oracle` of all others
-    "transcription": "transcription",
-    "translation": "translation",
-    "intent": "classification",
-    "sentiment": "classification",
-    "keyword": "keywords",
-}
+POOL = "pool"  # the kind of a task that asks several questions, each scored by a kind of its own
 COLUMN = "column"  # `labels: column`: the distinct references of the rows that are read
 ROLES = ("audio", "transcript", "id")
 REQUIRED_KEYS = {"group", "kind", "description", "data"}
@@ -44,7 +27,7 @@ LISTS = ("reference", "labels", "tasks")
 
 
 @dataclass(frozen=True)
-class Task:
+class EvaluationTask:
     """What is asked about a corpus, and how answers are scored."""
 
     name: str
@@ -66,11 +49,11 @@ class Task:
     skip_unlabelled: bool = False  # pass over rows without a reference, or with one that is no label
 
 
-KEYS = {name.name for name in dataclasses.fields(Task)} - {"name"}
+KEYS = {name.name for name in dataclasses.fields(EvaluationTask)} - {"name"}
 DATA_KEYS = {name.name for name in dataclasses.fields(Data)}
 
 
-def load_tasks(path: str | Path = TASKS_PATH, more: str | Path | None = None) -> dict[str, Task]:
+def load_tasks(path: str | Path = TASKS_PATH, more: str | Path | None = None) -> dict[str, EvaluationTask]:
     """Read and check the tasks of a file, by name in its order.
 
     Args:
@@ -87,7 +70,7 @@ def load_tasks(path: str | Path = TASKS_PATH, more: str | Path | None = None) ->
     return tasks
 
 
-def _read_file(path: str | Path) -> dict[str, Task]:
+def _read_file(path: str | Path) -> dict[str, EvaluationTask]:
     content = read_yaml(path, "a file of tasks")
     if not isinstance(content, dict) or set(content) != {"tasks"} or not isinstance(content["tasks"], dict):
         raise ValueError(f"{path}: expected one top-level key `tasks`, a mapping from task name to task")
@@ -100,8 +83,8 @@ def _read_file(path: str | Path) -> dict[str, Task]:
     return tasks
 
 
-def _read_task(name: str, fields: object) -> Task:
-    """Check one task's block and make it a Task; raises ValueError."""
+def _read_task(name: str, fields: object) -> EvaluationTask:
+    """Check one task's block and make it an EvaluationTask; raises ValueError."""
     if not re.fullmatch(r"\w[\w-]*", name) or name in GROUPS:  # it names a folder, and is chosen by name
         raise ValueError(f"expected a name of letters, digits, - and _, and none of {GROUPS}")
     if not isinstance(fields, dict):
@@ -111,7 +94,7 @@ def _read_task(name: str, fields: object) -> Task:
         raise ValueError(f"`data` must be a mapping with keys of {sorted(DATA_KEYS)}, got {fields['data']!r}")
     _check_keys(fields["data"], DATA_KEYS, set(), "key of `data`")
     values = fields | {key: _as_tuple(key, fields[key]) for key in LISTS if key in fields}
-    task = Task(name, **values | {"data": Data(**fields["data"])})
+    task = EvaluationTask(name, **values | {"data": Data(**fields["data"])})
     _check(task)
     return task
 
@@ -132,13 +115,13 @@ def _as_tuple(key: str, value: object) -> tuple:
     return tuple(values)
 
 
-def _check(task: Task) -> None:
+def _check(task: EvaluationTask) -> None:
     """Raises ValueError for a task that cannot be."""
     for part, prefix in ((task, ""), (task.data, "data.")):
         hints = typing.get_type_hints(type(part))
         for key in (attribute.name for attribute in dataclasses.fields(part)):
             _check_type(f"{prefix}{key}", getattr(part, key), hints[key])
-    for key, known in (("kind", KINDS), ("group", GROUPS)):
+    for key, known in (("kind", (*KINDS, POOL)), ("group", GROUPS)):
         if getattr(task, key) not in known:
             raise ValueError(f"unknown {key} {getattr(task, key)!r}; expected one of {known}")
     if task.data.normalizer not in (None, *NORMALIZERS):
@@ -150,7 +133,7 @@ def _check(task: Task) -> None:
     _check_prompt(task)
 
 
-def _check_type(key: str, value: object, hint: object) -> None:
+def _check_type(key: str, value: object, hint: typing.Any) -> None:
     kind = typing.get_origin(hint)
     if kind is Mapping:
         items = value.items() if isinstance(value, Mapping) else [(None, None)]
@@ -172,30 +155,31 @@ def _check_columns(data: Data) -> None:
         raise ValueError("the reader 'fleurs' needs `data.config` and `data.target_config`, such as en_us and de_de")
 
 
-def _check_answers(task: Task) -> None:
-    by_oracle = task.oracle is not None and task.task is not None
-    if task.kind == "pool" and not task.tasks:
+def _check_answers(task: EvaluationTask) -> None:
+    if task.kind == POOL and not task.tasks:
         raise ValueError("kind 'pool' needs `tasks`, names of the instruction pool")
-    if task.oracle is not None and task.task is None and task.kind != "pool":
+    if task.oracle is not None and task.task is None and task.kind != POOL:
         raise ValueError("`oracle` needs `task`, which says what it is asked")
-    if task.kind == "oracle" and not by_oracle:
-        raise ValueError("kind 'oracle' needs `oracle` and `task`")
-    if task.kind not in ("transcription", "constraints", "pool") and not (task.reference or by_oracle):
-        raise ValueError(f"kind {task.kind!r} needs a `reference`, or `oracle` and `task`")
-    if by_oracle and not task.reference and POOL_KINDS.get(task.task, "oracle") != task.kind:
-        raise ValueError(
-            f"kind {task.kind!r} is not how {task.task!r} is scored; that is {POOL_KINDS.get(task.task, 'oracle')!r}"
-        )
-    if task.kind == "choice" and not (task.labels or task.choices):
-        raise ValueError("kind 'choice' needs `labels`, or `choices`, a column of options")
-    if task.kind == "classification" and not (task.labels or by_oracle):
-        raise ValueError("kind 'classification' needs `labels`: a list, or `column` for those that are found")
+    for kind in _scored_kinds(task):
+        for what, keys in KINDS[kind].needs.items():
+            if not any(getattr(task, key) for key in keys):
+                raise ValueError(f"kind {kind!r} needs {what}")
+    scored = POOL_KINDS.get(task.task, "oracle")
+    if task.kind != POOL and task.oracle is not None and not task.reference and scored != task.kind:
+        raise ValueError(f"kind {task.kind!r} is not how {task.task!r} is scored; that is {scored!r}")
     if [name for _, name, _, _ in string.Formatter().parse(task.answer) if name is not None] != [""]:
         raise ValueError(f"`answer` is {task.answer!r}; expected a text with {{}} where the label stands")
 
 
-def _check_prompt(task: Task) -> None:
-    drawn = task.kind in ("pool", "constraints")
+def _scored_kinds(task: EvaluationTask) -> list[str]:
+    """Those of a task's questions to which right answers are known."""
+    if task.kind != POOL:
+        return [task.kind]
+    return [POOL_KINDS.get(name, "oracle") for name in task.tasks if task.oracle or name == TRANSCRIPTION]
+
+
+def _check_prompt(task: EvaluationTask) -> None:
+    drawn = task.kind == POOL or KINDS[task.kind].draw is not None
     if drawn and task.prompt is not None:
         raise ValueError(f"kind {task.kind!r} takes no `prompt`: its instructions are drawn")
     if not drawn and task.prompt is None and task.task is None:
@@ -216,7 +200,7 @@ def _slots(prompt: str) -> set[str]:
     return {name + (f":{spec}" if spec else "") + (f"!{way}" if way else "") for _, name, spec, way in parts}
 
 
-def choose_tasks(names: str | Iterable[str], tasks: Mapping[str, Task]) -> list[Task]:
+def choose_tasks(names: str | Iterable[str], tasks: Mapping[str, EvaluationTask]) -> list[EvaluationTask]:
     """Tasks by name, or by group, in the order they are named; none twice.
 
     Args:
@@ -226,24 +210,19 @@ def choose_tasks(names: str | Iterable[str], tasks: Mapping[str, Task]) -> list[
     Raises:
         ValueError: nothing is named, or what is neither a task nor a group; names those there are.
     """
-    texts = [names] if isinstance(names, str) else names
-    wanted = [name for text in texts for name in text.replace(",", " ").split()]
-    chosen: dict[str, Task] = {}
-    for name in wanted:
-        found = {name: tasks[name]} if name in tasks else {k: task for k, task in tasks.items() if task.group == name}
-        if not found:
-            raise ValueError(f"no task or group {name!r}; there are {list(tasks)} and the groups {_groups(tasks)}")
-        chosen |= {key: task for key, task in found.items() if key not in chosen}
+    members = {group: {k: task for k, task in tasks.items() if task.group == group} for group in GROUPS}
+    known = f"there are {list(tasks)} and the groups {[group for group in GROUPS if members[group]]}"
+    chosen: dict[str, EvaluationTask] = {}
+    for name in " ".join([names] if isinstance(names, str) else names).replace(",", " ").split():
+        if not (named := members.get(name) or {k: task for k, task in tasks.items() if k == name}):
+            raise ValueError(f"no task or group {name!r}; {known}")
+        chosen |= named
     if not chosen:
-        raise ValueError(f"no task is named; there are {list(tasks)} and the groups {_groups(tasks)}")
+        raise ValueError(f"no task is named; {known}")
     return list(chosen.values())
 
 
-def _groups(tasks: Mapping[str, Task]) -> list[str]:
-    return [group for group in GROUPS if any(task.group == group for task in tasks.values())]
-
-
-def override(task: Task, settings: Mapping[str, str]) -> Task:
+def override(task: EvaluationTask, settings: Mapping[str, str]) -> EvaluationTask:
     """The task with other settings.
 
     Args:
@@ -254,7 +233,7 @@ def override(task: Task, settings: Mapping[str, str]) -> Task:
     Raises:
         ValueError: an unknown key, or a value that cannot be.
     """
-    own = {key for key, hint in typing.get_type_hints(Task).items() if hint == str | None} | {"reference"}
+    own = {key for key, hint in typing.get_type_hints(EvaluationTask).items() if hint == str | None} | {"reference"}
     inner = [*(f"columns.{role}" for role in ROLES), *(f"slots.{slot}" for slot in task.slots)]
     changed = dataclasses.asdict(task)
     for key, text in settings.items():
@@ -263,12 +242,7 @@ def override(task: Task, settings: Mapping[str, str]) -> Task:
             raise ValueError(f"task {task.name!r} has no setting {key!r}; there are {known}")
         part, _, name = key.rpartition(".")
         place = changed["data"] if key in DATA_KEYS or part == "columns" else changed
-        if part:
-            place[part] = {**place[part], name: text or None}
-        else:
-            place[key] = text or None
-    if changed["reference"] is None:
-        changed["reference"] = ()
+        (place[part] if part else place)[name] = text or (() if name == "reference" else None)
     try:
         return _read_task(changed.pop("name"), changed)
     except ValueError as error:

@@ -29,14 +29,14 @@ from processing_lsm import as_text, special_tokens
 from recipes.listening.collator import render_prompt, render_response, response_tokens
 from recipes.listening.features import AudioFeatureStore, audio_key, load_clip
 
-HEARD = ("audio", "silence", "transcript")
+SLOTS = ("audio", "silence", "transcript")  # what can stand where the speech belongs
 MARKS = ("\ue000", "\ue001")  # of private use: no text has them
 
 
 class SpeechLLM:
     """A checkpoint and its processor; this class is for the speech LLMs of transformers.
 
-    Rows are dicts with an `instruction` and, as far as they are heard, `audio` (`{"bytes", "path"}`, or whatever
+    Rows are dicts with an `instruction` and, as far as `slot` asks for them, `audio` (`{"bytes", "path"}`, or whatever
     `load_audio` takes) and `transcript`.
     """
 
@@ -59,62 +59,62 @@ class SpeechLLM:
         """As [`LsmProcessor.as_text`]; the tokenizers of others read the character of no width that is put there."""
         return as_text(text, self._special)
 
-    def conversation(self, row: dict, hear: str) -> list[dict]:
+    def conversation(self, row: dict, slot: str) -> list[dict]:
         """The messages of one prompt; the clip itself is not among them."""
         instruction = self.as_text(row["instruction"])
-        if hear == "transcript":
+        if slot == "transcript":
             content = [{"type": "text", "text": f"{instruction}\n{self.as_text(row['transcript'])}"}]
         else:
             content = [{"type": "audio", "audio": ""}, {"type": "text", "text": instruction}]
         return [{"role": "user", "content": content}]
 
-    def prompt(self, row: dict, hear: str = "audio") -> str:
+    def prompt(self, row: dict, slot: str = "audio") -> str:
         """The prompt up to where the answer begins, with one placeholder for the clip if it is heard."""
-        return self.processor.apply_chat_template(self.conversation(row, hear), add_generation_prompt=True)
+        return self.processor.apply_chat_template(self.conversation(row, slot), add_generation_prompt=True)
 
-    def response_ids(self, row: dict, hear: str) -> list[int]:
+    def response_ids(self, row: dict, slot: str) -> list[int]:
         """What follows the tokens of the prompt when the answer is the row's `response`, its end included."""
         response = self.as_text(row["response"]) + (self.tokenizer.eos_token or "")
         return self.tokenizer(response, add_special_tokens=False).input_ids
 
-    def inputs(self, rows: Sequence[dict], hear: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:
+    def inputs(self, rows: Sequence[dict], slot: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:
         """Model inputs of a batch of prompts, padded on the left.
 
         Args:
             rows: what is asked.
-            hear: `audio`, `silence` (as long as the clip) or `transcript`.
+            slot: what stands where the speech belongs: `audio`, `silence` (as long as the clip) or `transcript`.
             store: the audio tower's output for clips it was run on before; an LSM's alone.
         """
-        prompts = [self.prompt(row, hear) for row in rows]
-        if hear == "transcript":
+        prompts = [self.prompt(row, slot) for row in rows]
+        if slot == "transcript":
             return self.tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
         # Padding is of the text alone: some encoders take nothing but clips padded to 30 s.
         settings = {"text_kwargs": {"padding": True, "padding_side": "left"}, "return_tensors": "pt"}
         if hasattr(self.processor, "feature_extractor"):
             settings["audio_kwargs"] = {"sampling_rate": 16_000}
-        inputs = self.processor(text=prompts, audio=self.clips(rows, hear), **settings)
+        inputs = self.processor(text=prompts, audio=self.clips(rows, slot), **settings)
         return inputs.to(self.model.dtype)  # of the features alone; not every encoder does so itself
 
-    def clips(self, rows: Sequence[dict], hear: str) -> list[np.ndarray]:
+    def clips(self, rows: Sequence[dict], slot: str) -> list[np.ndarray]:
         """16 kHz waveforms, `(samples,)` float32."""
         clips = [load_clip(row) for row in rows]
-        return [np.zeros_like(clip) for clip in clips] if hear == "silence" else clips
+        return [np.zeros_like(clip) for clip in clips] if slot == "silence" else clips
 
-    def spans(self, row: dict, hear: str) -> list[tuple[int, str]]:
+    def spans(self, row: dict, slot: str) -> list[tuple[int, str]]:
         """Every token of the prompt with what it is: `(token id, role)` with the roles `instruction`, `speech` (of a
         transcript, too) and `template`, the clip as one token.
 
         Raises:
             ValueError: the template changes the instruction or the transcript.
         """
-        prompt = self.prompt(row, hear)
-        fields = {"instruction": "instruction"} | ({"speech": "transcript"} if hear == "transcript" else {})
+        prompt = self.prompt(row, slot)
+        fields = {"instruction": "instruction"} | ({"speech": "transcript"} if slot == "transcript" else {})
         texts = {role: row[field].strip() for role, field in fields.items()}
         # Where they stand is seen from marks in their place: their words may occur in each other and in the template.
         marks = dict(zip(fields, MARKS, strict=False))
         filled = {field: row[field].replace(texts[role], marks[role], 1) for role, field in fields.items()}
         texts = {role: self.as_text(text) for role, text in texts.items()}
-        rebuilt, covered = self.prompt(row | filled, hear), {}
+        rebuilt, covered = self.prompt(row | filled, slot), {}
         for role in sorted(fields, key=lambda role: rebuilt.find(marks[role])):
             start = rebuilt.find(marks[role])
             covered[role] = (start, start + len(texts[role]))
@@ -123,12 +123,12 @@ class SpeechLLM:
             raise ValueError(f"the prompt {prompt!r} does not hold {texts} as they are.")
         return [
             (token, "speech" if token == self.audio_token_id else _role_of(span, covered))
-            for token, span in self._tokens(row, hear)
+            for token, span in self._tokens(row, slot)
         ]
 
-    def _tokens(self, row: dict, hear: str) -> list[tuple[int, tuple[int, int]]]:
+    def _tokens(self, row: dict, slot: str) -> list[tuple[int, tuple[int, int]]]:
         """The tokens of the prompt, each with the characters that it covers."""
-        tokens = self.tokenizer(self.prompt(row, hear), add_special_tokens=False, return_offsets_mapping=True)
+        tokens = self.tokenizer(self.prompt(row, slot), add_special_tokens=False, return_offsets_mapping=True)
         return list(zip(tokens.input_ids, tokens.offset_mapping, strict=True))
 
     def logits(self, inputs: dict, kept: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ class SpeechLLM:
     def respond(
         self,
         rows: Sequence[dict],
-        hear: str = "audio",
+        slot: str = "audio",
         store: AudioFeatureStore | None = None,
         batch_size: int = 64,
         max_new_tokens: int = 48,
@@ -152,27 +152,27 @@ class SpeechLLM:
         """Greedy answers, in order.
 
         Args:
-            rows, hear, store: as in `inputs`.
+            rows, slot, store: as in `inputs`.
             allowed: for every row, the only answers it may give; greedy among them, token by token.
 
         Raises:
-            ValueError: unknown `hear`, or a text LLM that is to hear.
+            ValueError: unknown `slot`, or a text LLM that is to hear.
         """
-        if hear not in HEARD:
-            raise ValueError(f"cannot hear {hear!r}; expected one of {HEARD}.")
-        if hear != "transcript" and not self.hears:
+        if slot not in SLOTS:
+            raise ValueError(f"{slot=} cannot stand for the speech; expected one of {SLOTS}.")
+        if slot != "transcript" and not self.hears:
             raise ValueError(f"{self.name} is a text LLM: it reads transcripts and hears nothing.")
         replies: dict[int, Reply] = {}
         tokens_of: dict[str, list[int]] = {}
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].get("transcript", "")))
         for start in tqdm(range(0, len(order), batch_size), desc="answers", unit="batch", disable=not progress):
             batch = order[start : start + batch_size]
-            inputs = self.inputs([rows[index] for index in batch], hear, store)
+            inputs = self.inputs([rows[index] for index in batch], slot, store)
             choices = None
             if allowed is not None:
                 for index in batch:  # what stands before an answer may change its tokens, but is alike in all prompts
                     for answer in set(allowed[index]) - set(tokens_of):
-                        tokens_of[answer] = self.response_ids(rows[index] | {"response": answer}, hear)
+                        tokens_of[answer] = self.response_ids(rows[index] | {"response": answer}, slot)
                 choices = [[tokens_of[answer] for answer in allowed[index]] for index in batch]
             replies |= zip(batch, self._generate(inputs, max_new_tokens, choices), strict=True)
         return [replies[index] for index in range(len(rows))]
@@ -215,25 +215,25 @@ class SpeechLLM:
 class Lsm(SpeechLLM):
     """An LSM: the one prompt layout of `LsmProcessor.conversation`, and features that were computed before."""
 
-    def prompt(self, row: dict, hear: str = "audio") -> str:
-        return render_prompt(self.processor, row, "transcript" if hear == "transcript" else "audio")
+    def prompt(self, row: dict, slot: str = "audio") -> str:
+        return render_prompt(self.processor, row, "transcript" if slot == "transcript" else "audio")
 
-    def response_ids(self, row: dict, hear: str) -> list[int]:
+    def response_ids(self, row: dict, slot: str) -> list[int]:
         prompt = self.prompt(row)
         return response_tokens(self.tokenizer, [prompt], [render_response(self.processor, row, prompt)])[0]
 
-    def inputs(self, rows: Sequence[dict], hear: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:
-        prompts = [self.prompt(row, hear) for row in rows]
+    def inputs(self, rows: Sequence[dict], slot: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:
+        prompts = [self.prompt(row, slot) for row in rows]
         settings = {"add_special_tokens": False, "padding_side": "left", "padding": True, "return_tensors": "pt"}
-        if hear == "transcript":
+        if slot == "transcript":
             return self.tokenizer(prompts, **settings)
-        keys = [audio_key(row["audio"]) for row in rows] if store is not None and hear == "audio" else []
+        keys = [audio_key(row["audio"]) for row in rows] if store is not None and slot == "audio" else []
         if keys and all(key in store for key in keys):
             prompts = self.processor.expand_audio_tokens(prompts, [store.num_samples(key) for key in keys])
             inputs = self.tokenizer(prompts, **settings)
             inputs.update(store.batch(keys))
             return inputs
-        return self.processor(text=prompts, audio=self.clips(rows, hear), **settings)
+        return self.processor(text=prompts, audio=self.clips(rows, slot), **settings)
 
 
 class TextLLM(Lsm):
@@ -245,15 +245,15 @@ class TextLLM(Lsm):
 class GraniteSpeech(SpeechLLM):
     """Granite Speech, whose template takes text alone: its documentation writes the placeholder into it."""
 
-    def conversation(self, row: dict, hear: str) -> list[dict]:
+    def conversation(self, row: dict, slot: str) -> list[dict]:
         instruction = self.as_text(row["instruction"])
-        if hear == "transcript":
+        if slot == "transcript":
             return [{"role": "user", "content": f"{instruction}\n{self.as_text(row['transcript'])}"}]
         return [{"role": "user", "content": f"{self.processor.audio_token}{instruction}"}]
 
-    def prompt(self, row: dict, hear: str = "audio") -> str:
+    def prompt(self, row: dict, slot: str = "audio") -> str:
         return self.tokenizer.apply_chat_template(
-            self.conversation(row, hear), add_generation_prompt=True, tokenize=False
+            self.conversation(row, slot), add_generation_prompt=True, tokenize=False
         )
 
 
@@ -273,10 +273,10 @@ class Voxtral(SpeechLLM):
     def as_text(self, text: str) -> str:
         return text  # no text stands for a special token
 
-    def conversation(self, row: dict, hear: str, clip: np.ndarray | None = None) -> list[dict]:
+    def conversation(self, row: dict, slot: str, clip: np.ndarray | None = None) -> list[dict]:
         """With the clip among the messages, or with a moment of silence in its place."""
-        messages = super().conversation(row, hear)
-        if hear != "transcript":
+        messages = super().conversation(row, slot)
+        if slot != "transcript":
             file = io.BytesIO()
             samples = np.zeros(1600, np.float32) if clip is None else clip
             soundfile.write(file, samples, 16_000, format="WAV", subtype="FLOAT")
@@ -284,22 +284,22 @@ class Voxtral(SpeechLLM):
             messages[0]["content"][0] = {"type": "audio", "base64": data}
         return messages
 
-    def prompt(self, row: dict, hear: str = "audio") -> str:
-        return b"".join(piece for _, piece in self._pieces(row, hear)).decode()
+    def prompt(self, row: dict, slot: str = "audio") -> str:
+        return b"".join(piece for _, piece in self._pieces(row, slot)).decode()
 
-    def response_ids(self, row: dict, hear: str) -> list[int]:
+    def response_ids(self, row: dict, slot: str) -> list[int]:
         return [*self.tokenizer(row["response"], add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
 
-    def inputs(self, rows: Sequence[dict], hear: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:
-        clips = [None] * len(rows) if hear == "transcript" else self.clips(rows, hear)
-        messages = [self.conversation(row, hear, clip) for row, clip in zip(rows, clips, strict=True)]
+    def inputs(self, rows: Sequence[dict], slot: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:
+        clips = [None] * len(rows) if slot == "transcript" else self.clips(rows, slot)
+        messages = [self.conversation(row, slot, clip) for row, clip in zip(rows, clips, strict=True)]
         return self.processor.apply_chat_template(messages).to(self.model.dtype)
 
-    def _pieces(self, row: dict, hear: str) -> list[tuple[int, bytes]]:
+    def _pieces(self, row: dict, slot: str) -> list[tuple[int, bytes]]:
         """The tokens of the prompt with what they say, the clip as one."""
         from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 
-        ids = self.tokenizer.apply_chat_template(self.conversation(row, hear), return_dict=False)
+        ids = self.tokenizer.apply_chat_template(self.conversation(row, slot), return_dict=False)
         words = self.tokenizer.tokenizer.instruct_tokenizer.tokenizer
         return [
             (token, words.id_to_byte_piece(token, SpecialTokenPolicy.KEEP))
@@ -307,11 +307,11 @@ class Voxtral(SpeechLLM):
             if not token == before == self.audio_token_id
         ]
 
-    def _tokens(self, row: dict, hear: str) -> list[tuple[int, tuple[int, int]]]:
+    def _tokens(self, row: dict, slot: str) -> list[tuple[int, tuple[int, int]]]:
         # A token is of bytes, of which a character may have several.
-        places = [place for place, char in enumerate(self.prompt(row, hear)) for _ in char.encode()]
+        places = [place for place, char in enumerate(self.prompt(row, slot)) for _ in char.encode()]
         tokens, start = [], 0
-        for token, piece in self._pieces(row, hear):
+        for token, piece in self._pieces(row, slot):
             end = start + len(piece)
             tokens.append((token, (places[start], places[end - 1] + 1)))
             start = end

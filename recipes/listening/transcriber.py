@@ -28,14 +28,14 @@ class Transcriber:
         self.pipe = pipeline("automatic-speech-recognition", model=str(source), dtype=dtype, device=device)
         self.name = Path(source).name if Path(source).exists() else str(source)
 
-    def respond(self, rows: Sequence[dict], hear: str = "audio", store=None, batch_size: int = 16, **_) -> list[Reply]:
+    def respond(self, rows: Sequence[dict], slot: str = "audio", store=None, batch_size: int = 16, **_) -> list[Reply]:
         """Transcripts of the rows' `audio`, in order.
 
         Raises:
-            ValueError: it is to hear anything else than the clip.
+            ValueError: `slot` is not `audio`.
         """
-        if hear != "audio":
-            raise ValueError(f"{self.name} recognises speech; it cannot hear {hear!r}.")
+        if slot != "audio":
+            raise ValueError(f"{self.name} recognises speech; it takes the audio, and no {slot}.")
         rate = self.pipe.feature_extractor.sampling_rate
         clips = [{"raw": load_clip(row, rate=rate), "sampling_rate": rate} for row in rows]
         found = self.pipe(clips, batch_size=batch_size, chunk_length_s=CHUNK)

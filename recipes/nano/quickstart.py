@@ -190,7 +190,8 @@ class Quickstart:
     def trace(self, folder: Path) -> None:
         """Where the answers come from, in the text LLM and all LSMs: traced is what the text LLM answers."""
         store, answers = AudioFeatureStore(self.folder / "features"), self.answers()
-        rows = read_rows(self.tasks()[0], self.settings["test_clips"], self.seed)
+        questions = read_rows(self.tasks()[0], self.settings["test_clips"], self.seed)
+        rows = [question.as_row() for question in questions]
         traced = [
             row | {"response": answers["text_llm", row["id"]]["response"]}
             for row in rows
@@ -199,12 +200,12 @@ class Quickstart:
         traced = [row for row in traced if row["response"].strip()]
         biases: dict[str, dict] = {}
         for name, path in TRACED.items():
-            llm, hear = load(self.folder / path), "transcript" if name == "text_llm" else "audio"
+            llm, slot = load(self.folder / path), "transcript" if name == "text_llm" else "audio"
             compare = None if name == "self_powered" else False  # with what it reads: shown of ours alone
-            bias = analyze(llm, traced, hear, store if hear == "audio" else None, compare=compare)
+            bias = analyze(llm, traced, slot, store if slot == "audio" else None, compare=compare)
             asked = [row for row in rows if (name, row["id"]) in answers]
             said = [answers[name, row["id"]]["response"] for row in asked]
-            about = {"model": path, "data": "corpus", "source": rows[0]["source"], "hear": hear, "target": "response"}
+            about = {"model": path, "data": "corpus", "source": rows[0]["source"], "hear": slot, "target": "response"}
             biases[SHORT[name]] = bias | behave(asked, said, CHECKER) | about
             write(folder / name, biases[SHORT[name]], SHORT[name], dict(list(biases.items())[:-1]))
 
@@ -217,7 +218,7 @@ class Quickstart:
         """`report.json`, `report.md`, `report.html`, plots, `predictions.parquet` and `example.wav`."""
         results = json.loads((self.folder / "predictions" / "results.json").read_text(encoding="utf-8"))
         report, never = (
-            {NAMES.get(system, system): scores_of(found) for system, found in results["tasks"][task]["systems"].items()}
+            {NAMES.get(name, name): scores_of(scored) for name, scored in results["tasks"][task]["systems"].items()}
             for task in ("nano", "nano_unseen")
         )
         report["unseen"] = {name: never[name]["right"] for name in COMPARED}

@@ -42,11 +42,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def scores_of(found: Mapping) -> dict:
+def scores_of(scored: Mapping) -> dict:
     """What the report keeps of a system's results (`evaluation/results.py`): `tasks`, the share right of each;
     `following` (of kinds that were never trained, `right`) and its `_interval`; `transcript_copy`; `wer`. A figure
     that was not measured is left out."""
-    whole, parts = found["figures"], found.get("parts", {})
+    whole, parts = scored["figures"], scored.get("parts", {})
     scores: dict = {"tasks": {name: part["figures"]["right"]["value"] for name, part in parts.items()}}
     for name in ("following", "right", "transcript_copy"):
         if name in whole:
@@ -82,9 +82,9 @@ def _share(scores: Mapping, name: str) -> list[str]:
 def _kinds(report: dict) -> tuple[list[str], list[list[str]]]:
     """Share right of every kind of task, by model."""
     lines = []
-    for trained, found in (("yes", report), ("no", report["unseen_tasks"])):
-        for kind in dict.fromkeys(kind for name in COMPARED for kind in found[name]["tasks"]):
-            shares = [percent(found[name]["tasks"].get(kind)) for name in COMPARED]
+    for trained, scores in (("yes", report), ("no", report["unseen_tasks"])):
+        for kind in dict.fromkeys(kind for name in COMPARED for kind in scores[name]["tasks"]):
+            shares = [percent(scores[name]["tasks"].get(kind)) for name in COMPARED]
             lines.append([kind, trained, *shares])
     return ["kind", "trained", *(SHORT[name] for name in COMPARED)], lines
 
@@ -110,11 +110,11 @@ def plot_following(results: Mapping, folder: Path) -> None:
     trained, never = (results["tasks"][task]["systems"] for task in ("nano", "nano_unseen"))
     scores, systems = {}, {NAMES.get(system, system): system for system in trained}
     for name, system in systems.items():
-        found = trained[system]["figures"]
+        measured = trained[system]["figures"]
         scores[name] = {
-            "trained kinds": found.get("following"),
+            "trained kinds": measured.get("following"),
             "never trained": never[system]["figures"].get("right"),
-            "copies": found.get("transcript_copy"),
+            "copies": measured.get("transcript_copy"),
         }
     styles = {name: (SHORT[name], *STYLES[systems[name]][1:]) for name in LABELS if name in systems}
     title = "Who does what is asked, who copies the transcript?"
@@ -199,9 +199,9 @@ TRACED_ABOUT = (
 def _against_text(report: dict) -> str:
     """What the LSMs reach of the text LLM's shares."""
     sentences = []
-    for kinds, found, figure in (("trained", report, "following"), ("never-trained", report["unseen_tasks"], "right")):
-        whole = found["text_llm"][figure]
-        shares = (f"{SHORT[name]} {percent(found[name][figure] / whole if whole else None)}" for name in LSMS)
+    for kinds, scores, figure in (("trained", report, "following"), ("never-trained", report["unseen_tasks"], "right")):
+        whole = scores["text_llm"][figure]
+        shares = (f"{SHORT[name]} {percent(scores[name][figure] / whole if whole else None)}" for name in LSMS)
         sentences.append(f"Share right of {kinds} kinds over the text LLM's, {percent(whole)}: {', '.join(shares)}.")
     return " ".join(sentences)
 

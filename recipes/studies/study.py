@@ -167,9 +167,9 @@ def metrics_of(trained: Mapping, unseen: Mapping) -> dict[str, dict | None]:
     """The figures of two tasks of `results.json`, each with its interval; None for what was not measured."""
 
     def figure(task: Mapping, system: str, name: str | None = None, part: str | None = None) -> dict | None:
-        found = task["systems"].get(system, {})
-        found = (found.get("parts", {}).get(part, found) if part else found).get("figures", {})
-        return found.get(name or main_figure(found))
+        scored = task["systems"].get(system, {})
+        figures = (scored.get("parts", {}).get(part, scored) if part else scored).get("figures", {})
+        return figures.get(name or main_figure(figures))
 
     def both(name: str, system: str, which: str | None = None) -> dict[str, dict | None]:
         return {name: figure(trained, system, which), f"unseen_{name}": figure(unseen, system, which)}
@@ -200,14 +200,14 @@ def summary(records: Sequence[dict], name: str) -> dict | None:
 
 
 def cell(records: Sequence[dict], name: str) -> str:
-    found = summary(records, name)
-    if found is None:
+    known = summary(records, name)
+    if known is None:
         return "–"
     if name not in COUNTS:
-        return f"{100 * found['value']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
-    spread = f" ({found['low']:.0f} to {found['high']:.0f})" if found["seeds"] > 1 else ""
-    some = f", {found['seeds']} of {len(records)}" if found["seeds"] < len(records) else ""
-    return f"{found['value']:.0f}{spread}{some}"
+        return f"{100 * known['value']:.1f} % ({100 * known['low']:.1f} to {100 * known['high']:.1f})"
+    spread = f" ({known['low']:.0f} to {known['high']:.0f})" if known["seeds"] > 1 else ""
+    some = f", {known['seeds']} of {len(records)}" if known["seeds"] < len(records) else ""
+    return f"{known['value']:.0f}{spread}{some}"
 
 
 def write(config: Mapping, records: Sequence[dict], failed: Mapping[str, str], workers: int, folder: Path) -> None:
@@ -261,7 +261,7 @@ def study(config: Mapping, names: Sequence[str], seeds: Sequence[int], workers: 
     look()
     reasons = make((stage for job in jobs for stage in job.stages.values()), folder, workers, look)
     for job in jobs:
-        if found := [reasons[stage.name] for stage in job.stages.values() if stage.name in reasons]:
-            failed[f"{job.row}, seed {job.seed}"] = found[0]
+        if why := [reasons[stage.name] for stage in job.stages.values() if stage.name in reasons]:
+            failed[f"{job.row}, seed {job.seed}"] = why[0]
     look()
     return failed

@@ -8,6 +8,8 @@ from enum import Enum
 import torch
 from trl import ScriptArguments, SFTConfig
 
+from recipes.evaluation.following import BY_FORM
+
 MODES = ("full", "lora", "qlora", "frozen")
 OBJECTIVES = ("response", "distill")
 # Options of TRL that cannot work with speech, or would change nothing, and what does what they are for.
@@ -97,9 +99,7 @@ class LsmScriptArguments(ScriptArguments):
     following_split: str = field(default="validation", metadata={"help": "Split of `following_corpus`."})
     following_limit: int = field(default=64, metadata={"help": "Number of clips of `following_corpus`."})
     following_steps: int = field(default=200, metadata={"help": "Steps between two evaluations on `following_corpus`."})
-    checker: str = field(
-        default="recipes.evaluation.kinds", metadata={"help": "Module whose function `is_correct` scores the answers."}
-    )
+    checker: str = field(default=BY_FORM, metadata={"help": "Module whose function `is_correct` scores the answers."})
     preflight: bool = field(
         default=False, metadata={"help": "Check everything, run two steps on random weights, and stop."}
     )

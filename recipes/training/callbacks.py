@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from dataset_builders.corpora.opening import load_corpus
 from dataset_builders.files import append_lines, read_lines, whole
 from dataset_builders.instructions import SELF_POWERED_TASKS
-from recipes.evaluation.following import held_out_rows, load_checker, score
+from recipes.evaluation.following import held_out_rows, load_checker, score_following
 from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import Lsm
 from recipes.training.arguments import LsmScriptArguments
@@ -65,7 +65,7 @@ class FollowingCallback(TrainerCallback):
         # Every process answers all rows: where weights are sharded, none can answer without the others.
         replies = Lsm(model, self.processor).respond(self.rows, store=self.store, progress=False)
         model.train()
-        scores = score(self.rows, [reply.text for reply in replies], self.checker)
+        scores = score_following(self.rows, [reply.text for reply in replies], self.checker)
         for name in scores.keys() - {"tasks"}:
             self.trainer._metrics["train"][name] = [scores[name]]
         if state.is_world_process_zero:

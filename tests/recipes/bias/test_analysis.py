@@ -30,13 +30,13 @@ def run(monkeypatch, model, data, output, *options) -> dict:
 
 @pytest.fixture(scope="module")
 def analyzed(checkpoints, set_dir, tmp_path_factory):
-    """`analyzed(name, hear)`: the folder and the bias.json of a run on the self-powered set."""
+    """`analyzed(name, slot)`: the folder and the bias.json of a run on the self-powered set."""
 
     @cache
-    def make(name: str, hear: str) -> tuple[Path, dict]:
+    def make(name: str, slot: str) -> tuple[Path, dict]:
         output = tmp_path_factory.mktemp("bias") / name
         with pytest.MonkeyPatch.context() as patch:
-            return output, run(patch, checkpoints[name], set_dir, output, "--hear", hear)
+            return output, run(patch, checkpoints[name], set_dir, output, "--slot", slot)
 
     return make
 
@@ -66,14 +66,14 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(("name", "hear"), RUNS)
-def test_a_run_writes_numbers_pictures_and_a_page(analyzed, checkpoints, set_dir, name, hear):
-    output, bias = analyzed(name, hear)
-    check(bias, RUNS[name, hear])
+@pytest.mark.parametrize(("name", "slot"), RUNS)
+def test_a_run_writes_numbers_pictures_and_a_page(analyzed, checkpoints, set_dir, name, slot):
+    output, bias = analyzed(name, slot)
+    check(bias, RUNS[name, slot])
     assert bias["following"] is not None and bias["checker"] == BY_FORM
-    about = {"model": checkpoints[name].name, "data": str(set_dir), "source": "noise/train", "hear": hear}
+    about = {"model": checkpoints[name].name, "data": str(set_dir), "source": "noise/train", "hear": slot}
     assert about.items() <= bias.items() and bias["target"] == "response"
-    pictures = ["layers", "composition"] + ["similarity"] * (hear == "audio")
+    pictures = ["layers", "composition"] + ["similarity"] * (slot == "audio")
     written = {f"{picture}.{kind}" for picture in pictures for kind in ("png", "svg")}
     assert {path.name for path in output.iterdir()} == written | {"bias.json", "report.html"}
     page = (output / "report.html").read_text(encoding="utf-8")
@@ -98,7 +98,7 @@ def test_an_lsm_that_reads_is_its_text_llm(analyzed):
 def test_others_stand_beside_it_in_the_picture(analyzed, checkpoints, set_dir, tmp_path, monkeypatch):
     beside = f"text LLM={analyzed('text', 'transcript')[0] / 'bias.json'}"
     bias = run(
-        monkeypatch, checkpoints["text"], set_dir, tmp_path, "--hear", "transcript", "--label", "vanilla",
+        monkeypatch, checkpoints["text"], set_dir, tmp_path, "--slot", "transcript", "--label", "vanilla",
         "--beside", beside, f"a=b={beside.partition('=')[2]}", "--limit", "3",
     )  # fmt: skip
     check(bias, 2, rows=3)

@@ -95,8 +95,8 @@ class Parrot:
     def __init__(self):
         self.asked = []
 
-    def respond(self, rows, hear, **options):
-        self.asked.append((len(rows), hear, options))
+    def respond(self, rows, slot, **options):
+        self.asked.append((len(rows), slot, options))
         return [Reply(row["transcript"]) for row in rows]
 
 

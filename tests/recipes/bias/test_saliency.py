@@ -50,11 +50,11 @@ def find(open_llm, windowed, scaled):
     return lambda name: {"mistral": windowed, "granite": scaled}.get(name) or open_llm(name)
 
 
-def by_hand(llm, row, hear):
+def by_hand(llm, row, slot):
     """What `measure` returns of a row that stands alone, from attention matrices and their gradients."""
     eager = copy.deepcopy(llm.model)
     eager.set_attn_implementation("eager")
-    batch = teacher_forced(llm, [row], hear)
+    batch = teacher_forced(llm, [row], slot)
     ids, start = batch.inputs["input_ids"], batch.starts[0]
     output = eager(**batch.inputs, output_attentions=True, use_cache=False)
     logits = output.logits[0, start - 1 : -1].clone()
@@ -82,21 +82,21 @@ def by_hand(llm, row, hear):
 
 
 CASES = [
-    *((name, hear) for name in ("lsm", "qwen2_audio", "audioflamingo3") for hear in ("audio", "transcript")),
+    *((name, slot) for name in ("lsm", "qwen2_audio", "audioflamingo3") for slot in ("audio", "transcript")),
     ("text", "transcript"),
     ("mistral", "transcript"),
     ("granite", "transcript"),
 ]
 
 
-@pytest.mark.parametrize(("name", "hear"), CASES)
-def test_a_padded_batch_has_the_saliency_of_each_row_by_the_definition(find, answered, name, hear):
+@pytest.mark.parametrize(("name", "slot"), CASES)
+def test_a_padded_batch_has_the_saliency_of_each_row_by_the_definition(find, answered, name, slot):
     llm = find(name)
-    batch = teacher_forced(llm, answered, hear)
+    batch = teacher_forced(llm, answered, slot)
     assert len(set(batch.lengths)) == len(set(batch.starts)) == len(answered)
     measured = saliency.measure(llm, batch)
     for row, found in zip(answered, measured, strict=True):
-        expected = by_hand(llm, row, hear)
+        expected = by_hand(llm, row, slot)
         assert len(found) == len(expected) == llm.model.config.get_text_config().num_hidden_layers
         for layer, wanted in zip(found, expected, strict=True):
             assert layer.keys() == wanted.keys()
@@ -104,9 +104,9 @@ def test_a_padded_batch_has_the_saliency_of_each_row_by_the_definition(find, ans
                 assert layer[figure] == pytest.approx(wanted[figure], abs=1e-5, rel=1e-5), figure
 
 
-@pytest.mark.parametrize(("name", "hear"), CASES)
-def test_shares_are_of_one_whole(find, answered, name, hear):
-    for layers in saliency.measure(find(name), teacher_forced(find(name), answered, hear)):
+@pytest.mark.parametrize(("name", "slot"), CASES)
+def test_shares_are_of_one_whole(find, answered, name, slot):
+    for layers in saliency.measure(find(name), teacher_forced(find(name), answered, slot)):
         for layer in layers:
             for figure in ("layers", "attention"):
                 assert sum(layer[figure].values()) == pytest.approx(1, abs=1e-5)
@@ -158,11 +158,11 @@ def test_a_row_weighs_the_same_beside_a_longer_one(checkpoints, answered):
         torch.testing.assert_close(records[layer, 2], alone[layer, 0], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "hear"), [("lsm", "audio"), ("text", "transcript")])
-def test_the_placeholder_that_is_never_written_has_no_part_in_the_loss(checkpoints, answered, name, hear):
+@pytest.mark.parametrize(("name", "slot"), [("lsm", "audio"), ("text", "transcript")])
+def test_the_placeholder_that_is_never_written_has_no_part_in_the_loss(checkpoints, answered, name, slot):
     """Its row in the head is drawn anew whenever a text LLM is opened."""
     llm = load(checkpoints[name])
-    batch = teacher_forced(llm, answered, hear)
+    batch = teacher_forced(llm, answered, slot)
     expected = saliency.measure(llm, batch)
     with torch.no_grad():
         llm.model.get_output_embeddings().weight[llm.processor.audio_token_id] = 10
@@ -197,13 +197,13 @@ def state(llm):
     }
 
 
-@pytest.mark.parametrize(("name", "hear"), [("lsm", "audio"), ("text", "transcript"), ("qwen2_audio", "audio")])
-def test_a_model_is_afterwards_as_it_was(open_llm, answered, name, hear):
+@pytest.mark.parametrize(("name", "slot"), [("lsm", "audio"), ("text", "transcript"), ("qwen2_audio", "audio")])
+def test_a_model_is_afterwards_as_it_was(open_llm, answered, name, slot):
     llm = open_llm(name)
     frozen = next(parameter for parameter in llm.model.get_decoder().parameters())
     frozen.requires_grad_(False)
     try:
-        batch = teacher_forced(llm, answered, hear)
+        batch = teacher_forced(llm, answered, slot)
         before, logits = state(llm), llm.model(**batch.inputs).logits
         saliency.measure(llm, batch)
         assert state(llm) == before

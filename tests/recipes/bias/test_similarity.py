@@ -137,15 +137,15 @@ def eight(answered):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "hear"), [("lsm", "audio"), ("lsm", "transcript"), ("qwen2_audio", "audio")])
-def test_states_are_those_of_what_is_heard_at_every_level(open_llm, answered, name, hear):
+@pytest.mark.parametrize(("name", "slot"), [("lsm", "audio"), ("lsm", "transcript"), ("qwen2_audio", "audio")])
+def test_states_are_those_of_what_is_heard_at_every_level(open_llm, answered, name, slot):
     llm = open_llm(name)
-    states = token_states(llm, answered, hear, batch_size=3)
+    states = token_states(llm, answered, slot, batch_size=3)
     for row, found in zip(answered, states, strict=True):
-        inputs = llm.inputs([row], hear)
+        inputs = llm.inputs([row], slot)
         hidden = torch.stack(llm.model(**inputs, output_hidden_states=True).hidden_states)[:, 0]
-        speech = torch.tensor([role == "speech" for _, role in llm.spans(row, hear)])
-        if hear == "audio":
+        speech = torch.tensor([role == "speech" for _, role in llm.spans(row, slot)])
+        if slot == "audio":
             speech = inputs["input_ids"][0] == llm.audio_token_id
         torch.testing.assert_close(found, hidden[:, speech], atol=1e-5, rtol=1e-5)
 
@@ -186,7 +186,7 @@ def test_all_rows_are_read_with_one_instruction(open_llm, eight):
 
 def test_the_same_states_on_both_sides_are_wholly_alike(open_llm, eight, monkeypatch):
     """A model that hears as it reads: CKA and cosine are 1 at every level, and another sentence is less alike."""
-    monkeypatch.setattr(similarity, "token_states", lambda llm, rows, hear, *_: token_states(llm, rows, "transcript"))
+    monkeypatch.setattr(similarity, "token_states", lambda llm, rows, slot, *_: token_states(llm, rows, "transcript"))
     found = measure(open_llm("text"), eight)
     assert found["cka"] == pytest.approx([1.0] * 3, abs=1e-5)
     assert found["cosine"] == pytest.approx([1.0] * 3, abs=1e-5)

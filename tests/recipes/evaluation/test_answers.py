@@ -1,14 +1,19 @@
 """Answers on disk: what a killed run leaves, and that nobody is asked twice."""
 
 import json
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 
 from dataset_builders.responders.exchange import Reply
 from recipes.evaluation.answers import FEATURES, answer, to_parquet
+from recipes.evaluation.rows import Question
 
-ROWS = [{"id": f"u{place}", "duration": duration} for place, duration in enumerate([1.0, 3.0, 2.0, 5.0, 4.0])]
+ROWS = [
+    Question(f"u{place}", place, {"bytes": b"clip"}, "said", duration, "here", "intent", "oracle", "Do.")
+    for place, duration in enumerate([1.0, 3.0, 2.0, 5.0, 4.0])
+]
 PREDICTION = {
     "task": "nano",
     "system": "model",
@@ -34,8 +39,8 @@ class Echo:
     def __call__(self, rows):
         if len(self.batches) == self.until:
             raise KeyboardInterrupt
-        self.batches.append([row["id"] for row in rows])
-        return [Reply(f"{row['id']}!") for row in rows], [None] * len(rows)
+        self.batches.append([row.id for row in rows])
+        return [Reply(f"{row.id}!") for row in rows], [None] * len(rows)
 
 
 @pytest.fixture
@@ -49,8 +54,8 @@ def ids_in(file):
 
 def test_answers_come_in_the_order_of_the_rows(file):
     records = answer(ROWS, Echo(), file, 2)
-    assert [record["id"] for record in records] == ["u0", "u1", "u2", "u3", "u4"]
-    assert [record["response"] for record in records] == ["u0!", "u1!", "u2!", "u3!", "u4!"]
+    assert [record.id for record in records] == ["u0", "u1", "u2", "u3", "u4"]
+    assert [record.response for record in records] == ["u0!", "u1!", "u2!", "u3!", "u4!"]
 
 
 def test_the_longest_clips_are_asked_first_and_together(file):
@@ -64,10 +69,11 @@ def test_a_record_says_whether_the_model_came_to_an_end_and_how_long_it_took(fil
         return [Reply("whole"), Reply("cut", "length")], ["yes", None]
 
     records = answer(ROWS[:2], respond, file, 2)
-    assert {record["id"]: record["finished"] for record in records} == {"u1": True, "u0": False}
-    assert {record["id"]: record["constrained"] for record in records} == {"u1": "yes", "u0": None}
-    assert all(record["seconds"] >= 0 for record in records)
-    assert list(records[0]) == ["id", "response", "constrained", "finished", "seconds"]
+    assert {record.id: record.finished for record in records} == {"u1": True, "u0": False}
+    assert {record.id: record.constrained for record in records} == {"u1": "yes", "u0": None}
+    assert all(record.seconds >= 0 for record in records)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert list(lines[0]) == ["id", "response", "constrained", "finished", "seconds", "row"]
 
 
 def test_every_batch_is_on_disk_before_the_next_is_asked(file):
@@ -89,7 +95,7 @@ def test_what_was_answered_before_the_kill_is_not_asked_again(file):
     again = Echo()
     records = answer(ROWS, again, file, 2)
     assert again.batches == [["u0"]]
-    assert [record["response"] for record in records] == ["u0!", "u1!", "u2!", "u3!", "u4!"]
+    assert [record.response for record in records] == ["u0!", "u1!", "u2!", "u3!", "u4!"]
     assert answer(ROWS, Echo(until=0), file, 2) == records
 
 
@@ -101,7 +107,7 @@ def test_a_line_that_a_kill_tore_is_dropped_and_asked_again(file, torn):
     again = Echo()
     records = answer(ROWS, again, file, 1)
     assert again.batches == [["u0"]]
-    assert [record["response"] for record in records] == ["u0!", "u1!", "u2!", "u3!", "u4!"]
+    assert [record.response for record in records] == ["u0!", "u1!", "u2!", "u3!", "u4!"]
     assert sorted(ids_in(file)) == ["u0", "u1", "u2", "u3", "u4"]
 
 
@@ -112,7 +118,7 @@ def test_a_line_torn_within_a_character_is_dropped_too(file):
     answer(ROWS[:2], respond, file, 1)
     content = file.read_bytes()
     file.write_bytes(content[: content.rfind("ú".encode()) + 1])
-    assert [record["response"] for record in answer(ROWS[:2], respond, file, 1)] == ["ñandú", "ñandú"]
+    assert [record.response for record in answer(ROWS[:2], respond, file, 1)] == ["ñandú", "ñandú"]
 
 
 @pytest.mark.parametrize("text", ["one\ntwo", "one\u2028two", "one\u2029two", "one\x85two\x0b\x1c", "| a \\ b |", ""])
@@ -121,7 +127,7 @@ def test_an_answer_may_hold_anything_that_looks_like_the_end_of_a_line(file, tex
         return [Reply(text) for _ in rows], [text] * len(rows)
 
     first = answer(ROWS, respond, file, 2)
-    assert {record["response"] for record in first} == {text}
+    assert {record.response for record in first} == {text}
     assert answer(ROWS, Echo(until=0), file, 2) == first
 
 
@@ -130,18 +136,17 @@ def test_rows_may_be_more_or_fewer_than_the_file_holds(file):
     more = Echo()
     answer(ROWS, more, file, 4)
     assert more.batches == [["u3", "u4", "u2"]]
-    assert [record["id"] for record in answer(ROWS[3:], Echo(until=0), file, 2)] == ["u3", "u4"]
+    assert [record.id for record in answer(ROWS[3:], Echo(until=0), file, 2)] == ["u3", "u4"]
 
 
 @pytest.mark.parametrize(
     "change", [{"transcript": "edited"}, {"instruction": "another"}, {"audio": {"bytes": b"another", "path": None}}]
 )
 def test_a_row_that_was_edited_is_asked_again(file, change):
-    rows = [row | {"transcript": "said", "audio": {"bytes": b"clip", "path": None}} for row in ROWS]
-    answer(rows, Echo(), file, 2)
-    edited, again = [rows[0] | change, *rows[1:]], Echo()
+    answer(ROWS, Echo(), file, 2)
+    edited, again = [replace(ROWS[0], **change), *ROWS[1:]], Echo()
     answer(edited, again, file, 2)
-    assert again.batches == [[rows[0]["id"]]]
+    assert again.batches == [[ROWS[0].id]]
     answer(edited, Echo(until=0), file, 2)
 
 

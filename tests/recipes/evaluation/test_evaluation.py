@@ -47,7 +47,7 @@ def nano(corpus_dir):
 @pytest.fixture(scope="session")
 def heard(nano):
     """What is said in each clip, by its bytes."""
-    return {row["audio"]["bytes"]: row["transcript"] for row in read_rows(nano("nano_asr"))}
+    return {row.audio["bytes"]: row.transcript for row in read_rows(nano("nano_asr"))}
 
 
 def command(monkeypatch, *arguments):
@@ -103,15 +103,15 @@ def test_every_system_answered_every_question(whole):
 
 
 def test_predictions_hold_every_answer_and_what_was_asked(whole, nano):
-    rows = {row["id"]: row for name in ("nano", "nano_unseen") for row in read_rows(nano(name), limit=4)}
+    rows = {row.id: row for name in ("nano", "nano_unseen") for row in read_rows(nano(name), limit=4)}
     records = predictions(whole)
     assert list(records[0]) == list(FEATURES)
     assert len(records) == 6 * 12 + 3 * 6
     for record in records:
         row = rows[record["id"]]
-        assert (record["part"], record["transcript"]) == (row["task"], row["transcript"])
-        assert record["references"] == row["references"]
-        assert (record["instruction"] == row["instruction"]) == (record["system"] != "swapped")
+        assert (record["part"], record["transcript"]) == (row.task, row.transcript)
+        assert record["references"] == row.references
+        assert (record["instruction"] == row.instruction) == (record["system"] != "swapped")
     said = {record["response"] for record in records if record["system"] == "model"}
     assert len(said) > 1
 
@@ -248,8 +248,8 @@ def test_a_swapped_instruction_is_of_another_task_about_the_same_clip(given, pro
 def test_a_cascade_has_every_clip_transcribed_and_the_text_llm_reads_that(given, lsm_dir, llm_dir, monkeypatch):
     hypothesis = {}
 
-    def generate(self, rows, hear, *_, **__):
-        if hear == "audio":
+    def generate(self, rows, slot, *_, **__):
+        if slot == "audio":
             for row in rows:
                 hypothesis[row["utterance"]] = f"heard {row['utterance']}"
                 assert TASK_OF[row["instruction"]] == TRANSCRIPTION
@@ -274,28 +274,28 @@ class Scripted:
     """
 
     heard = None  # transcripts by clip
-    asked = None  # (checkpoint, hear, id) of every row that anybody was asked freely
-    closed = None  # (hear, id) of every row with its allowed answers
+    asked = None  # (checkpoint, slot, id) of every row that anybody was asked freely
+    closed = None  # (slot, id) of every row with its allowed answers
     until = None  # how many calls may be made before one dies
 
     def __init__(self, path, dtype="auto"):
         self.path = path
 
-    def respond(self, rows, hear, store=None, allowed=None, **settings):
+    def respond(self, rows, slot, store=None, allowed=None, **settings):
         if Scripted.until is not None:
             Scripted.until -= 1
             if Scripted.until < 0:
                 raise KeyboardInterrupt
         if allowed is not None:
-            Scripted.closed += [(hear, row["id"]) for row in rows]
+            Scripted.closed += [(slot, row["id"]) for row in rows]
             return [Reply(answers[0]) for answers in allowed]
-        Scripted.asked += [(self.path, hear, row["id"], TASK_OF[row["instruction"]]) for row in rows]
-        return [Reply(self.say(row, hear)) for row in rows]
+        Scripted.asked += [(self.path, slot, row["id"], TASK_OF[row["instruction"]]) for row in rows]
+        return [Reply(self.say(row, slot)) for row in rows]
 
-    def say(self, row, hear):
-        if hear == "silence":
+    def say(self, row, slot):
+        if slot == "silence":
             return "I hear nothing."
-        said = row["transcript"] if hear == "transcript" else self.heard[row["audio"]["bytes"]]
+        said = row["transcript"] if slot == "transcript" else self.heard[row["audio"]["bytes"]]
         task = TASK_OF[row["instruction"]]
         if self.path == "parrot" or (self.path == "drilled" and task not in SELF_POWERED_TASKS):
             task = TRANSCRIPTION
@@ -370,13 +370,13 @@ def test_a_cascade_is_as_good_as_what_it_hears(evaluation, scripted, monkeypatch
 def test_a_cascade_transcribes_by_its_asr_alone(evaluation, scripted):
     found = evaluation("nano_asr", systems=["cascade"]).run()
     assert figure(found, "nano_asr", "cascade", "wer") == 0.0
-    assert {(hear, task) for _, hear, _, task in scripted.asked} == {("audio", TRANSCRIPTION)}
+    assert {(slot, task) for _, slot, _, task in scripted.asked} == {("audio", TRANSCRIPTION)}
 
 
 def test_an_asr_model_of_ones_own_hears_for_the_cascade(scripted, nano, tmp_path):
     checkpoints = {"model": "good", "asr": "parrot"}
     Evaluation(tmp_path / "out", checkpoints, [nano("nano")], ["cascade"]).run()
-    assert {(path, hear) for path, hear, *_ in scripted.asked} == {("parrot", "audio"), ("good", "transcript")}
+    assert {(path, slot) for path, slot, *_ in scripted.asked} == {("parrot", "audio"), ("good", "transcript")}
 
 
 def test_controls_are_asked_about_as_many_clips_as_they_are_granted(evaluation):
@@ -394,7 +394,7 @@ def test_without_a_base_the_model_is_its_own_text_llm(evaluation, scripted):
 def test_who_may_choose_hears_what_it_hears_when_it_answers_freely(evaluation, scripted):
     evaluation("nano_intent", systems=["text_llm", "model", "silence"]).run()
     assert len(scripted.closed) == 3 * 8
-    assert sorted(scripted.closed) == sorted((hear, id) for _, hear, id, _ in scripted.asked)
+    assert sorted(scripted.closed) == sorted((slot, id) for _, slot, id, _ in scripted.asked)
 
 
 def test_free_answers_alone_may_be_asked_for(evaluation, tmp_path):
@@ -404,7 +404,7 @@ def test_free_answers_alone_may_be_asked_for(evaluation, tmp_path):
 
 def test_where_nobody_knows_what_is_said_nobody_can_read_it(scripted, corpus_dir, tmp_path, monkeypatch, caplog):
     task = override(TASKS["format"], {"corpus": str(corpus_dir), "split": "train", "columns.transcript": ""})
-    monkeypatch.setattr(scripted, "say", lambda self, row, hear: "WELL.")
+    monkeypatch.setattr(scripted, "say", lambda self, row, slot: "WELL.")
     monkeypatch.setattr(sys.modules[__name__], "TASK_OF", collections.defaultdict(str))
     found = Evaluation(tmp_path / "out", {"model": "good"}, [task], ["text_llm", "model"]).run()
     assert list(found["tasks"]["format"]["systems"]) == ["model"]
@@ -443,7 +443,7 @@ def test_systems_may_be_added(evaluation, scripted):
     asked = len(scripted.asked)
     found = evaluation(systems=["model", "silence"]).run()
     assert list(found["tasks"]["nano"]["systems"]) == ["model", "silence"]
-    assert {hear for _, hear, *_ in scripted.asked[asked:]} == {"silence"}
+    assert {slot for _, slot, *_ in scripted.asked[asked:]} == {"silence"}
 
 
 def test_a_checkpoint_may_be_added_with_its_systems(evaluation, scripted):

@@ -5,7 +5,7 @@ import pytest
 from dataset_builders.corpora.opening import load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, load_pool
 from dataset_builders.nano.tasks import answers, is_correct
-from recipes.evaluation.following import held_out_rows, is_copy, load_checker, score
+from recipes.evaluation.following import held_out_rows, is_copy, load_checker, score_following
 from recipes.evaluation.metrics import error_rate
 
 SPOKEN = "the farmer proudly repaired the old clock in the attic"
@@ -21,7 +21,7 @@ def asked(*tasks, transcript=SPOKEN):
 
 def test_perfect_answers():
     rows = asked(*SELF_POWERED_TASKS, "transcription", "question_who")
-    scores = score(rows, [answers(row["task"], SPOKEN)[0] for row in rows], is_correct)
+    scores = score_following(rows, [answers(row["task"], SPOKEN)[0] for row in rows], is_correct)
     assert scores == {
         "tasks": dict.fromkeys(sorted(row["task"] for row in rows), 1.0),
         "following": 1.0,
@@ -33,14 +33,14 @@ def test_perfect_answers():
 def test_a_parrot_transcribes_and_follows_nothing():
     """What training on transcriptions alone makes: WER 0, following 0, every answer a copy."""
     rows = asked(*SELF_POWERED_TASKS, "transcription")
-    scores = score(rows, [SPOKEN.capitalize() + "."] * len(rows), is_correct)
+    scores = score_following(rows, [SPOKEN.capitalize() + "."] * len(rows), is_correct)
     assert (scores["wer"], scores["following"], scores["transcript_copy"]) == (0.0, 0.0, 1.0)
 
 
 def test_following_is_the_mean_of_tasks_not_of_rows():
     rows = asked("intent", "intent", "intent", "keyword", "transcription", "question_who")
     right = ["The intent is repair."] * 3 + ["The intent is repair.", "nonsense", "nonsense"]
-    scores = score(rows, right, is_correct)
+    scores = score_following(rows, right, is_correct)
     assert scores["following"] == 0.5
     assert scores["tasks"] == {"intent": 1.0, "keyword": 0.0, "question_who": 0.0, "transcription": 0.0}
 
@@ -48,18 +48,18 @@ def test_following_is_the_mean_of_tasks_not_of_rows():
 def test_wer_is_of_words_over_all_transcriptions_after_normalisation():
     rows = asked("transcription") + asked("transcription", transcript=OTHER)
     heard = ["The FARMER proudly repaired the old clock, in the attic!", "the nurse sold a red lamp"]
-    assert score(rows, heard, is_correct)["wer"] == pytest.approx(2 / 17)
+    assert score_following(rows, heard, is_correct)["wer"] == pytest.approx(2 / 17)
 
 
 def test_a_figure_without_rows_is_left_out():
-    assert set(score(asked("transcription"), [""], is_correct)) == {"tasks", "wer"}
-    assert set(score(asked("intent"), [""], is_correct)) == {"tasks", "following", "transcript_copy"}
-    assert score([], [], is_correct) == {"tasks": {}}
+    assert set(score_following(asked("transcription"), [""], is_correct)) == {"tasks", "wer"}
+    assert set(score_following(asked("intent"), [""], is_correct)) == {"tasks", "following", "transcript_copy"}
+    assert score_following([], [], is_correct) == {"tasks": {}}
 
 
 def test_answers_and_rows_must_be_equally_many():
     with pytest.raises(ValueError, match="zip"):
-        score(asked("intent", "keyword"), ["The intent is repair."], is_correct)
+        score_following(asked("intent", "keyword"), ["The intent is repair."], is_correct)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_nothing_is_a_copy_of_a_transcript_that_nobody_knows(response):
 
 def test_a_restatement_close_to_the_transcript_is_no_copy():
     rows = asked("repetition", "intent")
-    assert score(rows, [SPOKEN, "The intent is repair."], is_correct)["transcript_copy"] == 0.0
+    assert score_following(rows, [SPOKEN, "The intent is repair."], is_correct)["transcript_copy"] == 0.0
 
 
 # What is asked, and by what it is checked
@@ -109,6 +109,6 @@ def test_a_checker_is_named_by_its_module():
 def test_the_word_error_rate_is_the_one_of_all_tables():
     said, heard = "Mr. Smith's colour is twenty one", "mister smith's color is 21"
     row = {"task": "transcription", "transcript": said}
-    found = score([row], [heard], lambda *_: True)["wer"]
+    found = score_following([row], [heard], lambda *_: True)["wer"]
     assert found == error_rate([said], [heard])[1].value == 0
     assert is_copy(said, heard)

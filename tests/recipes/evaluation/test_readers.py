@@ -9,6 +9,7 @@ from corpus_files import clip, json_lines, parquet, write
 from datasets import Audio, ClassLabel, Features, Value
 
 from dataset_builders.corpora.corpus import RefusedRowError
+from recipes.evaluation.kinds import is_right
 from recipes.evaluation.questions import read_rows
 from recipes.evaluation.tasks import load_tasks, override
 
@@ -24,7 +25,7 @@ def asked(name, place, **settings):
 
 def facts(rows, *keys):
     """What the rows say under some of their keys; of one key, its values alone."""
-    found = [tuple(row[key] for key in keys) for row in rows]
+    found = [tuple(getattr(row, key) for key in keys) for row in rows]
     return [values[0] for values in found] if len(keys) == 1 else found
 
 
@@ -51,7 +52,7 @@ def librispeech(folder):
 @pytest.mark.parametrize("name", ["librispeech_clean", "librispeech_other"])
 def test_librispeech_as_it_is_released(tmp_path, name):
     rows = asked(name, librispeech(tmp_path / "LibriSpeech"), split="test-clean")
-    assert rows[0] == {
+    assert rows[0].as_row() == {
         "id": f"LibriSpeech/test-clean/61-70968-0000/{name}",
         "utterance": 0,
         "audio": {"bytes": flac(0), "path": "61-70968-0000.flac"},
@@ -70,7 +71,7 @@ def test_librispeech_as_it_is_released(tmp_path, name):
         "constraint": None,
     }
     assert facts(rows, "utterance") == [0, 1]
-    assert type(rows[0]["duration"]) is float
+    assert type(rows[0].duration) is float
 
 
 def test_librispeech_as_the_hub_has_it(tmp_path):
@@ -147,7 +148,7 @@ def test_covost_escapes_quotes(tmp_path, name):
     assert facts(rows, "id", "transcript", "references") == [
         (f"{name}/test/common_voice_1/{name}", "She left.", ['Sie sagte "nein".'])
     ]
-    assert {rows[0]["language"], rows[0]["target_language"]} == set(name.split("_")[1:])
+    assert {rows[0].language, rows[0].target_language} == set(name.split("_")[1:])
 
 
 # Spoken language understanding
@@ -192,8 +193,8 @@ def test_slurp_asks_about_every_recording(tmp_path):
         ("slurp/test/audio-1/slurp_intent", ["calendar_set"]),
         ("slurp/test/audio-2/slurp_intent", ["iot_hue_lightup"]),
     ]
-    assert rows[0]["labels"] == ["calendar_set", "iot_hue_lightup"]
-    assert "intents does the speaker have: calendar_set, iot_hue_lightup?" in rows[0]["instruction"]
+    assert rows[0].labels == ["calendar_set", "iot_hue_lightup"]
+    assert "intents does the speaker have: calendar_set, iot_hue_lightup?" in rows[0].instruction
 
 
 def test_slurp_keywords_are_the_words_of_its_entities(tmp_path):
@@ -220,12 +221,12 @@ def test_snips_reads_the_lines_of_its_split(tmp_path):
         ("snips/test/Amy-snips-test-0/snips_intent", "play jazz", ["PlayMusic"]),
         ("snips/test/Joey-snips-test-1/snips_intent", "rain", ["GetWeather"]),
     ]
-    assert rows[0]["labels"] == ["GetWeather", "PlayMusic"]
+    assert rows[0].labels == ["GetWeather", "PlayMusic"]
 
 
 def test_snips_has_keywords_of_several_words(tmp_path):
     rows = asked("snips_intent", snips(tmp_path / "SNIPS"), reference="keywords")
-    assert rows[0]["references"] == ["jazz music"]
+    assert rows[0].references == ["jazz music"]
 
 
 def test_a_line_of_snips_has_a_tag_for_every_word(tmp_path):
@@ -237,7 +238,7 @@ def test_a_line_of_snips_has_a_tag_for_every_word(tmp_path):
 def test_an_intent_may_stand_in_any_manifest(tmp_path):
     line = {"audio": "a.wav", "transcript": "play jazz", "id": "u", "intent": "PlayMusic"}
     place = write(tmp_path, {"test.jsonl": json_lines(line), "a.wav": clip(1)}) / "test.jsonl"
-    assert asked("snips_intent", place, reader="")[0]["references"] == ["PlayMusic"]
+    assert asked("snips_intent", place, reader="")[0].references == ["PlayMusic"]
 
 
 def test_fluent_speech_commands_join_three_columns(tmp_path):
@@ -277,8 +278,8 @@ def test_slue_spells_its_labels_otherwise_and_has_some_that_are_none(tmp_path):
         ("slue/validation/id0/slue_sentiment", ["positive"]),
         ("slue/validation/id3/slue_sentiment", ["neutral"]),
     ]
-    assert rows[0]["labels"] == ["positive", "neutral", "negative"]
-    assert "the speech: positive, neutral, negative?" in rows[0]["instruction"]
+    assert rows[0].labels == ["positive", "neutral", "negative"]
+    assert "the speech: positive, neutral, negative?" in rows[0].instruction
 
 
 def test_class_labels_are_read_by_their_names(tmp_path):
@@ -292,7 +293,7 @@ def test_class_labels_are_read_by_their_names(tmp_path):
     )
     row = {"id": "u", "audio": {"bytes": clip(1), "path": None}, "normalized_text": "so glad", "sentiment": 1}
     typed(tmp_path / "slue", features, row, name="validation.parquet")
-    assert asked("slue_sentiment", tmp_path / "slue")[0]["references"] == ["positive"]
+    assert asked("slue_sentiment", tmp_path / "slue")[0].references == ["positive"]
 
 
 # Question answering
@@ -309,8 +310,8 @@ def boolq(folder, *answers):
 def test_boolq_asks_of_a_written_passage(tmp_path):
     rows = asked("boolq", boolq(tmp_path / "boolq-audio", True, False))
     assert facts(rows, "transcript", "references") == [("is it 0", ["yes"]), ("is it 1", ["no"])]
-    assert rows[1]["instruction"].endswith("yes or no.\n\nPassage: It is {1}.")
-    assert rows[1]["labels"] == []
+    assert rows[1].instruction.endswith("yes or no.\n\nPassage: It is {1}.")
+    assert rows[1].labels == []
 
 
 def test_yes_and_no_may_be_said_otherwise_but_not_be_something_else(tmp_path):
@@ -323,7 +324,7 @@ def test_spoken_squad_has_no_transcript(tmp_path):
     row = {"context": {"bytes": clip(1), "path": None}, "instruction": "Who sang?", "answer": "Coldplay"}
     rows = asked("spoken_squad", parquet(tmp_path / "spoken_squad", row, name="test-0.parquet"))
     assert facts(rows, "transcript", "references") == [("", ["Coldplay"])]
-    assert rows[0]["instruction"].endswith("words of it. Who sang?")
+    assert rows[0].instruction.endswith("words of it. Who sang?")
 
 
 def sqa5(folder):
@@ -360,7 +361,7 @@ def test_slue_sqa5_has_several_right_answers_and_questions_about_one_clip(tmp_pa
         ("sqa5/test/q0/slue_sqa5", 0, ["bees", "the bees"]),
         ("sqa5/test/q1/slue_sqa5", 0, ["honey"]),
     ]
-    assert rows[1]["instruction"].endswith("words of it. what 1")
+    assert rows[1].instruction.endswith("words of it. what 1")
 
 
 def test_spans_may_also_be_a_list_of_dicts(tmp_path):
@@ -372,7 +373,7 @@ def test_spans_may_also_be_a_list_of_dicts(tmp_path):
         "answer_spans": [{"answer": "bees"}, {"answer": "the bees"}],
     }
     rows = asked("slue_sqa5", parquet(tmp_path, row, name="test.parquet"))
-    assert rows[0]["references"] == ["bees", "the bees"]
+    assert rows[0].references == ["bees", "the bees"]
 
 
 def test_voicebench_speaks_the_options_and_gives_a_letter(tmp_path):
@@ -395,6 +396,21 @@ tasks:
 """
 
 
+def test_options_that_are_the_same_for_all_rows_are_labels(tmp_path):
+    block = {"group": "qa", "kind": "choice", "description": "Choose.", "prompt": "Which?", "data": {}}
+    block |= {"labels": ["the cat", "the dog"], "reference": "answer"}
+    lines = [{"audio": "a.wav", "transcript": "hm", "answer": answer} for answer in ("the dog", "a", "B")]
+    place = write(tmp_path, {"asr.jsonl": json_lines(*lines), "a.wav": clip(1)}) / "asr.jsonl"
+    (tmp_path / "mine.yaml").write_text(json.dumps({"tasks": {"mine": block}}))
+    with pytest.raises(ValueError, match="'a' is no option; expected the name, text or number of one of .*'the cat'"):
+        read_rows(override(load_tasks(tmp_path / "mine.yaml")["mine"], {"corpus": str(place)}))
+    lines[1:] = [lines[1] | {"answer": "0", "id": "1"}]
+    write(tmp_path, {"asr.jsonl": json_lines(*lines)})
+    rows = read_rows(override(load_tasks(tmp_path / "mine.yaml")["mine"], {"corpus": str(place)}))
+    assert facts(rows, "references", "labels") == [(["B"], ["the cat", "the dog"]), (["A"], ["the cat", "the dog"])]
+    assert is_right(rows[0], "The answer is (B).") and is_right(rows[0], "the dog") and not is_right(rows[0], "the cat")
+
+
 @pytest.mark.parametrize(
     ("choices", "answer"),
     [
@@ -408,8 +424,8 @@ def test_options_may_stand_in_a_column(tmp_path, choices, answer):
     row = {"audio": "a.wav", "transcript": "hm", "question": "What shines?", "choices": choices, "answer": answer}
     write(tmp_path, {"tasks.yaml": CHOICE, "q.jsonl": json_lines(row), "a.wav": clip(1)})
     rows = read_rows(override(load_tasks(tmp_path / "tasks.yaml")["choose"], {"corpus": str(tmp_path / "q.jsonl")}))
-    assert rows[0]["instruction"] == "What shines?\nA. ice\nB. the sun"
-    assert (rows[0]["references"], rows[0]["labels"]) == (["B"], ["ice", "the sun"])
+    assert rows[0].instruction == "What shines?\nA. ice\nB. the sun"
+    assert (rows[0].references, rows[0].labels) == (["B"], ["ice", "the sun"])
 
 
 @pytest.mark.parametrize(

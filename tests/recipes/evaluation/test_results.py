@@ -1,8 +1,8 @@
 """What is reported: figures side by side, how far apart systems are, and texts that no answer can break."""
 
-import dataclasses
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -14,7 +14,8 @@ from dataset_builders.nano.tasks import answers
 from recipes.evaluation import pages
 from recipes.evaluation.pages import draw, examples, playable, write
 from recipes.evaluation.questions import read_rows
-from recipes.evaluation.results import collect, compare, figures_of, relative
+from recipes.evaluation.results import SystemResult, collect, compare, figures_of, relative
+from recipes.evaluation.rows import Answer
 from recipes.evaluation.systems import SYSTEMS
 from recipes.evaluation.tables import comparisons, details, markdown, model_index, show, summary
 from recipes.evaluation.tasks import load_tasks, override
@@ -33,28 +34,25 @@ def rows(corpus_dir):
     return {name: read_rows(task) for name, task in tasks.items()}
 
 
-def said(rows, speak):
-    """Records of what `speak` says to every row."""
-    return [
-        {"id": row["id"], "response": speak(row), "constrained": None, "finished": True, "seconds": 0.5} for row in rows
-    ]
+def said(rows, speak, **more):
+    """What `speak` says to every row."""
+    return SystemResult(rows, rows, [Answer(row.id, speak(row), **{"seconds": 0.5, **more}) for row in rows])
 
 
 def right(row):
     task = {"nano_intent": "intent", "nano_sentiment": "sentiment", "nano_asr": "transcription"}
-    return answers(task.get(row["task"], row["task"]), row["transcript"])[0]
+    return answers(task.get(row.task, row.task), row.transcript)[0]
 
 
 def parrot(row):
-    return row["transcript"]
+    return row.transcript
 
 
 def found_of(rows, **speakers):
     """Everything found of tasks and systems, each system answering in a way of its own."""
-    asked = {(name, system): rows[name] for name in rows for system in speakers}
-    answered = {key: said(some, speakers[key[1]]) for key, some in asked.items()}
-    found = collect([TASKS[name] for name in rows], [SYSTEMS[name] for name in speakers], asked, answered)
-    return found | {"checkpoints": {"model": "runs/mine/checkpoint"}}, asked, answered
+    results = {(name, system): said(rows[name], speakers[system]) for name in rows for system in speakers}
+    found = collect([TASKS[name] for name in rows], [SYSTEMS[name] for name in speakers], results)
+    return found | {"checkpoints": {"model": "runs/mine/checkpoint"}}, results
 
 
 def value(scored, name):
@@ -65,7 +63,7 @@ def value(scored, name):
 
 
 def test_every_task_and_system_has_its_figures_side_by_side(rows):
-    found, *_ = found_of(rows, text_llm=right, model=parrot)
+    found, _ = found_of(rows, text_llm=right, model=parrot)
     assert list(found["tasks"]) == list(rows)
     assert found["systems"]["model"] == {"label": "the model", "hears": "audio"}
     nano = found["tasks"]["nano"]
@@ -80,51 +78,49 @@ def test_every_task_and_system_has_its_figures_side_by_side(rows):
 
 
 def test_a_pool_has_the_figures_of_its_parts_too(rows):
-    scored = figures_of(rows["nano"], said(rows["nano"], parrot))
-    assert set(scored["parts"]) == {row["task"] for row in rows["nano"]}
+    scored = figures_of(said(rows["nano"], parrot))
+    assert set(scored["parts"]) == {row.task for row in rows["nano"]}
     assert sum(part["rows"] for part in scored["parts"].values()) == scored["rows"] == 16
     assert value(scored["parts"]["transcription"], "wer") == 0.0
-    assert "parts" not in figures_of(rows["nano_asr"], said(rows["nano_asr"], parrot))
+    assert "parts" not in figures_of(said(rows["nano_asr"], parrot))
 
 
 def test_answers_cut_short_and_seconds_of_audio_per_second_are_counted(rows):
-    records = said(rows["nano_asr"], right)
-    records[0]["finished"] = False
-    scored = figures_of(rows["nano_asr"], records)
+    result = said(rows["nano_asr"], right)
+    first, *others = result.answers
+    scored = figures_of(replace(result, answers=[replace(first, finished=False), *others]))
     assert scored["truncated"]["value"] == 1 / 8
-    seconds = sum(row["duration"] for row in rows["nano_asr"])
+    seconds = sum(row.duration for row in rows["nano_asr"])
     assert scored["rtfx"]["value"] == pytest.approx(seconds / (8 * 0.5), abs=1e-6)
 
 
 def test_what_took_no_time_has_no_speed(rows):
     """A cascade's transcriptions are those of its ASR."""
-    records = [record | {"seconds": None} for record in said(rows["nano_asr"], right)]
-    assert "rtfx" not in figures_of(rows["nano_asr"], records)
+    assert "rtfx" not in figures_of(said(rows["nano_asr"], right, seconds=None))
 
 
 def test_a_part_of_which_nobody_knows_what_is_right_has_no_figures(corpus_dir):
     task = override(TASKS["nano"], {"corpus": str(corpus_dir), "split": "train", "oracle": ""})
     some = read_rows(task)
-    scored = figures_of(some, said(some, parrot))
+    scored = figures_of(said(some, parrot))
     assert value(scored, "transcript_copy") == 1.0
     known = {name for name, part in scored["parts"].items() if part["figures"]}
     assert known == {"transcription"}
-    assert compare(some, {"model": said(some, parrot), "text_llm": said(some, parrot)}) == {}
+    assert compare({"model": said(some, parrot), "text_llm": said(some, parrot)}) == {}
 
 
 # Fewer rows, fewer systems
 
 
 def test_a_control_that_saw_fewer_rows_is_scored_on_those(rows):
-    few = [row for row in rows["nano"] if row["utterance"] < 3]
-    asked = {("nano", "model"): rows["nano"], ("nano", "silence"): few}
-    answered = {key: said(some, parrot) for key, some in asked.items()}
-    found = collect([TASKS["nano"]], [SYSTEMS["model"], SYSTEMS["silence"]], asked, answered)
+    few = [row for row in rows["nano"] if row.utterance < 3]
+    results = {("nano", "model"): said(rows["nano"], parrot), ("nano", "silence"): said(few, parrot)}
+    found = collect([TASKS["nano"]], [SYSTEMS["model"], SYSTEMS["silence"]], results)
     nano = found["tasks"]["nano"]
     assert (nano["rows"], nano["utterances"]) == (16, 8)
     assert {name: system["rows"] for name, system in nano["systems"].items()} == {"model": 16, "silence": 6}
     header, lines = summary(found)
-    absent = {row["task"] for row in rows["nano"]} - {row["task"] for row in few}
+    absent = {row.task for row in rows["nano"]} - {row.task for row in few}
     assert absent  # parts that the control was not asked
     cells = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
     parts = nano["systems"]["model"]["parts"]
@@ -133,11 +129,10 @@ def test_a_control_that_saw_fewer_rows_is_scored_on_those(rows):
 
 def test_a_system_may_be_left_out_of_a_task(rows):
     """As a text LLM is where nobody knows what is said."""
-    asked = {("nano_asr", "model"): rows["nano_asr"]}
-    asked |= {("nano_intent", system): rows["nano_intent"] for system in ("model", "text_llm")}
-    answered = {key: said(some, right) for key, some in asked.items()}
+    results = {("nano_asr", "model"): said(rows["nano_asr"], right)}
+    results |= {("nano_intent", system): said(rows["nano_intent"], right) for system in ("model", "text_llm")}
     tasks, systems = [TASKS["nano_asr"], TASKS["nano_intent"]], [SYSTEMS["text_llm"], SYSTEMS["model"]]
-    header, lines = summary(collect(tasks, systems, asked, answered))
+    header, lines = summary(collect(tasks, systems, results))
     assert header == ["task", "figure", "text_llm", "model"]
     assert [line[:3] for line in lines] == [
         ["nano_asr", "wer ↓", "–"],
@@ -146,9 +141,8 @@ def test_a_system_may_be_left_out_of_a_task(rows):
 
 
 def test_a_task_that_nobody_could_be_asked_is_left_out(rows):
-    asked = {("nano_asr", "text_llm"): rows["nano_asr"]}
-    answered = {key: said(some, right) for key, some in asked.items()}
-    found = collect([TASKS["nano_intent"], TASKS["nano_asr"]], [SYSTEMS["text_llm"]], asked, answered)
+    results = {("nano_asr", "text_llm"): said(rows["nano_asr"], right)}
+    found = collect([TASKS["nano_intent"], TASKS["nano_asr"]], [SYSTEMS["text_llm"]], results)
     assert list(found["tasks"]) == ["nano_asr"]
 
 
@@ -187,39 +181,39 @@ def test_the_same_answers_are_no_difference():
 
 def test_forgetting_is_of_speech_and_text_kept_is_of_reading_both_against_the_text_llm(rows):
     some = rows["nano"]
-    half = {row["id"] for row in some if row["kind"] != "transcription" and row["utterance"] % 2}
+    half = {row.id for row in some if row.kind != "transcription" and row.utterance % 2}
 
     def halting(row):
-        return right(row) if row["id"] not in half else "?"
+        return right(row) if row.id not in half else "?"
 
     answered = {"text_llm": said(some, right), "model": said(some, halting), "model_reading": said(some, right)}
-    change = compare(some, answered)
+    change = compare(answered)
     assert set(change) == {"forgetting", "text_kept"}
     assert change["forgetting"]["value"] < 0
     assert change["text_kept"]["value"] == 0.0
-    assert set(compare(some, {"text_llm": said(some, right), "model": said(some, parrot)})) == {"forgetting"}
+    assert set(compare({"text_llm": said(some, right), "model": said(some, parrot)})) == {"forgetting"}
 
 
 def test_transcriptions_are_not_what_is_forgotten(rows):
     some = rows["nano"]
 
     def deaf(row):
-        return right(row) if row["kind"] != "transcription" else "?"
+        return right(row) if row.kind != "transcription" else "?"
 
-    assert compare(some, {"text_llm": said(some, right), "model": said(some, deaf)})["forgetting"]["value"] == 0.0
+    assert compare({"text_llm": said(some, right), "model": said(some, deaf)})["forgetting"]["value"] == 0.0
     asr = rows["nano_asr"]
-    assert compare(asr, {"text_llm": said(asr, right), "model": said(asr, right)}) == {}
+    assert compare({"text_llm": said(asr, right), "model": said(asr, right)}) == {}
 
 
 @pytest.mark.parametrize("absent", ["text_llm", "model"])
 def test_there_is_nothing_to_compare_without_both(rows, absent):
     answered = {name: said(rows["nano"], right) for name in ("text_llm", "model") if name != absent}
-    assert compare(rows["nano"], answered) == {}
+    assert compare(answered) == {}
 
 
 def test_what_the_text_llm_never_could_is_not_forgotten(rows):
     answered = {"text_llm": said(rows["nano"], parrot), "model": said(rows["nano"], right)}
-    assert compare(rows["nano"], answered) == {}
+    assert compare(answered) == {}
 
 
 # Tables
@@ -240,17 +234,17 @@ def test_a_figure_stands_with_its_interval(name, figure, cell):
 
 
 def test_the_summary_has_a_row_per_task_and_part_and_a_column_per_system(rows):
-    found, *_ = found_of({"nano": rows["nano"]}, text_llm=right, model=parrot)
+    found, _ = found_of({"nano": rows["nano"]}, text_llm=right, model=parrot)
     header, lines = summary(found)
     assert header == ["task", "figure", "text_llm", "model"]
-    parts = sorted({row["task"] for row in rows["nano"]})
+    parts = sorted({row.task for row in rows["nano"]})
     assert [line[0] for line in lines] == ["nano", *(f"nano: {part}" for part in parts)]
     assert lines[0][1:] == ["following ↑", "100.0 % (100.0–100.0)", "0.0 % (0.0–0.0)"]
     assert dict((line[0], line[1]) for line in lines)["nano: transcription"] == "wer ↓"
 
 
 def test_details_have_every_figure_of_every_system(rows):
-    found, *_ = found_of({"nano_intent": rows["nano_intent"]}, text_llm=right, model=parrot)
+    found, _ = found_of({"nano_intent": rows["nano_intent"]}, text_llm=right, model=parrot)
     header, lines = details(found["tasks"]["nano_intent"])
     assert header[:2] == ["system", "question"] and header[-2:] == ["truncated", "× real time"]
     assert {"accuracy", "macro_f1", "unparsed", "right", "transcript_copy"} == set(header[2:-2])
@@ -260,7 +254,7 @@ def test_details_have_every_figure_of_every_system(rows):
 
 
 def test_a_relative_change_stands_with_its_sign(rows):
-    found, *_ = found_of({"nano_intent": rows["nano_intent"]}, text_llm=right, model=parrot)
+    found, _ = found_of({"nano_intent": rows["nano_intent"]}, text_llm=right, model=parrot)
     assert comparisons(found)[1] == [["nano_intent", "-100.0 % (-100.0 to -100.0)", "–"]]
 
 
@@ -276,7 +270,7 @@ def test_a_table_has_as_many_cells_in_every_row():
 
 
 def test_results_as_markdown(rows):
-    found, *_ = found_of(rows, text_llm=right, model=parrot)
+    found, _ = found_of(rows, text_llm=right, model=parrot)
     text = markdown(found)
     assert text.startswith("# runs/mine/checkpoint\n")
     assert [line for line in text.splitlines() if line.startswith("## ")] == [f"## {name}" for name in rows]
@@ -288,9 +282,9 @@ def test_results_as_markdown(rows):
 
 def test_answers_and_prompts_of_any_form_break_no_table(rows, tmp_path):
     wild = "| a | b |\n|---|---|\n\n# <b>No</b> heading\u2028"
-    some = [row | {"instruction": f"Choose.\nA. x|y\n\n# {place}"} for place, row in enumerate(rows["nano_intent"])]
-    found, asked, answered = found_of({"nano_intent": some}, model=lambda row: wild)
-    write(tmp_path, found, asked, answered)
+    some = [replace(row, instruction=f"Choose.\nA. x|y\n\n# {n}") for n, row in enumerate(rows["nano_intent"])]
+    found, results = found_of({"nano_intent": some}, model=lambda row: wild)
+    write(tmp_path, found, results)
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert [line for line in text.splitlines() if line.startswith("#")] == ["# runs/mine/checkpoint", "## nano_intent"]
     for table in tables(text):
@@ -305,7 +299,7 @@ def test_answers_and_prompts_of_any_form_break_no_table(rows, tmp_path):
 
 
 def test_the_model_index_is_read_by_the_hubs_own_library(rows):
-    found, *_ = found_of({"nano": rows["nano"], "nano_asr": rows["nano_asr"]}, text_llm=right, model=parrot)
+    found, _ = found_of({"nano": rows["nano"], "nano_asr": rows["nano_asr"]}, text_llm=right, model=parrot)
     index = yaml.safe_load(model_index(found))
     name, listed = model_index_to_eval_results(index["model-index"])
     assert name == "checkpoint"
@@ -324,13 +318,13 @@ def test_the_model_index_is_read_by_the_hubs_own_library(rows):
 def test_two_tasks_of_one_corpus_can_be_told_apart_on_the_card(rows):
     """The Hub's library merges what is of one corpus, and keeps the first name."""
     some = {name: rows[name] for name in ("nano_intent", "nano_sentiment")}
-    found, *_ = found_of(some, model=right)
+    found, _ = found_of(some, model=right)
     _, listed = model_index_to_eval_results(yaml.safe_load(model_index(found))["model-index"])
     assert {"nano_intent: accuracy", "nano_sentiment: accuracy"} <= {result.metric_name for result in listed}
 
 
 def test_without_the_model_there_is_nothing_for_its_card(rows):
-    found, *_ = found_of({"nano_asr": rows["nano_asr"]}, text_llm=right)
+    found, _ = found_of({"nano_asr": rows["nano_asr"]}, text_llm=right)
     assert model_index(found) == ""
 
 
@@ -338,8 +332,8 @@ def test_without_the_model_there_is_nothing_for_its_card(rows):
 
 
 def test_what_is_written(rows, tmp_path):
-    found, asked, answered = found_of({"nano": rows["nano"]}, text_llm=right, model=parrot)
-    write(tmp_path, found, asked, answered)
+    found, results = found_of({"nano": rows["nano"]}, text_llm=right, model=parrot)
+    write(tmp_path, found, results)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "model_index.yaml",
         "nano.png",
@@ -349,37 +343,31 @@ def test_what_is_written(rows, tmp_path):
         "results.md",
     ]
     assert json.loads((tmp_path / "results.json").read_text()) == found
-    assert (tmp_path / "report.html").read_text().count("<audio") == len({row["task"] for row in rows["nano"]})
+    assert (tmp_path / "report.html").read_text().count("<audio") == len({row.task for row in rows["nano"]})
 
 
 def test_bars_of_two_pools_do_not_stand_in_for_each_other(rows, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(pages.figures, "plot_bars", lambda scores, stem, order, *_: drawn.update({stem.name: order}))
-    some = {"nano": rows["nano"], "mine": rows["nano"]}
-    asked = {(name, "model"): rows["nano"] for name in some}
-    answered = {key: said(rows["nano"], right) for key in asked}
-    tasks = [TASKS["nano"], dataclasses.replace(TASKS["nano"], name="mine")]
-    draw(collect(tasks, [SYSTEMS["model"]], asked, answered), tmp_path)
-    assert len(drawn["nano"]) == len(drawn["mine"]) == 1 + len({row["task"] for row in rows["nano"]})
+    results = {(name, "model"): said(rows["nano"], right) for name in ("nano", "mine")}
+    tasks = [TASKS["nano"], replace(TASKS["nano"], name="mine")]
+    draw(collect(tasks, [SYSTEMS["model"]], results), tmp_path)
+    assert len(drawn["nano"]) == len(drawn["mine"]) == 1 + len({row.task for row in rows["nano"]})
     assert {"all, following", "transcription, wer"} <= set(drawn["nano"])
 
 
 def test_examples_are_one_of_every_question_with_all_answers_and_a_playable_clip(rows):
     some = rows["nano"]
-    assert some[0]["task"] != "transcription"
-    shown = {
-        "text_llm": {record["id"]: record for record in said(some, right)},
-        "silence": {record["id"]: record for record in said(some[:2], parrot)},
-    }
-    listed = examples(some, shown)
-    assert len(listed) == len({row["task"] for row in some})
+    assert some[0].task != "transcription"
+    listed = examples({"text_llm": said(some, right), "silence": said(some[:2], parrot)})
+    assert len(listed) == len({row.task for row in some})
     assert all(item["audio"].startswith(b"RIFF") for item in listed)
     by_instruction = {item["instruction"]: item for item in listed}
-    assert by_instruction[some[0]["instruction"]]["answers"] == [
+    assert by_instruction[some[0].instruction]["answers"] == [
         ("text_llm", right(some[0]), True),
-        ("silence", some[0]["transcript"], False),
+        ("silence", some[0].transcript, False),
     ]
-    asked_of_silence = {row["instruction"] for row in some[:2]}
+    asked_of_silence = {row.instruction for row in some[:2]}
     assert all(len(item["answers"]) == 1 + (item["instruction"] in asked_of_silence) for item in listed)
 
 

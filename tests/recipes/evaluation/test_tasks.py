@@ -11,8 +11,9 @@ from dataset_builders.corpora.opening import load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
 from dataset_builders.nano.tasks import UNSEEN_TASKS, answers, is_correct
 from recipes.evaluation.constraints import draw_constraint
-from recipes.evaluation.questions import ROW, read_rows
-from recipes.evaluation.tasks import GROUPS, KINDS, choose_tasks, load_tasks, override
+from recipes.evaluation.kinds import KINDS
+from recipes.evaluation.questions import read_rows
+from recipes.evaluation.tasks import GROUPS, POOL, choose_tasks, load_tasks, override
 
 TASKS = load_tasks()
 PLAIN = {
@@ -39,7 +40,7 @@ def load_one(folder, **changes):
 
 
 def test_every_kind_and_group_but_text_has_a_task():
-    assert {task.kind for task in TASKS.values()} == set(KINDS)
+    assert {task.kind for task in TASKS.values()} == {*KINDS, POOL}
     assert {task.group for task in TASKS.values()} == set(GROUPS)
 
 
@@ -87,6 +88,12 @@ def test_a_preset_fills_its_prompt_and_says_where_its_corpus_is(name):
         ({"kind": "translation"}, "kind 'translation' needs a `reference`, or `oracle` and `task`"),
         ({"kind": "classification", "reference": "x"}, "kind 'classification' needs `labels`: a list, or `column`"),
         ({"kind": "choice", "reference": "x"}, "kind 'choice' needs `labels`, or `choices`"),
+        ({"kind": "translation", "reference": "x"}, "kind 'translation' needs a `target_language`"),
+        ({"language": None}, "kind 'transcription' needs a `language`"),
+        (
+            {"kind": "pool", "prompt": None, "oracle": "a.module", "tasks": ["intent", "translation"]},
+            "kind 'translation' needs a `target_language`",
+        ),
         ({"kind": "constraints"}, "kind 'constraints' takes no `prompt`: its instructions are drawn"),
         ({"kind": "pool", "prompt": None}, "kind 'pool' needs `tasks`"),
         ({"oracle": "a.module"}, "`oracle` needs `task`, which says what it is asked"),
@@ -202,8 +209,10 @@ def test_the_pool_is_asked_as_the_quickstart_asks_it(corpus_dir, name, seed):
         before = [row for row in before if row["task"] in UNSEEN_TASKS]
     rows = read_rows(override(TASKS[name], {"corpus": str(corpus_dir), "split": "train"}), seed=seed)
     same = ("id", "task", "instruction", "transcript", "audio", "source", "duration")
-    assert [{key: row[key] for key in same} for row in rows] == [{key: row[key] for key in same} for row in before]
-    assert [row["utterance"] for row in rows] == [row["row"] for row in before]
+    assert [{key: getattr(row, key) for key in same} for row in rows] == [
+        {key: row[key] for key in same} for row in before
+    ]
+    assert [row.utterance for row in rows] == [row["row"] for row in before]
 
 
 @pytest.fixture
@@ -214,7 +223,7 @@ def nano(corpus_dir):
 
 def test_rows_of_the_pool_are_scored_by_what_they_ask(nano):
     rows = [row for seed in range(6) for row in read_rows(nano("nano"), seed=seed)]
-    assert {row["task"]: row["kind"] for row in rows} == {
+    assert {row.task: row.kind for row in rows} == {
         "transcription": "transcription",
         "translation": "translation",
         "intent": "classification",
@@ -223,27 +232,26 @@ def test_rows_of_the_pool_are_scored_by_what_they_ask(nano):
         "continuation": "oracle",
         "repetition": "oracle",
     }
-    assert {row["target_language"] for row in rows if row["kind"] == "translation"} == {"es"}
-    assert {row["target_language"] for row in rows if row["kind"] != "translation"} == {None}
-    assert all(tuple(row) == ROW for row in rows)
+    assert {row.target_language for row in rows if row.kind == "translation"} == {"es"}
+    assert {row.target_language for row in rows if row.kind != "translation"} == {None}
 
 
 def test_references_of_the_pool_are_right(nano):
     for seed in range(6):
         for row in read_rows(nano("nano"), seed=seed):
-            known = answers(row["task"], row["transcript"])
-            if row["kind"] == "classification":
-                assert row["answer"].format(*row["references"]) == known[0]
-                assert row["references"][0] in row["labels"]
-            elif row["kind"] == "keywords":
-                assert f"Keywords: {', '.join(row['references'])}." == known[0]
+            known = answers(row.task, row.transcript)
+            if row.kind == "classification":
+                assert row.answer.format(*row.references) == known[0]
+                assert row.references[0] in row.labels
+            elif row.kind == "keywords":
+                assert f"Keywords: {', '.join(row.references)}." == known[0]
             else:
-                assert row["references"] == known
+                assert row.references == known
 
 
 def test_without_an_oracle_only_transcripts_are_known(nano):
     rows = read_rows(nano("nano", oracle=""))
-    assert {row["task"] for row in rows if row["references"]} == {"transcription"}
+    assert {row.task for row in rows if row.references} == {"transcription"}
     assert len(rows) == 16
 
 
@@ -251,19 +259,19 @@ def test_without_an_oracle_only_transcripts_are_known(nano):
 def test_a_task_of_the_nano_language_is_asked_in_held_out_wordings(nano, name):
     task = nano(name)
     rows = read_rows(task, limit=3)
-    assert [row["id"].rpartition("/")[2] for row in rows] == [name] * 3
-    assert {row["instruction"] for row in rows} <= set(load_pool()[task.task].held_out)
-    assert {row["kind"] for row in rows} == {task.kind}
+    assert [row.id.rpartition("/")[2] for row in rows] == [name] * 3
+    assert {row.instruction for row in rows} <= set(load_pool()[task.task].held_out)
+    assert {row.kind for row in rows} == {task.kind}
     for row in rows:
-        said = row["answer"].format(row["references"][0])
-        said = f"Keywords: {', '.join(row['references'])}." if task.kind == "keywords" else said
-        assert is_correct(task.task, row["transcript"], said)
+        said = row.answer.format(row.references[0])
+        said = f"Keywords: {', '.join(row.references)}." if task.kind == "keywords" else said
+        assert is_correct(task.task, row.transcript, said)
 
 
 def test_the_nano_corpus_can_be_spoken_as_it_is_read():
     rows = read_rows(TASKS["nano_intent"], limit=2)
-    assert [row["id"] for row in rows] == [f"nano/test/nano-test-0-{n:06d}/nano_intent" for n in (0, 1)]
-    assert len(rows[0]["labels"]) == 8
+    assert [row.id for row in rows] == [f"nano/test/nano-test-0-{n:06d}/nano_intent" for n in (0, 1)]
+    assert len(rows[0].labels) == 8
 
 
 @pytest.mark.parametrize("name", ["format", "nano_format"])
@@ -271,8 +279,8 @@ def test_forms_of_answers_are_drawn_by_utterance(nano, name):
     rows = read_rows(nano(name, **({"columns.transcript": "transcript"} if name == "format" else {})), seed=3)
     for number, row in enumerate(rows):
         instruction, constraint = draw_constraint(f"utt-{number}", 3)
-        assert (row["instruction"], row["constraint"]) == (instruction, constraint.name)
-        assert row["references"] == []
+        assert (row.instruction, row.constraint) == (instruction, constraint.name)
+        assert row.references == []
 
 
 def test_the_oracle_must_know_the_language(tmp_path):

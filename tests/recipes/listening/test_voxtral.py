@@ -22,16 +22,16 @@ def voxtral(tmp_path_factory):
     return load(write_voxtral(tmp_path_factory.mktemp("peers") / "voxtral"))
 
 
-def pieces(llm, row, hear):
+def pieces(llm, row, slot):
     """The prompt cut where roles change: `[(role, text), ...]`."""
-    runs = groupby(llm.spans(row, hear), key=lambda span: span[1])
+    runs = groupby(llm.spans(row, slot), key=lambda span: span[1])
     return [(role, llm.tokenizer.decode([token for token, _ in run])) for role, run in runs]
 
 
 def test_it_is_opened_as_what_it_is_with_one_place_for_the_clip(voxtral, spoken):
     assert type(voxtral) is Voxtral and voxtral.name == "voxtral"
-    for hear in ("audio", "silence"):
-        assert voxtral.prompt(spoken[0], hear) == "<s>[INST][BEGIN_AUDIO][AUDIO]Repeat it.[/INST]"
+    for slot in ("audio", "silence"):
+        assert voxtral.prompt(spoken[0], slot) == "<s>[INST][BEGIN_AUDIO][AUDIO]Repeat it.[/INST]"
     transcript = spoken[0]["transcript"]
     assert voxtral.prompt(spoken[0], "transcript") == f"<s>[INST]Repeat it.\n{transcript}[/INST]"
 
@@ -58,7 +58,7 @@ def test_silence_is_as_long_as_the_clip_and_nothing_is_heard_in_it(voxtral, spok
     long = [spoken[0] | {"audio": np.tile(load_audio(spoken[0]["audio"]), 12)}, *spoken[1:]]
     zeros = [row | {"audio": np.zeros_like(load_audio(row["audio"]))} for row in long]
     audio, silence, expected = (
-        voxtral.inputs(rows, hear) for rows, hear in [(long, "audio"), (long, "silence"), (zeros, "audio")]
+        voxtral.inputs(rows, slot) for rows, slot in [(long, "audio"), (long, "silence"), (zeros, "audio")]
     )
     assert len(audio["input_features"]) == len(long) + 1  # the first takes more than 30 s
     assert torch.equal(audio["input_ids"], silence["input_ids"])
@@ -67,14 +67,14 @@ def test_silence_is_as_long_as_the_clip_and_nothing_is_heard_in_it(voxtral, spok
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("hear", HEARD)
-def test_what_it_says_does_not_depend_on_the_batch(voxtral, spoken, hear):
-    together = voxtral.model(**voxtral.inputs(spoken, hear)).logits[:, -1]
-    alone = torch.cat([voxtral.model(**voxtral.inputs([row], hear)).logits[:, -1] for row in spoken])
+@pytest.mark.parametrize("slot", HEARD)
+def test_what_it_says_does_not_depend_on_the_batch(voxtral, spoken, slot):
+    together = voxtral.model(**voxtral.inputs(spoken, slot)).logits[:, -1]
+    alone = torch.cat([voxtral.model(**voxtral.inputs([row], slot)).logits[:, -1] for row in spoken])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
     assert not torch.allclose(alone[0], alone[1], atol=1e-2)
-    replies = voxtral.respond(spoken, hear, max_new_tokens=8, progress=False)
-    assert replies == voxtral.respond(spoken, hear, max_new_tokens=8, batch_size=1, progress=False)
+    replies = voxtral.respond(spoken, slot, max_new_tokens=8, progress=False)
+    assert replies == voxtral.respond(spoken, slot, max_new_tokens=8, batch_size=1, progress=False)
 
 
 def test_every_row_gives_one_of_its_own_answers(voxtral, spoken):
@@ -122,9 +122,9 @@ def test_a_token_across_a_border_belongs_to_what_it_ends_in(voxtral):
     assert found[1:3] == [("instruction", "Repeat"), ("template", ".\n")]
 
 
-@pytest.mark.parametrize("hear", HEARD)
-def test_a_prompt_and_its_answer_are_told_apart_to_the_token(voxtral, answered, hear):
-    batch, inputs = teacher_forced(voxtral, answered, hear), voxtral.inputs(answered, hear)
+@pytest.mark.parametrize("slot", HEARD)
+def test_a_prompt_and_its_answer_are_told_apart_to_the_token(voxtral, answered, slot):
+    batch, inputs = teacher_forced(voxtral, answered, slot), voxtral.inputs(answered, slot)
     decode = voxtral.tokenizer.decode
     for place, row in enumerate(answered):
         ids, start, end = batch.inputs["input_ids"][place], batch.starts[place], batch.lengths[place]
@@ -134,7 +134,7 @@ def test_a_prompt_and_its_answer_are_told_apart_to_the_token(voxtral, answered, 
         roles = np.array(ROLES)[batch.roles[place, :end]]
         assert list(roles[start:]) == ["response"] * (end - start)
         speech = ids[:end][roles == "speech"]
-        if hear == "transcript":
+        if slot == "transcript":
             assert decode(speech) == row["transcript"]
         else:
             assert speech.tolist() == [voxtral.audio_token_id] * 375  # of 30 s

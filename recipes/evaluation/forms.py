@@ -1,0 +1,56 @@
+"""Has an answer the form that was asked for? The form alone, for corpora without an oracle that knows the content.
+
+A verbatim transcript is of no kind but a transcription. What these rules cannot see: whether the content is right.
+"""
+
+import re
+
+from recipes.evaluation.following import is_copy
+from recipes.evaluation.parsing import parse_label, parse_list
+
+SENTIMENTS = ("positive", "negative", "neutral")
+MOST_KEYWORDS, MOST_WORDS_OF_ONE = 15, 4
+LONGEST_INTENT = 30  # words
+ARTICLES = {"a", "an", "the"}  # "The intent is praise." has one in common with most sentences
+
+
+def is_correct(task: str, transcript: str, response: str) -> bool:
+    """Whether `response` has the form of an answer to `task`, one of the self-powered tasks or transcription.
+
+    Raises:
+        ValueError: another task.
+    """
+    if task not in _FORMS:
+        raise ValueError(f"nothing is known of the form of an answer to {task!r}; expected one of {sorted(_FORMS)}.")
+    if not response.strip():
+        return False
+    copied = is_copy(transcript, response)
+    return copied if task == "transcription" else not copied and _FORMS[task](transcript, response)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def _shares_words(transcript: str, response: str) -> bool:
+    """A third of the longer words at least: inflection may take some."""
+    content = {word for word in _words(transcript) if len(word) > 3}
+    return not content or len(content & _words(response)) >= len(content) / 3
+
+
+def _is_keyword_list(transcript: str, response: str) -> bool:
+    items = parse_list(response) or []
+    short = all(len(item.split()) <= MOST_WORDS_OF_ONE for item in items)
+    said = _words(transcript) - ARTICLES
+    return 0 < len(items) <= MOST_KEYWORDS and short and any(_words(item) & said for item in items)
+
+
+_FORMS = {
+    "continuation": lambda transcript, response: not response.lower().startswith(transcript.lower()),
+    "repetition": _shares_words,
+    "keyword": _is_keyword_list,
+    "intent": lambda _, response: len(response.split()) <= LONGEST_INTENT,
+    "sentiment": lambda _, response: parse_label(response, SENTIMENTS) is not None,
+    "translation": lambda transcript, response: len(_words(transcript) & _words(response)) <= len(_words(response)) / 3,
+    "transcription": lambda *_: True,
+}
