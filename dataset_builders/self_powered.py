@@ -40,7 +40,7 @@ from dataset_builders.corpora.corpus import Corpus
 from dataset_builders.corpora.opening import PRESETS, open_corpus
 from dataset_builders.corpora.transcripts import NORMALIZERS
 from dataset_builders.filters import FILTERS
-from dataset_builders.instructions import POOL_PATH, Draw, load_pool, parse_weights
+from dataset_builders.instructions import Draw, load_pool, parse_weights
 from dataset_builders.original_format import OriginalRows, export_original, import_original
 from dataset_builders.publishing import push_to_hub
 from dataset_builders.responders.local import MAX_NEW_TOKENS, LocalResponder, Responder
@@ -78,8 +78,12 @@ class BuildArguments:
         default_factory=lambda: list(TASKS), metadata={"help": "TASK or TASK=WEIGHT; TASK=inf for every utterance."}
     )
     tasks_per_utterance: int = _option(1, "How many of them an utterance gets.")
-    languages: list[str] | None = field(default=None, metadata={"help": "To translate into; by default the pool's."})
-    pool: str = _option(str(POOL_PATH), "YAML file of tasks and their wordings.")
+    languages: list[str] | None = field(
+        default=None, metadata={"help": "To translate into and to answer in; by default the pool's."}
+    )
+    pool: str | None = _option(
+        None, "YAML file of tasks and their wordings; by default dataset_builders/instructions.yaml."
+    )
     seed: int = _option(0, "Of the draws.")
     # Who answers
     max_new_tokens: int = _option(MAX_NEW_TOKENS, "Longest response.")

@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 from dataset_builders.files import content_of, write_whole
-from dataset_builders.instructions import TRANSCRIPTION
+from dataset_builders.instructions import TRANSCRIPTION, digest_of, load_pool
+from dataset_builders.instructions import Task as PoolTask
 from dataset_builders.responders.exchange import Reply
 from language_models.tokenizers import text_processor
 from recipes.evaluation import pages, results
@@ -74,6 +75,7 @@ class Evaluation:
         if "base" not in self.checkpoints:
             self.chosen = self._without_base()
         self.paths = there
+        self._pools: dict[str | None, dict[str, PoolTask]] = {}
         self._open: tuple[str, SpeechLLM] | None = None
 
     def _without_base(self) -> list[System]:
@@ -99,7 +101,7 @@ class Evaluation:
     def run(self) -> dict:
         """Ask, score and write; returns the results."""
         self._check_folder()
-        rows = {task.name: read_rows(task, self.limit_of(task), self.seed) for task in self.tasks}
+        rows = {task.name: read_rows(task, self.limit_of(task), self.seed, self.pool_of(task)) for task in self.tasks}
         asked: dict[tuple[str, str], list[dict]] = {}
         answers: dict[tuple[str, str], list[dict]] = {}
         if any(system.change == "recognised" for system in self.chosen):
@@ -126,6 +128,12 @@ class Evaluation:
     def limit_of(self, task: Task) -> int | None:
         return self.limit.get(task.name) if isinstance(self.limit, Mapping) else self.limit
 
+    def pool_of(self, task: Task) -> dict[str, PoolTask]:
+        """The instruction pool of a task, read once."""
+        if task.pool not in self._pools:
+            self._pools[task.pool] = load_pool(task.pool)
+        return self._pools[task.pool]
+
     def ask(self, task: Task, system: System, rows: Sequence[dict]) -> list[dict]:
         """The answers of one system to one task, and what it was given: `asked` under each."""
         given = self.given(task, system, rows)
@@ -145,12 +153,12 @@ class Evaluation:
         if system.change == "shuffled":
             return shuffle_clips(rows)
         if system.change == "swapped":
-            return swap_instructions(rows)
+            return swap_instructions(rows, self.pool_of(task))
         return self.recognise(task, rows) if system.change == "recognised" else list(rows)
 
     def recognise(self, task: Task, rows: Sequence[dict]) -> list[dict]:
         """The rows with what the ASR model heard for a transcript."""
-        asked = transcription_rows(rows)
+        asked = transcription_rows(rows, self.pool_of(task))
         records = self.answer(task, System("asr", "ASR", "asr", "audio"), asked, "asr")
         heard = {row["utterance"]: record["response"] for row, record in zip(asked, records, strict=True)}
         return [row | {"transcript": heard[row["utterance"]] or " "} for row in rows]
@@ -211,6 +219,8 @@ class Evaluation:
         self.output.mkdir(parents=True, exist_ok=True)
         file = self.output / "settings.json"
         tasks = {task.name: json.loads(json.dumps(dataclasses.asdict(task), default=list)) for task in self.tasks}
+        for task in self.tasks:  # where a pool lies says nothing about its wordings
+            tasks[task.name]["pool"] = digest_of(self.pool_of(task))
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**self.settings, "tasks": {}}
         now = {**self.settings, "tasks": tasks}
         for name in ("checkpoints", "content", "tasks"):

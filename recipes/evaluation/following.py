@@ -2,18 +2,18 @@
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jiwer
 import numpy as np
 
 from dataset_builders.building import draw_rows
-from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
+from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, Task, load_pool
 from recipes.evaluation.metrics import error_rate, normalize_text
 
 COPY_WER = 0.2  # an answer this close to the transcript is a copy of it
 BY_FORM = "recipes.evaluation.kinds"  # the checker that judges the form of an answer alone
-Checker = Callable[[str, str, str], bool]
+Checker = Callable[[str, str, str], bool | None]  # None: nothing is known of right answers to this task
 
 
 def load_checker(module: str) -> Checker:
@@ -28,10 +28,17 @@ def load_checker(module: str) -> Checker:
     return found
 
 
-def held_out_rows(corpus: Iterable[dict], tasks: Sequence[str], seed: int = 0) -> list[dict]:
-    """Evaluation rows: every clip with one of `tasks` and with transcription, in held-out wordings, and its audio."""
+def held_out_rows(
+    corpus: Iterable[dict], tasks: Sequence[str], seed: int = 0, pool: Mapping[str, Task] | None = None
+) -> list[dict]:
+    """Evaluation rows: every clip with one of `tasks` and with transcription, in held-out wordings of `pool` (by
+    default the package's), and its audio.
+
+    Raises:
+        ValueError: the pool lacks one of the tasks, or has no held-out wordings of it.
+    """
     weights = {**dict.fromkeys(tasks, 1.0), TRANSCRIPTION: math.inf}
-    draw = Draw(load_pool(), weights, min(2, len(weights)), seed, "held_out")
+    draw = Draw(load_pool() if pool is None else pool, weights, min(2, len(weights)), seed, "held_out")
     return draw_rows([utterance | {"row": row} for row, utterance in enumerate(corpus)], draw)
 
 
@@ -45,14 +52,16 @@ def score(rows: Sequence[dict], responses: Sequence[str], checker: Checker) -> d
     """Following rate, transcript copy rate and word error rate.
 
     Returns:
-        `following`: mean over the self-powered tasks of the share right; `tasks`: that share for every task asked;
+        `following`: mean over the self-powered tasks of the share right; `tasks`: that share for every task asked of
+        which the checker knows right answers;
         `transcript_copy`: share of answers to tasks other than repetition and transcription that are the transcript;
         `wer`: of the transcription rows, as `metrics.error_rate` has it of English. A figure without rows is left out.
     """
     right: dict[str, list[bool]] = {}
     copies, spoken, written = [], [], []
     for row, response in zip(rows, responses, strict=True):
-        right.setdefault(row["task"], []).append(checker(row["task"], row["transcript"], response))
+        if (hit := checker(row["task"], row["transcript"], response)) is not None:
+            right.setdefault(row["task"], []).append(hit)
         if row["task"] == TRANSCRIPTION:
             spoken.append(row["transcript"])
             written.append(response)
