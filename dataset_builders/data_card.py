@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCardData
 
 from dataset_builders.files import write_whole
 from dataset_builders.filters import FILTERS
+from dataset_builders.instructions import digest_of, load_pool
 from dataset_builders.shards import BuildFolder
 
 REPOSITORY = "THIS_REPOSITORY"  # until the set is published
@@ -212,7 +213,7 @@ def _settings(builds: list[BuildFolder], pool: Mapping) -> list[str]:
         "\n</details>\n",
         "Filters:\n",
         *(filters or ["- none"]),
-        "\nTo build it again:\n",
+        "\nTo build it again (`POOL`, if it is there, is the YAML file with the wordings above):\n",
         "```bash",
         *(rebuild_command(build.settings) for build in builds),
         "```\n",
@@ -224,7 +225,7 @@ def _is_on(name: str, settings: dict) -> bool:
 
 
 def rebuild_command(settings: dict) -> str:
-    """The command line of a build; local files by their names alone."""
+    """The command line of a build; local files by their names alone, a pool other than ours as POOL."""
     corpus, draw, responder = settings["corpus"], settings["draw"], settings["responder"]
     options = {
         "corpus": corpus["origin"],
@@ -250,6 +251,8 @@ def rebuild_command(settings: dict) -> str:
     parts += ["--tasks", *(f"{task}={weight}" for task, weight in draw["weights"].items())]
     if draw["languages"]:
         parts += ["--languages", *draw["languages"]]
+    if draw["pool"] != digest_of(load_pool(slots={"language": draw["languages"]} if draw["languages"] else None)):
+        parts += ["--pool", "POOL"]
     if settings.get("trust_headers"):
         parts.append("--trust-headers")
     if settings["filters_off"]:

@@ -84,10 +84,11 @@ class Tally:
     # From -0.5, so that a bar stands over its whole numbers.
     transcript_words: Histogram = field(default_factory=partial(Histogram, -0.5, 1.0, 400))
     response_words: Histogram = field(default_factory=partial(Histogram, -0.5, 1.0, 400))
-    instructions: set[str] = field(default_factory=set)
+    instructions: dict[str, None] = field(default_factory=dict)  # a set that keeps the order
 
-    def summary(self) -> dict[str, int | float]:
-        """The numbers of a table's row: counts, hours, words, and the share of instructions that are distinct."""
+    def summary(self) -> dict[str, int | float | str]:
+        """What a table's row tells: counts, hours, words, the share of instructions that are distinct, and one of
+        them."""
         return {
             "rows": self.rows,
             "hours": self.duration.total / 3600,
@@ -97,6 +98,7 @@ class Tally:
             "response_words_max": int(self.response_words.largest),
             "instructions": len(self.instructions),
             "instructions_share": len(self.instructions) / max(1, self.rows),
+            "example": next(iter(self.instructions), ""),
         }
 
 
@@ -162,7 +164,7 @@ def draw_samples(folder: str | Path, per_task: int, seed: int) -> list[dict]:
 
 
 def render_text(survey: Survey) -> str:
-    """The survey for a terminal: a row per task and a total, then who answered and the sources."""
+    """The survey for a terminal: a row per task and a total, a wording of every task, who answered, and the sources."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("task", overflow="fold")
     for of in ("rows", "hours", "transcript words\nmean (max)", "response words\nmean (max)", "wordings\n(of rows)"):
@@ -175,6 +177,7 @@ def render_text(survey: Survey) -> str:
     console = Console(file=io.StringIO(), width=100, color_system=None)
     console.print(table)
     lines = [line.rstrip() for line in console.file.getvalue().strip("\n").splitlines()]
+    lines += [f"  a wording of {task}: {_example(tally)}" for task, tally in survey.tasks.items()]
     for responder in _responders(survey):
         who = ", ".join(f"{key} {value}" for key, value in responder.items() if key != "rows")
         lines.append(f"  answered by {who} ({responder['rows']:,} rows)")
@@ -196,6 +199,7 @@ def render_html(survey: Survey, samples: list[dict]) -> str:
         sources=survey.sources.most_common(),
         histograms={task: _histograms(f"t{i}", tally) for i, (task, tally) in enumerate(survey.tasks.items())},
         samples={task: [row for row in samples if row["task"] == task] for task in survey.tasks},
+        example=_example,
         audio_url=_audio_url,
     )
 
@@ -273,7 +277,7 @@ def _count(found: Survey, task: str, path: Path, batch: pa.RecordBatch) -> None:
         tally.duration.add(seconds)
         tally.transcript_words.add(transcript_words)
         tally.response_words.add(response_words)
-        tally.instructions.update(columns["instruction"])
+        tally.instructions |= dict.fromkeys(columns["instruction"])
     found.sources.update(columns["source"])
     found.responders.update(columns["responder"])
 
@@ -287,6 +291,11 @@ def _table(survey: Survey) -> list[list[str]]:
         wordings = f"{of['instructions']:,} ({100 * of['instructions_share']:.1f} %)"
         table.append([name, f"{of['rows']:,}", f"{of['hours']:,.2f}", *words, wordings])
     return table
+
+
+def _example(tally: Tally) -> str:
+    """One of the wordings on one line; a task that asks nothing has none."""
+    return " ".join(tally.summary()["example"].split()) or "(no instruction)"
 
 
 def _responders(survey: Survey) -> list[dict]:

@@ -40,7 +40,7 @@ from dataset_builders.corpora.corpus import Corpus
 from dataset_builders.corpora.opening import OF_FILES, PRESETS, open_corpus
 from dataset_builders.corpora.transcripts import NORMALIZERS
 from dataset_builders.filters import FILTERS
-from dataset_builders.instructions import POOL_PATH, Draw, load_pool, parse_weights
+from dataset_builders.instructions import Draw, load_pool, parse_weights
 from dataset_builders.original_format import OriginalRows, export_original, import_original
 from dataset_builders.publishing import push_to_hub
 from dataset_builders.responders.local import MAX_NEW_TOKENS, LocalResponder, Responder
@@ -84,9 +84,11 @@ class BuildArguments:
     )
     tasks_per_utterance: int = _option(1, "Number of tasks that an utterance gets.")
     languages: list[str] | None = field(
-        default=None, metadata={"help": "Languages to translate into; by default those of the pool."}
+        default=None, metadata={"help": "Languages to translate into and to answer in; by default those of the pool."}
     )
-    pool: str = _option(str(POOL_PATH), "YAML file of instructions: tasks and their wordings.")
+    pool: str | None = _option(
+        None, "YAML file of instructions, tasks and their wordings; by default dataset_builders/instructions.yaml."
+    )
     seed: int = _option(0, "Seed of the draws.")
     # Who answers
     max_new_tokens: int = _option(MAX_NEW_TOKENS, "Longest response, in tokens.")

@@ -114,7 +114,7 @@ class Quickstart:
         corpus = open_corpus(self.folder / "corpus", "train")
         responder = LocalResponder(self.folder / "base", self.settings["max_new_tokens"])
         weights = {**dict.fromkeys(SELF_POWERED_TASKS, 1.0), TRANSCRIPTION: math.inf}
-        build(corpus, responder, folder, Draw(load_pool(), weights, 2, self.seed))
+        build(corpus, responder, folder, Draw(load_pool(self.settings["pool"]), weights, 2, self.seed))
 
     def encode(self, folder: Path) -> None:
         llm = load(self.folder / "base")
@@ -153,6 +153,7 @@ class Quickstart:
             "following_corpus": self.folder / "corpus",
             "following_limit": self.settings["validation_clips"],
             "following_steps": self.settings["following_steps"],
+            "pool": self.settings["pool"],
             "checker": CHECKER,
             "seed": self.seed,
             "use_cpu": not torch.cuda.is_available(),
@@ -322,7 +323,8 @@ def keep_caches_in(folder: Path) -> None:
 
 def contents(settings: dict) -> dict[str, str | None]:
     """What the models and configurations hold that a run is made from."""
-    named = {name: settings[name] for name in ("audio", "text")} | {m: CONFIGS / f"nano_{m}.yaml" for m in MODELS}
+    named = {name: settings[name] for name in ("audio", "text", "pool")}
+    named |= {name: CONFIGS / f"nano_{name}.yaml" for name in MODELS}
     return {name: content_of(source) for name, source in named.items()}
 
 

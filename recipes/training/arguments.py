@@ -99,6 +99,13 @@ class LsmScriptArguments(ScriptArguments):
     following_split: str = field(default="validation", metadata={"help": "Split of `following_corpus`."})
     following_limit: int = field(default=64, metadata={"help": "Number of clips of `following_corpus`."})
     following_steps: int = field(default=200, metadata={"help": "Steps between two evaluations on `following_corpus`."})
+    pool: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file of tasks and their wordings, of which the held-out ones are asked about "
+            "`following_corpus`; by default dataset_builders/instructions.yaml."
+        },
+    )
     checker: str = field(default=BY_FORM, metadata={"help": "Module whose function `is_correct` scores the answers."})
     preflight: bool = field(
         default=False, metadata={"help": "Check everything, run two steps on random weights, and stop."}

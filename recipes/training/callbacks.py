@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 
 from dataset_builders.corpora.opening import load_corpus
 from dataset_builders.files import append_lines, read_lines, whole
-from dataset_builders.instructions import SELF_POWERED_TASKS
+from dataset_builders.instructions import SELF_POWERED_TASKS, digest_of, load_pool
 from recipes.evaluation.following import held_out_rows, load_checker, score_following
 from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import Lsm
@@ -43,19 +43,20 @@ class LogCallback(TrainerCallback):
 
 
 class FollowingCallback(TrainerCallback):
-    """Every so many steps let the model answer held-out instructions; the scores go to `following.jsonl` and, as
-    `following` and so on, to the trainer's next log.
+    """Every so many steps let the model answer held-out instructions; the scores go to `following.jsonl`, beside the
+    digest of the pool that was asked from, and, as `following` and so on, to the trainer's next log.
 
     Args:
         trainer: whose log it is.
-        args: which corpus, and how often.
+        args: which corpus, which pool of instructions, and how often.
         processor: of the LSM.
         store: of the corpus's features, if there is one.
     """
 
     def __init__(self, trainer, args: LsmScriptArguments, processor, store: AudioFeatureStore | None):
         corpus = load_corpus(args.following_corpus, args.following_split, limit=args.following_limit)
-        self.rows = held_out_rows(corpus, SELF_POWERED_TASKS)
+        pool = load_pool(args.pool)
+        self.rows, self.pool = held_out_rows(corpus, SELF_POWERED_TASKS, pool=pool), digest_of(pool)
         self.checker = load_checker(args.checker)
         self.trainer, self.processor, self.store, self.every = trainer, processor, store, args.following_steps
 
@@ -69,4 +70,4 @@ class FollowingCallback(TrainerCallback):
         for name in scores.keys() - {"tasks"}:
             self.trainer._metrics["train"][name] = [scores[name]]
         if state.is_world_process_zero:
-            append_lines(Path(args.output_dir) / FOLLOWING, [{"step": state.global_step, **scores}])
+            append_lines(Path(args.output_dir) / FOLLOWING, [{"step": state.global_step, "pool": self.pool, **scores}])

@@ -14,10 +14,12 @@ from trl import ModelConfig, get_peft_config
 
 from configuration_lsm import LsmConfig
 from dataset_builders.files import content_of, differences, whole
+from dataset_builders.instructions import SELF_POWERED_TASKS, load_pool
 from language_models.checkpoints import adapter_of, load_processor, open_model
 from language_models.generation import valid_settings
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
+from recipes.evaluation.following import held_out_rows
 from recipes.listening.composing import compose
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, refuse_without_effect
 
@@ -35,9 +37,12 @@ def check_model(script_args: LsmScriptArguments, model_args: ModelConfig) -> Non
     """Refuse what can be known to go wrong before anything is composed or loaded.
 
     Raises:
-        ValueError: an option of TRL's that would change nothing, or another adapter than the one to begin with.
+        ValueError: an option of TRL's that would change nothing, another adapter than the one to begin with, or a pool
+            that has not what `following_corpus` is asked.
     """
     refuse_without_effect(model_args)
+    if script_args.following_corpus:
+        held_out_rows([], SELF_POWERED_TASKS, pool=load_pool(script_args.pool))
     if model_args.use_peft and script_args.llm not in ADAPTED:
         raise ValueError(f"--use_peft {model_args.use_peft}, but --llm is {script_args.llm}: name lora or qlora there.")
     model_args.use_peft = script_args.llm in ADAPTED

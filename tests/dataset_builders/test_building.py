@@ -45,7 +45,7 @@ def test_an_utterance_gets_one_task_by_default(utterances):
 def test_an_id_is_source_utterance_and_task(utterances, both):
     for row, utterance in zip(draw_rows(utterances, both)[::2], utterances, strict=True):
         assert row["id"] == f"noise/train/{utterance['id']}/{row['task']}"
-        assert row["instruction"] in load_pool()[row["task"]].seen
+        assert row["instruction"] in both.pool[row["task"]].seen
 
 
 def test_rows_are_a_function_of_seed_and_utterance(utterances, both):
@@ -298,8 +298,8 @@ def test_bad_settings_are_refused_before_anything_is_written(settings, message, 
 
 
 def test_a_task_that_measures_generalisation_is_not_trained_on(corpus_dir, backwards, tmp_path):
-    with pytest.raises(ValueError, match="'question_who' is held out of training"):
-        build(open_corpus(corpus_dir), backwards, tmp_path / "set", Draw(load_pool(), {"question_who": 1.0}))
+    with pytest.raises(ValueError, match="'haiku' is held out of training"):
+        build(open_corpus(corpus_dir), backwards, tmp_path / "set", Draw(load_pool(), {"haiku": 1.0}))
 
 
 def test_other_settings_do_not_mix_with_what_is_there(built, backwards, both, corpus_dir):
@@ -338,7 +338,7 @@ def test_the_card_says_all_that_is_needed_to_judge_and_to_rebuild(built, backwar
         "Source: `noise`",
         "see the corpus, whose terms hold",
         "- `refusal`: the response begins with a refusal",
-        "Please transcribe the speech.",
+        "Transcribe the speech.",
         "python -m dataset_builders.self_powered build --corpus noise --split train",
         "--tasks-per-utterance 2",
         "transcription=inf",
