@@ -171,7 +171,7 @@ def test_a_row_that_makes_no_sense_is_refused(tmp_path, fields, complaint):
 
 
 def test_fewer_than_no_samples_are_refused(folder):
-    with pytest.raises(ValueError, match="-1 samples"):
+    with pytest.raises(ValueError, match="samples per task is -1"):
         draw_samples(folder, per_task=-1, seed=0)
 
 
