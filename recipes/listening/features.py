@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from configuration_lsm import num_encoder_frames
-from dataset_builders.corpora.corpus import decode
+from dataset_builders.corpora.audio import decode
 from dataset_builders.files import differences
 from processing_lsm import LsmProcessor, load_audio
 

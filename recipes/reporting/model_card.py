@@ -6,23 +6,17 @@ of it. The latter must come last, after every `save_pretrained` of PEFT, which w
 """
 
 import json
-import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from configuration_lsm import LsmConfig
-from recipes.reporting import figures
 from recipes.reporting.markdown import to_markdown
 
 METHOD = "[Self-Powered LLM Modality Expansion for Large Speech-Text Models](https://arxiv.org/abs/2410.03798)"
@@ -135,6 +129,8 @@ def write_trained_card(
         adapter_of: Hub id or folder of the LSM that an adapter is for; None if the checkpoint is a whole model.
         title: heading of the card, without a path.
     """
+    from recipes.reporting.curves import plot_curves  # matplotlib, which a card without a picture does not need
+
     adapted = adapter_of is not None
     # What an adapter is loaded onto is its base on the Hub; what that was made of, its own card says.
     bases = [adapter_of] if adapted and _is_hub_id(adapter_of) else list(filter(_is_hub_id, base_models))
@@ -185,36 +181,6 @@ def base_models_of(folder_or_repo: str | Path) -> list[str]:
     listed = data.base_model or []
     # PEFT and TRL write the local path that a model was loaded from.
     return [name for name in ([listed] if isinstance(listed, str) else listed) if _is_hub_id(name)]
-
-
-@matplotlib.rc_context(figures.PAPER)
-def plot_curves(log: Sequence[Mapping], following: Sequence[Mapping], stem: str | Path) -> list[Path]:
-    """Loss over the steps of a training and, if it was measured, the following rate beside it.
-
-    Args:
-        log: lines of `log.jsonl`.
-        following: lines of `following.jsonl`.
-        stem: of the files, as in `figures.save`.
-
-    Returns:
-        The files that were written: none if there is nothing to draw.
-    """
-    panels = {"loss per response token": _curve(log, "loss"), "following rate": _curve(following, "following")}
-    panels = {label: points for label, points in panels.items() if points}
-    if not panels:
-        return []
-    figure = Figure(figsize=(figures.WIDTH, 2), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
-    for axes, (label, points) in zip(grid, panels.items(), strict=True):
-        steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, color="#1b3a4b", marker="o", markevery=max(1, len(points) // 8))
-        axes.set(xlabel="step", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        if label == "following rate":
-            axes.set_ylim(-0.02, 1.02)
-        else:
-            _scale(axes, values)
-    return figures.save(figure, stem)
 
 
 def _save(folder: str | Path, data: ModelCardData, lines: Sequence[str]) -> None:
@@ -331,7 +297,7 @@ def _settings(settings: Mapping[str, object]) -> list[str]:
 
 
 def _results(log: Sequence[Mapping], following: Sequence[Mapping]) -> list[str]:
-    lines, losses = ["## Results\n"], _curve(log, "loss")
+    lines, losses = ["## Results\n"], curve_of(log, "loss")
     if following:
         look = following[-1]
         cells = [[label, _percent(look[name])] for name, label in FIGURES.items() if name in look]
@@ -355,10 +321,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-# The curve
-
-
-def _curve(lines: Sequence[Mapping], figure: str) -> list[tuple[int, float]]:
+def curve_of(lines: Sequence[Mapping], figure: str) -> list[tuple[int, float]]:
     """Steps and values. A training that was killed and went on wrote some steps twice: only the later ones count."""
     points: list[tuple[int, float]] = []
     for line in lines:
@@ -367,13 +330,3 @@ def _curve(lines: Sequence[Mapping], figure: str) -> list[tuple[int, float]]:
                 points.pop()
             points.append((line["step"], line[figure]))
     return points
-
-
-def _scale(axes: Axes, values: Sequence[float]) -> None:
-    """Logarithmic where one tick at 1, 2 or 5 of a decade is sure to be in sight."""
-    positive = [value for value in values if value > 0 and math.isfinite(value)]
-    if positive and max(positive) > 5 * min(positive):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter("{x:g}")

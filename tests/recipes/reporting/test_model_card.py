@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 
 from configuration_lsm import LsmConfig
 from recipes.reporting import figures
-from recipes.reporting.model_card import ASK, base_models_of, plot_curves, write_base_card, write_trained_card
+from recipes.reporting.curves import plot_curves
+from recipes.reporting.model_card import ASK, base_models_of, write_base_card, write_trained_card
 
 AUDIO, TEXT = "openai/whisper-small", "org/instruct-1b"
 LOG = [
