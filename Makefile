@@ -10,7 +10,7 @@ define install
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "LSM needs Python 3.11 or later, this is " + sys.version)'
 $(PYTHON) -m venv $@
 $@/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $(1))"
-$@/bin/python -m pip install --quiet --disable-pip-version-check -c $(1) --editable '.[nano,dev]'
+$@/bin/python -m pip install --quiet --disable-pip-version-check -c $(1) --editable '.[dev]'
 touch $@
 endef
 

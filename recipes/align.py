@@ -19,28 +19,30 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset_builders.files import read_lines
-
 # `accelerate launch recipes/align.py` puts this file's folder on the path, not the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accelerate import PartialState
-from datasets import Audio, Dataset
-from transformers import set_seed
-from trl import ModelConfig
+from language_models.extras import extra
 
-from dataset_builders.corpora.corpus import FEATURES, Corpus
-from dataset_builders.corpora.opening import open_corpus
-from recipes.listening.features import store_features
-from recipes.reporting.model_card import base_models_of
-from recipes.reporting.training_card import write_trained_card
-from recipes.training.alignment import FOLDER, STEPS, align, needs_alignment, validation_rows
-from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
-from recipes.training.callbacks import LOG
-from recipes.training.checkpoints import contents_of
-from recipes.training.command_line import parse
-from recipes.training.models import check_model, compose_base, load_model
-from recipes.training.rows import load_rows
+with extra("train"):
+    from accelerate import PartialState
+    from datasets import Audio, Dataset
+    from transformers import set_seed
+    from trl import ModelConfig
+
+    from dataset_builders.corpora.corpus import FEATURES, Corpus
+    from dataset_builders.corpora.opening import open_corpus
+    from dataset_builders.files import read_lines
+    from recipes.listening.features import store_features
+    from recipes.reporting.model_card import base_models_of
+    from recipes.reporting.training_card import write_trained_card
+    from recipes.training.alignment import FOLDER, STEPS, align, needs_alignment, validation_rows
+    from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
+    from recipes.training.callbacks import LOG
+    from recipes.training.checkpoints import contents_of
+    from recipes.training.command_line import parse
+    from recipes.training.models import check_model, compose_base, load_model
+    from recipes.training.rows import load_rows
 
 
 @dataclass

@@ -16,12 +16,15 @@ import logging
 import sys
 from pathlib import Path
 
-from datasets.utils.logging import disable_progress_bar
+from language_models.extras import extra
 
-from dataset_builders.files import read_yaml
-from recipes.nano.quickstart import CONFIGS, Quickstart, check_folder, contents, keep_caches_in
-from recipes.nano.report import table
-from recipes.studies.stages import alone_in
+with extra("train"):
+    from datasets.utils.logging import disable_progress_bar
+
+    from dataset_builders.files import read_yaml
+    from recipes.nano.quickstart import CONFIGS, Quickstart, check_folder, contents, keep_caches_in
+    from recipes.nano.report import table
+    from recipes.studies.stages import alone_in
 
 
 def main() -> None:

@@ -22,24 +22,33 @@ from pathlib import Path
 # `accelerate launch recipes/sft.py` puts this file's folder on the path, not the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accelerate import PartialState
-from transformers import set_seed
-from trl import ModelConfig
+from language_models.extras import extra
 
-from language_models.checkpoints import base_of
-from language_models.generation import context_of
-from recipes.listening.features import store_features
-from recipes.reporting.model_card import base_models_of
-from recipes.training.alignment import align, needs_alignment, validation_rows
-from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
-from recipes.training.callbacks import FollowingCallback, LogCallback
-from recipes.training.checkpoints import contents_of, find_checkpoint, naming_last_checkpoint, settings_of
-from recipes.training.command_line import parse
-from recipes.training.costs import Costs
-from recipes.training.models import check_model, compose_base, go_on_from, load_model, load_teacher
-from recipes.training.preflight import preflight
-from recipes.training.rows import RowSizes, check_response_tasks, count_tasks, load_rows, stream_rows
-from recipes.training.trainer import LsmTrainer
+with extra("train"):
+    from accelerate import PartialState
+    from transformers import set_seed
+    from trl import ModelConfig
+
+    from language_models.checkpoints import base_of
+    from language_models.generation import context_of
+    from recipes.listening.features import store_features
+    from recipes.reporting.model_card import base_models_of
+    from recipes.training.alignment import align, needs_alignment, validation_rows
+    from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
+    from recipes.training.callbacks import FollowingCallback, LogCallback
+    from recipes.training.checkpoints import contents_of, find_checkpoint, naming_last_checkpoint, settings_of
+    from recipes.training.command_line import parse
+    from recipes.training.costs import Costs
+    from recipes.training.models import (
+        check_model,
+        compose_base,
+        go_on_from,
+        load_model,
+        load_teacher,
+    )
+    from recipes.training.preflight import preflight
+    from recipes.training.rows import RowSizes, check_response_tasks, count_tasks, load_rows, stream_rows
+    from recipes.training.trainer import LsmTrainer
 
 
 def card_of(script_args, training_args, model_args, dataset) -> dict:

@@ -20,8 +20,11 @@ import signal
 import sys
 from pathlib import Path
 
-from recipes.studies.stages import alone_in
-from recipes.studies.study import read, study
+from language_models.extras import extra
+
+with extra("train"):
+    from recipes.studies.stages import alone_in
+    from recipes.studies.study import read, study
 
 
 def main() -> None:
