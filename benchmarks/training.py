@@ -90,7 +90,7 @@ def alignment_steps(contestant: Ours, workload: str, batch_size: int, count: int
             "labels": torch.cat([torch.arange(1, length + 1) for length in lengths]),
             "label_lengths": lengths,
             "chunks": torch.ones_like(lengths),
-            "pieces": torch.arange(OTHER_PIECES),
+            "pieces": torch.arange(min(OTHER_PIECES, contestant.vocabulary)),
             "audio_hidden_states": torch.randn(len(rows), frames.max(), contestant.whisper.d_model),
             "input_features_mask": (torch.arange(2 * frames.max()) < 2 * frames[:, None]).long(),
         }

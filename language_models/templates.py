@@ -61,13 +61,11 @@ def speech_template(template: str | dict | None, tokenizer: PreTrainedTokenizerB
         template: the LLM's own, of several the default one; [`DEFAULT_CHAT_TEMPLATE`] if it has none.
         tokenizer: that renders it.
     """
-    if isinstance(template, dict):
-        template = template["default"]
-    template = template or DEFAULT_CHAT_TEMPLATE
-    if AUDIO_TOKEN in template:
-        return template
-    fold = "" if _takes_system(template, tokenizer) else FOLD_SYSTEM
-    return _PRELUDE.replace("AUDIO_TOKEN", AUDIO_TOKEN) + fold + template
+    text: str = (template["default"] if isinstance(template, dict) else template) or DEFAULT_CHAT_TEMPLATE
+    if AUDIO_TOKEN in text:
+        return text
+    fold = "" if _takes_system(text, tokenizer) else FOLD_SYSTEM
+    return _PRELUDE.replace("AUDIO_TOKEN", AUDIO_TOKEN) + fold + text
 
 
 def _takes_system(template: str, tokenizer) -> bool:
