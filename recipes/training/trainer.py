@@ -26,7 +26,7 @@ from recipes.training.throughput import Throughput
 
 
 class LsmTrainer(WholeCheckpoints, SFTTrainer):
-    """SFTTrainer for batches of [`SpeechResponseCollator`](recipes.listening.collator.SpeechResponseCollator).
+    """SFTTrainer for batches of [`SpeechResponseCollator`].
 
     Args:
         processor: of the LSM; saved with every checkpoint.
@@ -34,7 +34,7 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         row_costs: of every row of a whole set, which are then grouped by them; None for a stream.
         teacher: for `distill`, the LLM that reads; None if the model's own weights still are that LLM.
         card: what `write_trained_card` is told, besides title, log and scores.
-        The rest is as in SFTTrainer; `args` are [`LsmTrainingArguments`](recipes.training.arguments).
+        args, kwargs: as in SFTTrainer; its `args` are [`LsmTrainingArguments`].
     """
 
     def __init__(
