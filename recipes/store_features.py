@@ -1,4 +1,4 @@
-"""Frozen audio tower output, computed once: the tower never changes, so epochs and models may share what it hears.
+"""Store the output of the frozen audio tower. It never changes, so epochs and models can share it.
 
     python -m recipes.store_features --model checkpoints/base --corpus CORPUS --splits train test --output features
 

@@ -1,4 +1,4 @@
-"""A speech recogniser (Whisper, CTC models) where a speech LLM may stand: it transcribes, whatever it is asked."""
+"""A speech recogniser (Whisper or a CTC model) with the interface of a speech LLM; it ignores the instruction."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from language_models.checkpoints import load_config
 from recipes.listening.features import load_clip
 from recipes.listening.speech_llm import SpeechLLM, load
 
-CHUNK = 30  # seconds: Whisper's own, and what CTC models have memory for
+CHUNK = 30  # seconds: the length of Whisper's input, and short enough for the memory that CTC models need
 
 
 class Transcriber:
@@ -20,7 +20,7 @@ class Transcriber:
 
     Args:
         source: folder or Hub id.
-        dtype: of its weights; `"auto"` is the checkpoint's.
+        dtype: data type of the weights; `"auto"` is the checkpoint's.
     """
 
     def __init__(self, source: str | Path, dtype: str = "auto"):
@@ -29,13 +29,13 @@ class Transcriber:
         self.name = Path(source).name if Path(source).exists() else str(source)
 
     def respond(self, rows: Sequence[dict], hear: str = "audio", store=None, batch_size: int = 16, **_) -> list[Reply]:
-        """Transcripts of the rows' `audio`, in order.
+        """Return transcripts of the rows' `audio`, in order.
 
         Raises:
-            ValueError: it is to hear anything else than the clip.
+            ValueError: `hear` is not `audio`.
         """
         if hear != "audio":
-            raise ValueError(f"{self.name} recognises speech; it cannot hear {hear!r}.")
+            raise ValueError(f"{self.name} only recognises speech and cannot hear {hear!r}; expected hear='audio'.")
         rate = self.pipe.feature_extractor.sampling_rate
         clips = [{"raw": load_clip(row, rate=rate), "sampling_rate": rate} for row in rows]
         found = self.pipe(clips, batch_size=batch_size, chunk_length_s=CHUNK)
@@ -43,7 +43,7 @@ class Transcriber:
 
 
 def load_recogniser(source: str | Path, dtype: str = "auto") -> Transcriber | SpeechLLM:
-    """What a cascade hears with: a recogniser, or a speech LLM that is asked to transcribe."""
+    """Load the first model of a cascade: a recogniser, or a speech LLM that is asked to transcribe."""
     kind = load_config(source, trust_remote_code=True).model_type
     recognises = kind in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES or kind in MODEL_FOR_CTC_MAPPING_NAMES
     return Transcriber(source, dtype) if recognises else load(source, dtype)

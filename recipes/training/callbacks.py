@@ -1,4 +1,4 @@
-"""What is seen while a training goes on: the log as lines of JSON, and whether the model does what it is told."""
+"""Callbacks of a training: the log as JSON lines, and the following rate on held-out instructions."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ LOG, FOLLOWING = "log.jsonl", "following.jsonl"
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The records of a file of JSON lines; none if it is not there."""
+    """Return the records of a file of JSON lines; an empty list if the file does not exist."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
@@ -27,14 +27,14 @@ def append_line(file: Path, record: dict) -> None:
 
 
 def rewind(file: Path, step: int) -> None:
-    """Forget what was written of the steps after `step`, which come again."""
+    """Remove the records of steps after `step`, because a resumed training repeats these steps."""
     lines = [json.dumps(record) + "\n" for record in read_lines(file) if record["step"] <= step]
     if file.is_file():
         file.write_text("".join(lines), encoding="utf-8")
 
 
 class LogCallback(TrainerCallback):
-    """Append what the trainer logs (loss, rates, throughput, ...) to `log.jsonl`, as it happens."""
+    """Appends what the trainer logs (loss, learning rate, throughput, ...) to `log.jsonl`."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -42,7 +42,7 @@ class LogCallback(TrainerCallback):
                 rewind(Path(args.output_dir) / name, state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        # A resumed training averages the loss from its checkpoint on; an uninterrupted one must do the same.
+        # A resumed training averages the loss from its checkpoint on, so an uninterrupted one logs at each checkpoint.
         control.should_log |= control.should_save
         return control
 
@@ -53,14 +53,14 @@ class LogCallback(TrainerCallback):
 
 
 class FollowingCallback(TrainerCallback):
-    """Every so many steps let the model answer held-out instructions; the scores go to `following.jsonl` and, as
-    `following` and so on, to the trainer's next log.
+    """Lets the model answer held-out instructions every few steps. The scores go to `following.jsonl` and to the
+    trainer's next log.
 
     Args:
-        trainer: whose log it is.
-        args: which corpus, and how often.
-        processor: of the LSM.
-        store: of the corpus's features, if there is one.
+        trainer: the trainer.
+        args: the arguments with the corpus and the number of steps.
+        processor: the LSM's processor.
+        store: store of the corpus's features, if there is one.
     """
 
     def __init__(self, trainer, args: LsmScriptArguments, processor, store: AudioFeatureStore | None):
@@ -72,7 +72,7 @@ class FollowingCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
-        # Every process answers all rows: where weights are sharded, none can answer without the others.
+        # Every process answers all rows, because no process can answer alone if the weights are sharded.
         replies = Lsm(model, self.processor).respond(self.rows, store=self.store, progress=False)
         model.train()
         scores = score(self.rows, [reply.text for reply in replies], self.checker)
