@@ -1,4 +1,4 @@
-"""From rows of a self-powered set to a training batch: the one prompt layout, with labels on the response alone."""
+"""Collate rows of a self-powered set into a training batch, with labels on the response only."""
 
 import re
 from collections.abc import Collection
@@ -14,11 +14,12 @@ THOUGHT = re.compile(r"\A\s*(<think>.*?</think>\s*)+", re.DOTALL)
 
 
 def render_prompt(processor: LsmProcessor, row: dict, slot: str = "audio") -> str:
-    """The prompt for a row's instruction, up to where the answer begins.
+    """Render the prompt for a row's instruction, up to where the answer begins.
 
     Args:
-        row: `instruction`, and `transcript` if it goes into the slot.
-        slot: what stands where the speech will be: `audio` (one placeholder) or `transcript`.
+        processor: the LSM's processor.
+        row: dict with `instruction`, and with `transcript` for the slot `transcript`.
+        slot: what is put in the place of the speech: `audio` (one placeholder) or `transcript`.
     """
     filling = {"audio": True} if slot == "audio" else {"transcript": row["transcript"]}
     messages = processor.conversation(row["instruction"], **filling)
@@ -26,13 +27,13 @@ def render_prompt(processor: LsmProcessor, row: dict, slot: str = "audio") -> st
 
 
 def render_response(processor: LsmProcessor, row: dict, prompt: str) -> str:
-    """What follows `prompt` when the assistant answers with the row's response: the response and the end of turn.
+    """Render the row's response and the end of turn as they follow `prompt`.
 
-    A thought before it, of the row (`<think>...</think>`) or of the template (an empty one, with `enable_thinking`), is
-    nothing to learn and left out.
+    A thought (`<think>...</think>`) before the response is removed, whether it comes from the row or from the template,
+    because it should not be learned.
 
     Raises:
-        ValueError: an empty response, or a chat template whose prompt is not the beginning of the conversation.
+        ValueError: the response is empty, or the conversation does not begin with the prompt of its chat template.
     """
     if not THOUGHT.sub("", row["response"]).strip():
         raise ValueError(f"row {row.get('id')!r} has an empty response; expected text to learn.")
@@ -40,25 +41,24 @@ def render_response(processor: LsmProcessor, row: dict, prompt: str) -> str:
     text = processor.apply_chat_template(messages)
     if not text.startswith(prompt):
         raise ValueError(
-            f"the chat template does not continue its own prompt: {prompt!r} is not how {text!r} begins; mend the "
+            f"the chat template does not continue its own prompt: {text!r} does not begin with {prompt!r}; change the "
             "template so that add_generation_prompt only appends."
         )
     end = processor.tokenizer.eos_token
-    # Templates put a newline behind the end of turn, which nobody needs.
+    # Some templates put a newline after the end of turn, which is not needed.
     response = THOUGHT.sub("", text[len(prompt) :]).rstrip()
     return response if response.endswith(end) else response + end
 
 
 def response_tokens(tokenizer, prompts: list[str], responses: list[str]) -> list[list[int]]:
-    """What the LLM has to write behind each prompt, whose tokens it has read, to have said the response.
+    """Return the tokens of each response, as the LLM has to write them after the tokens of its prompt.
 
-    These are the tokens of the whole conversation behind those of the prompt: a response that is tokenised by itself
-    may begin otherwise (`▁the` instead of `the`). Where a token would lie across the border, which no LLM can write
-    that has read the prompt to its end, [`BREAK`] keeps the two apart; with a slow tokenizer, which cannot be told to
-    leave that out, the response is tokenised by itself.
+    Prompt and response are tokenised together, because a response tokenised alone may begin with another token (`▁the`
+    instead of `the`). If a token would span prompt and response, which the LLM cannot write after the complete prompt,
+    [`BREAK`] separates them. A slow tokenizer cannot remove [`BREAK`], so there the response is tokenised alone.
 
     Raises:
-        ValueError: a response without tokens.
+        ValueError: a response has no tokens.
     """
 
     def ids_of(texts: list[str]) -> list[list[int]]:
@@ -74,7 +74,7 @@ def response_tokens(tokenizer, prompts: list[str], responses: list[str]) -> list
         else:
             found += ids_of([response])
     if not all(found):
-        raise ValueError(f"the response {responses[found.index([])]!r} has no tokens; nothing would be learned.")
+        raise ValueError(f"the response {responses[found.index([])]!r} has no tokens; expected text to learn.")
     return found
 
 
@@ -84,7 +84,7 @@ class SpeechResponseCollator:
     right-padded, and the audio inputs of the model.
 
     The clip is `audio` (decoded here) or, with a store, `audio_key` (its features are read there). A row whose clip is
-    None has its `transcript` in the slot. A batch without any clip has no audio inputs.
+    None has its `transcript` in the place of the speech. A batch without any clip has no audio inputs.
 
     Args:
         processor: of the LSM.
@@ -108,7 +108,7 @@ class SpeechResponseCollator:
         read = [render_prompt(self.processor, row, "transcript") if self.teacher or not hears else None
                 for row, hears in zip(rows, heard, strict=True)]  # fmt: skip
         prompts = [speech if hears else text for speech, text, hears in zip(spoken, read, heard, strict=True)]
-        # Once, for all who learn: what the teacher says is compared token by token.
+        # Teacher and student get the same tokens, because their predictions are compared token by token.
         answers = response_tokens(self.processor.tokenizer, spoken, responses)
         batch = self._pad(self.processor.expand_audio_tokens(prompts, num_samples), answers)
         if self.teacher:
@@ -117,8 +117,8 @@ class SpeechResponseCollator:
         return {**batch, **audio}
 
     def _taught(self, prompts: list[str], answers: list[list[int]], taught: list[bool]) -> dict[str, torch.Tensor]:
-        """What the teacher reads. One row it always reads, if for no label: processes that hold parts of one LLM must
-        call it equally often, whatever their batches hold."""
+        """Return the teacher's inputs, with at least one row, if necessary without labels: processes that share the
+        weights of an LLM must call it equally often."""
         read = taught if any(taught) else [True, *taught[1:]]
         batch = self._pad(list(compress(prompts, read)), list(compress(answers, read)))
         if not any(taught):
@@ -126,7 +126,7 @@ class SpeechResponseCollator:
         return batch if all(taught) else {**batch, "rows": torch.tensor(taught)}
 
     def _pad(self, prompts: list[str], answers: list[list[int]]) -> dict[str, torch.Tensor]:
-        """Prompts, each followed by the tokens of its answer, as a batch."""
+        """Return a batch of the prompts, each followed by the tokens of its answer."""
         tokenizer = self.processor.tokenizer
         prompt_ids = tokenizer(prompts, add_special_tokens=False).input_ids
         pairs = list(zip(prompt_ids, answers, strict=True))

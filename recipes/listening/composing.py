@@ -1,4 +1,4 @@
-"""An LSM put together from a Whisper encoder and a causal LLM. Only the projector is new."""
+"""Compose an LSM from a Whisper encoder and a causal LLM. Only the projector is new."""
 
 import contextlib
 import logging
@@ -49,7 +49,7 @@ def compose(
     seed: int = 0,
     weights: bool = True,
 ) -> tuple[LsmForConditionalGeneration, LsmProcessor]:
-    """Build an LSM and its processor; the LLM's weights are moved into it, not copied.
+    """Build an LSM and its processor. The LLM's weights are moved into the LSM, not copied.
 
     Args:
         audio: Hub id or folder of a Whisper checkpoint, of which the encoder is kept.
@@ -60,19 +60,19 @@ def compose(
         output: folder to save model, processor, code and card to, if given. It is there once it could be loaded again.
         window_frames, window_mode, queries_per_window, audio_padding, pieces_per_token: as in [`LsmConfig`].
         qformer_layers, qformer_hidden, qformer_heads: size of the Q-Former.
-        qformer_ffn: width of its feed-forward layers, four times its hidden size if None.
+        qformer_ffn: width of the Q-Former's feed-forward layers, four times its hidden size if None.
         instruction_first: whether the prompt has the instruction before the speech.
-        template_settings: what the chat template asks for beyond the messages, as in [`LsmProcessor`].
-        dtype: of the whole model; `"auto"` is the LLM checkpoint's.
-        seed: of the projector's initial weights.
-        weights: without them nothing large is read or downloaded, and the model is on the meta device.
+        template_settings: settings of the chat template, as in [`LsmProcessor`].
+        dtype: data type of the whole model; `"auto"` is the LLM checkpoint's.
+        seed: seed of the projector's initial weights.
+        weights: False leaves the model on the meta device, without reading or downloading any weights.
 
     Raises:
-        ValueError: if the two models cannot be put together; the message says why.
+        ValueError: the two models cannot be combined; the message says why.
     """
     if output is not None and not weights:
         raise ValueError(
-            f"an LSM without weights cannot be saved to {output}; leave out the output, or read the weights."
+            f"an LSM without weights cannot be saved to {output}; leave out `output`, or set `weights=True`."
         )
     whisper, feature_extractor, llm, tokenizer = _load(audio, text, dtype, weights)
     with torch.random.fork_rng(devices=[]):
@@ -128,7 +128,7 @@ def whole_checkpoint(output: str | Path) -> Iterator[Path]:
         yield partial
         LsmForConditionalGeneration.from_pretrained(partial, device_map="meta")  # keys and shapes, no weights
         output.mkdir(exist_ok=True)
-        for stale in output.glob("model*.safetensors*"):  # which might be taken for these
+        for stale in output.glob("model*.safetensors*"):  # they might be loaded instead of the new ones
             stale.unlink()
         for file in partial.iterdir():
             os.replace(file, output / file.name)
@@ -137,7 +137,7 @@ def whole_checkpoint(output: str | Path) -> Iterator[Path]:
 
 
 def _load(audio: str, text: str, dtype: str | torch.dtype, weights: bool) -> tuple:
-    """Encoder, feature extractor, LLM and tokenizer, checked to fit together."""
+    """Load encoder, feature extractor, LLM and tokenizer, and check that they fit together."""
     text_config = load_config(text)
     _check_llm(text, text_config)
     tokenizer, settings = load_tokenizer(text), generation_settings(text)
@@ -160,8 +160,8 @@ def _check_llm(text: str, config) -> None:
     if (quantized := getattr(config, "quantization_config", None)) is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
         raise ValueError(
-            f"{text} is quantised ({method}), and an LSM is made of whole weights: name the checkpoint that it was "
-            "quantised from; `recipes.sft --llm qlora` has the LLM in 4 bits while it learns."
+            f"{text} is quantised ({method}), but an LSM needs the original weights: name the checkpoint that it was "
+            "quantised from. `recipes.sft --llm qlora` keeps the LLM in 4 bits during the training."
         )
 
 
@@ -169,7 +169,7 @@ def _check_parts(whisper: WhisperModel, feature_extractor: WhisperFeatureExtract
     mels, frames = whisper.config.num_mel_bins, 2 * whisper.config.max_source_positions
     if feature_extractor.feature_size != mels:
         raise ValueError(
-            f"The encoder reads {mels} mels, its feature extractor makes {feature_extractor.feature_size}."
+            f"The encoder takes {mels} mels, but its feature extractor makes {feature_extractor.feature_size}."
         )
     if feature_extractor.nb_max_frames > frames:
         raise ValueError(
@@ -178,11 +178,11 @@ def _check_parts(whisper: WhisperModel, feature_extractor: WhisperFeatureExtract
         )
     head, text_config = llm.get_output_embeddings(), llm.config.get_text_config()
     if head is None or (head.in_features, head.out_features) != (text_config.hidden_size, text_config.vocab_size):
-        raise ValueError(f"{type(llm).__name__} has no plain linear head over its hidden states and vocabulary.")
+        raise ValueError(f"{type(llm).__name__} has no linear head from hidden states to vocabulary; use another LLM.")
 
 
 def _assemble(config: LsmConfig, whisper: WhisperModel, llm: PreTrainedModel) -> LsmForConditionalGeneration:
-    """An LSM whose parts are the given modules; only the projector gets memory of its own."""
+    """Return an LSM made of the given modules, without copying them; only the projector is new."""
     config.dtype = llm.dtype
     for name in config.sub_configs:
         sub_config = getattr(config, name)

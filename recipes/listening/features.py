@@ -1,6 +1,6 @@
-"""The output of the frozen audio tower, kept on disk: it never changes, so epochs and models can share it.
+"""Store the output of the frozen audio tower on disk. It never changes, so epochs and models can share it.
 
-`recipes.store_features` makes such a store; `--audio_feature_store` of `recipes.sft` and `--audio-feature-store` of
+`recipes.store_features` builds a store; `--audio_feature_store` of `recipes.sft` and `--audio-feature-store` of
 `recipes.evaluate` read it.
 """
 
@@ -25,23 +25,24 @@ from processing_lsm import LsmProcessor, load_audio
 logger = logging.getLogger(__name__)
 
 CLIPS, FRAMES = "clips.jsonl", "hidden_states.f16"
-SPAN_BATCHES = 16  # that are sorted together: of 32 clips of 30 s, 1 GB
-# Mel frames (1 s) that clips are padded to a multiple of. For every new shape oneDNN makes new kernels, which stay in
-# memory with what malloc cannot give back around them.
+SPAN_BATCHES = 16  # batches that are sorted together; with 32 clips of 30 s each, 1 GB
+# Clips are padded to a multiple of this number of mel frames (1 s), because oneDNN compiles kernels for every new shape
+# and keeps them in memory.
 SHAPES = 100
 
 
 def audio_key(audio: dict) -> str:
-    """What names a clip in a store: the hash of its file's bytes."""
+    """Return the key of a clip in a store: the hash of its file's bytes."""
     content = audio["bytes"] if audio.get("bytes") is not None else Path(audio["path"]).read_bytes()
     return hashlib.sha256(content).hexdigest()[:32]
 
 
 def load_clip(row: dict, use: str = "heard", rate: int = 16_000) -> np.ndarray:
-    """The waveform `(samples,)` float32 at `rate` Hz of a row's `audio`: a file's, or whatever `load_audio` takes.
+    """Return the waveform `(samples,)` float32 at `rate` Hz of a row's `audio`, which may be anything that `load_audio`
+    takes.
 
     Raises:
-        ValueError: names the row that has a clip which cannot be read, or is cut off, and says what to do.
+        ValueError: the clip cannot be read or is cut off. Names the row and says what to do.
     """
     audio = row["audio"]
     try:
@@ -50,42 +51,43 @@ def load_clip(row: dict, use: str = "heard", rate: int = 16_000) -> np.ndarray:
     except ValueError as error:
         raise ValueError(
             f"row {row.get('id')!r} has a clip that cannot be {use}: {str(error).rstrip('.')}. Leave the row out, or "
-            "mend its file and build the set again; without --trust-headers a build leaves such files out."
+            "repair its file and build the set again; a build without --trust-headers leaves such files out."
         ) from error
 
 
 class AudioFeatureStore:
-    """Audio tower outputs on disk, by `audio_key`; memory-mapped, float16.
+    """Outputs of an audio tower on disk by `audio_key`, memory-mapped in float16.
 
-    Only clips of at most one chunk (30 s) can be stored. `clips.jsonl` says what heard them and, of each clip in turn,
-    its key, encoder frames and samples; a build appends to it once the frames are on disk, and so goes on from it.
+    Only clips of at most one chunk (30 s) can be stored. `clips.jsonl` has a line about the encoder, then a line for
+    each clip with its key, encoder frames and samples. A build appends a line after the clip's frames are on disk, so
+    an interrupted build can continue.
 
     Raises:
-        ValueError: the folder is no store, or one of an older version, which does not say what heard it.
+        ValueError: the folder is not a store, or has an older format that does not name the encoder.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / CLIPS).is_file():
             raise ValueError(
-                f"{folder} is no feature store, or of an older version that does not say which encoder it is of: "
-                "delete it, so that it is made anew, or name another."
+                f"{folder} is not a feature store, or has an older format that does not name its encoder; delete it, "
+                "so that it is built again, or name another folder."
             )
         self.heard_by, self.clips = _read_clips(self.folder)
         self.frames = np.memmap(self.folder / FRAMES, np.float16, mode="r").reshape(-1, self.heard_by["width"])
 
     def check(self, model) -> "AudioFeatureStore":
-        """This store.
+        """Return this store after checking that it fits the model.
 
         Raises:
-            ValueError: another encoder's, or the same one's with another padding.
+            ValueError: the store was built with another encoder, or with another padding.
         """
         now = hearing(model)
         if changed := differences({name: self.heard_by[name] for name in now}, now):
             names = ", ".join(f"{name} {was}, not {now}" for name, (was, now) in changed.items())
             raise ValueError(
-                f"{self.folder} holds what another model hears ({names}): delete it, so that it is made anew, or name "
-                "another feature store."
+                f"{self.folder} was built with another model ({names}); delete it, so that it is built again, or "
+                "name another feature store."
             )
         return self
 
@@ -93,12 +95,13 @@ class AudioFeatureStore:
         return key in self.clips
 
     def num_samples(self, key: str) -> int:
-        """Samples of the clip at 16 kHz."""
+        """Return the number of samples of the clip at 16 kHz."""
         return self.clips[key][2]
 
     def batch(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        """`audio_hidden_states` `(clips, encoder_frames, d_audio)` float32 and `input_features_mask` `(clips, frames)`
-        int64 (two mel frames per encoder frame), zero-padded to the longest, as the model takes them."""
+        """Return the audio inputs of the model, padded with zeros to the longest clip: `audio_hidden_states` `(clips,
+        encoder_frames, d_audio)` float32 and `input_features_mask` `(clips, frames)` int64, two mel frames per encoder
+        frame."""
         spans = [self.clips[key] for key in keys]
         longest = max(frames for _, frames, _ in spans)
         hidden = torch.zeros(len(spans), longest, self.frames.shape[1])
@@ -110,24 +113,25 @@ class AudioFeatureStore:
 
     @classmethod
     def build(cls, folder: str | Path, model, processor: LsmProcessor, audio: Iterable[dict], batch_size: int = 32):
-        """Run every distinct clip through `model`'s audio tower; a whole store in `folder` is opened as it is, and what
-        a killed build has left is gone on with.
+        """Run every distinct clip through `model`'s audio tower. A complete store in `folder` is opened, and an
+        interrupted build is continued.
 
         Args:
-            folder: appears when whole.
-            model: an LSM; its audio tower alone is used.
+            folder: folder of the store; it appears when the store is complete.
+            model: an LSM, of which only the audio tower is used.
+            processor: the LSM's processor.
             audio: clips as `{"bytes", "path"}`.
-            batch_size: clips encoded at a time.
+            batch_size: number of clips that are encoded together.
 
         Raises:
-            ValueError: a clip that cannot be read, or is longer than one chunk; or a store that another encoder made.
+            ValueError: a clip cannot be read or is longer than one chunk, or another encoder built the store.
         """
         folder, heard_by = Path(folder), hearing(model)
         if not folder.exists():
             partial = partial_of(folder)
             partial.mkdir(parents=True, exist_ok=True)
             with (partial / CLIPS).open("a", encoding="utf-8") as known:
-                fcntl.flock(known, fcntl.LOCK_EX)  # another process may be making it
+                fcntl.flock(known, fcntl.LOCK_EX)  # another process may be building it
                 if not folder.exists():
                     _write(partial, known, heard_by, model, processor, audio, batch_size)
                     os.replace(partial, folder)
@@ -135,8 +139,8 @@ class AudioFeatureStore:
 
 
 def hearing(model) -> dict:
-    """What the tower's output of a clip is a function of: `encoder`, a hash of its weights, whatever type they are
-    loaded in; `padding`; and its `width`. No `encoder` where each device has a part of it (DeepSpeed's ZeRO-3)."""
+    """Return what determines the tower's output: `encoder`, a hash of its weights (the same for every dtype), `padding`
+    and `width`. There is no `encoder` if the devices share its weights (DeepSpeed's ZeRO-3)."""
     found, tower = {"padding": model.config.audio_padding, "width": model.config.audio_config.d_model}, hashlib.sha256()
     for name, weights in sorted(model.model.audio_tower.state_dict().items()):
         if not weights.numel():
@@ -161,13 +165,13 @@ def _read_clips(folder: Path) -> tuple[dict, dict[str, tuple[int, int, int]]]:
 
 
 def _write(folder: Path, known, heard_by: dict, model, processor: LsmProcessor, audio: Iterable[dict], batch_size: int):
-    """Clips are sorted by length within a span of so many that memory does not grow with the set. What a killed build
-    has left of the same encoder stays."""
+    """Encode the clips, sorted by length within spans of limited size, so that memory does not grow with the set. What
+    a killed build with the same encoder has written is kept."""
     clips: dict[str, tuple[int, int, int]] = {}
     if (folder / FRAMES).exists():
         before, clips = _read_clips(folder)
         if before != heard_by:
-            logger.warning("%s holds a part of what another encoder hears: beginning anew", folder)
+            logger.warning("%s was begun with another encoder; building it again", folder)
             clips = {}
     with (folder / FRAMES).open("ab") as file:
         file.truncate(2 * heard_by["width"] * sum(frames for _, frames, _ in clips.values()))
@@ -199,15 +203,15 @@ def _load(clip: dict, key: str, processor: LsmProcessor) -> np.ndarray:
     waveform = load_clip({"id": clip.get("id") or clip.get("path") or key, "audio": clip})
     if len(processor.chunk_lengths(len(waveform))) > 1:
         raise ValueError(
-            f"{clip.get('path') or key} is {len(waveform) / 16_000:.1f} s long; stored features take clips of one "
-            "chunk (30 s): train without --audio_feature_store."
+            f"{clip.get('path') or key} is {len(waveform) / 16_000:.1f} s long, but a feature store takes at most one "
+            "chunk (30 s); train without --audio_feature_store."
         )
     return waveform
 
 
 @torch.inference_mode()
 def _encode(file, clips: dict, span: dict[str, np.ndarray], model, processor: LsmProcessor, batch_size: int) -> None:
-    """Append what the tower makes of the clips in `span`, and note in `clips` where it stands."""
+    """Append the tower's output for the clips in `span` to the file, and add its positions to `clips`."""
     start = file.tell() // (2 * model.config.audio_config.d_model)
     keys = sorted(span, key=lambda key: len(span[key]))
     for first in range(0, len(keys), batch_size):
@@ -229,8 +233,8 @@ def _encode(file, clips: dict, span: dict[str, np.ndarray], model, processor: Ls
 
 
 def store_features(folder: str | None, dataset, model, processor) -> tuple[AudioFeatureStore | None, object]:
-    """The tower's output for all clips, and the rows with `audio_key` instead of their audio; without a folder, no
-    store and the rows as they are."""
+    """Store the tower's output for all clips. Returns the store and the rows with `audio_key` instead of `audio`;
+    without a folder, None and the unchanged rows."""
     if folder is None:
         return None, dataset
     rows = dataset.select_columns(sorted({"id", "audio"} & set(dataset.column_names)))
@@ -242,10 +246,10 @@ def store_features(folder: str | None, dataset, model, processor) -> tuple[Audio
 
 
 def refuse_other_clips(store: AudioFeatureStore, keys: Iterable[str], option: str) -> None:
-    """Refuse a store that was made for other clips."""
+    """Raise ValueError if the store lacks clips."""
     there = [key in store for key in keys]
     if missing := there.count(False):
         raise ValueError(
-            f"{store.folder} was made for other clips: it lacks {missing} of {len(there)}. Delete it or name another "
+            f"{store.folder} was built for other clips: it lacks {missing} of {len(there)}. Delete it or name another "
             f"{option}."
         )

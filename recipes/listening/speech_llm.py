@@ -1,9 +1,9 @@
-"""Any checkpoint that can be asked about speech, behind one interface: what it is given, what it answers.
+"""One interface to every model that answers questions about speech:
 
-- an LSM, in its own prompt layout;
-- a speech LLM of transformers (Qwen2-Audio, Granite Speech, Audio Flamingo 3, Voxtral and their kind), in the layout of
-  its own documentation: the clip, then the instruction;
-- a plain text LLM, which can read transcripts alone.
+- an LSM, with its own prompts;
+- a speech LLM of transformers (such as Qwen2-Audio, Granite Speech, Audio Flamingo 3 and Voxtral), with the prompts of
+  its documentation: the clip, then the instruction;
+- a text LLM, which can only read transcripts.
 """
 
 import base64
@@ -34,7 +34,7 @@ MARKS = ("\ue000", "\ue001")  # of private use: no text has them
 
 
 class SpeechLLM:
-    """A checkpoint and its processor; this class is for the speech LLMs of transformers.
+    """A model and its processor. This class is for the speech LLMs of transformers.
 
     Rows are dicts with an `instruction` and, as far as `slot` asks for them, `audio` (`{"bytes", "path"}`, or whatever
     `load_audio` takes) and `transcript`.
@@ -56,7 +56,7 @@ class SpeechLLM:
         return special_tokens(self.tokenizer)
 
     def as_text(self, text: str) -> str:
-        """As [`LsmProcessor.as_text`]; the tokenizers of others read the character of no width that is put there."""
+        """As [`LsmProcessor.as_text`], but other tokenizers read the zero-width character that it inserts."""
         return as_text(text, self._special)
 
     def conversation(self, row: dict, slot: str) -> list[dict]:
@@ -88,7 +88,7 @@ class SpeechLLM:
         prompts = [self.prompt(row, slot) for row in rows]
         if slot == "transcript":
             return self.tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
-        # Padding is of the text alone: some encoders take nothing but clips padded to 30 s.
+        # Only the text is padded here, because some encoders need clips padded to 30 s.
         settings = {"text_kwargs": {"padding": True, "padding_side": "left"}, "return_tensors": "pt"}
         if hasattr(self.processor, "feature_extractor"):
             settings["audio_kwargs"] = {"sampling_rate": 16_000}
@@ -110,7 +110,7 @@ class SpeechLLM:
         prompt = self.prompt(row, slot)
         fields = {"instruction": "instruction"} | ({"speech": "transcript"} if slot == "transcript" else {})
         texts = {role: row[field].strip() for role, field in fields.items()}
-        # Where they stand is seen from marks in their place: their words may occur in each other and in the template.
+        # Marks in their place show their positions, because their words may also occur in each other or the template.
         marks = dict(zip(fields, MARKS, strict=False))
         filled = {field: row[field].replace(texts[role], marks[role], 1) for role, field in fields.items()}
         texts = {role: self.as_text(text) for role, text in texts.items()}
@@ -120,7 +120,7 @@ class SpeechLLM:
             covered[role] = (start, start + len(texts[role]))
             rebuilt = rebuilt.replace(marks[role], texts[role])
         if rebuilt != prompt or any(start < 0 for start, _ in covered.values()):
-            raise ValueError(f"the prompt {prompt!r} does not hold {texts} as they are.")
+            raise ValueError(f"the prompt {prompt!r} does not contain {texts} unchanged; change the chat template.")
         return [
             (token, "speech" if token == self.audio_token_id else _role_of(span, covered))
             for token, span in self._tokens(row, slot)
@@ -132,8 +132,8 @@ class SpeechLLM:
         return list(zip(tokens.input_ids, tokens.offset_mapping, strict=True))
 
     def logits(self, inputs: dict, kept: torch.Tensor) -> torch.Tensor:
-        """`(batch, len(kept), vocabulary)` at these positions of a batch; others are not computed where the model can
-        do without."""
+        """Return the logits `(batch, len(kept), vocabulary)` at these positions, without computing the others if the
+        model supports it."""
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             return self.model(**inputs, use_cache=False, logits_to_keep=kept).logits
         return self.model(**inputs, use_cache=False).logits[:, kept]
@@ -149,7 +149,7 @@ class SpeechLLM:
         allowed: Sequence[Sequence[str]] | None = None,
         progress: bool = True,
     ) -> list[Reply]:
-        """Greedy answers, in order.
+        """Return greedy answers, in order.
 
         Args:
             rows, slot, store: as in `inputs`.
@@ -170,7 +170,7 @@ class SpeechLLM:
             inputs = self.inputs([rows[index] for index in batch], slot, store)
             choices = None
             if allowed is not None:
-                for index in batch:  # what stands before an answer may change its tokens, but is alike in all prompts
+                for index in batch:  # the end of the prompt may change its tokens, but is the same for all
                     for answer in set(allowed[index]) - set(tokens_of):
                         tokens_of[answer] = self.response_ids(rows[index] | {"response": answer}, slot)
                 choices = [[tokens_of[answer] for answer in allowed[index]] for index in batch]
@@ -192,7 +192,7 @@ class SpeechLLM:
 
     @staticmethod
     def _only(choices: Sequence[Sequence[list[int]]], start: int, ends: list[int]) -> dict:
-        """Settings of `generate` that let every row write the tokens of one of its choices, and nothing else."""
+        """Return settings of `generate` that restrict every row to the tokens of one of its choices."""
         tries = []
         for answers in choices:
             trie: dict = {}
@@ -213,7 +213,7 @@ class SpeechLLM:
 
 
 class Lsm(SpeechLLM):
-    """An LSM: the one prompt layout of `LsmProcessor.conversation`, and features that were computed before."""
+    """An LSM, with the prompts of `LsmProcessor.conversation`, and optionally with stored features."""
 
     def prompt(self, row: dict, slot: str = "audio") -> str:
         return render_prompt(self.processor, row, "transcript" if slot == "transcript" else "audio")
@@ -237,13 +237,13 @@ class Lsm(SpeechLLM):
 
 
 class TextLLM(Lsm):
-    """A plain text LLM, with the very prompts that an LSM composed of it has; it reads transcripts alone."""
+    """A text LLM, with the same prompts as an LSM composed of it. It can only read transcripts."""
 
     hears = False
 
 
 class GraniteSpeech(SpeechLLM):
-    """Granite Speech, whose template takes text alone: its documentation writes the placeholder into it."""
+    """Granite Speech. Its template takes only text, so the placeholder is part of the text, as in its documentation."""
 
     def conversation(self, row: dict, slot: str) -> list[dict]:
         instruction = self.as_text(row["instruction"])
@@ -258,8 +258,8 @@ class GraniteSpeech(SpeechLLM):
 
 
 class Voxtral(SpeechLLM):
-    """Voxtral, whose tokenizer (mistral-common's) makes tokens of messages and text of none: here, a prompt is what its
-    tokens say.
+    """Voxtral. Its tokenizer (mistral-common's) turns messages into tokens without rendering text, so `prompt` decodes
+    the tokens.
 
     Raises:
         ImportError: mistral-common is not installed.
@@ -267,11 +267,11 @@ class Voxtral(SpeechLLM):
 
     def __init__(self, model, processor, name: str = "model"):
         if not is_mistral_common_available():
-            raise ImportError(f"{name} is a Voxtral, whose tokenizer is mistral-common's; pip install mistral-common")
+            raise ImportError(f"{name} is a Voxtral, which needs mistral-common; pip install mistral-common")
         super().__init__(model, processor, name)
 
     def as_text(self, text: str) -> str:
-        return text  # no text stands for a special token
+        return text  # this tokenizer reads no text as a special token
 
     def conversation(self, row: dict, slot: str, clip: np.ndarray | None = None) -> list[dict]:
         """With the clip among the messages, or with a moment of silence in its place."""
@@ -322,16 +322,16 @@ FAMILIES: dict[str, type[SpeechLLM]] = {"lsm": Lsm, "granite_speech": GraniteSpe
 
 
 def load(source: str | Path, dtype: str = "auto") -> SpeechLLM:
-    """Open a checkpoint, on the GPU if there is one.
+    """Load a model, on the GPU if there is one.
 
     Args:
         source: folder or Hub id of an LSM, a speech LLM or a text LLM, or of an adapter for one of them.
-        dtype: of its weights; `"auto"` is the checkpoint's.
+        dtype: data type of the weights; `"auto"` is the checkpoint's.
     """
     config = load_config(source, trust_remote_code=True)
     speech = any(hasattr(config, name) for name in ("audio_token_id", "audio_token_index"))
     family = FAMILIES.get(config.model_type, SpeechLLM) if speech else TextLLM
-    # The families are spread over several auto classes; a checkpoint of theirs says which class it is.
+    # The families have different auto classes, but their checkpoints name the model class.
     auto = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
     model = open_model(source, auto, trust_remote_code=True, dtype=dtype)
     if speech:
@@ -344,14 +344,14 @@ def load(source: str | Path, dtype: str = "auto") -> SpeechLLM:
 
 
 def template_settings_of(source: str | Path) -> dict | None:
-    """What the chat template of an LSM has been told, for the text LLM beside it; None for other checkpoints."""
+    """Return the template settings of an LSM, for a text LLM that is compared with it; None for other checkpoints."""
     if load_config(source, trust_remote_code=True).model_type != "lsm":
         return None
     return load_processor(source).template_settings
 
 
 def _role_of(span: tuple[int, int], covered: dict[str, tuple[int, int]]) -> str:
-    """What a token is that covers these characters; one that straddles a border belongs to what it ends in."""
+    """Return the role of a token with this span of characters; it is the role of the token's last character."""
     for role, (start, end) in covered.items():
         if span[1] > start and span[1] <= end and span[0] < span[1]:
             return role

@@ -1,4 +1,4 @@
-"""A speech recogniser (Whisper, CTC models) where a speech LLM may stand: it transcribes, whatever it is asked."""
+"""A speech recogniser (Whisper or a CTC model) with the interface of a speech LLM; it ignores the instruction."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from language_models.checkpoints import load_config
 from recipes.listening.features import load_clip
 from recipes.listening.speech_llm import SpeechLLM, load
 
-CHUNK = 30  # seconds: Whisper's own, and what CTC models have memory for
+CHUNK = 30  # seconds: the length of Whisper's input, and short enough for the memory that CTC models need
 
 
 class Transcriber:
@@ -20,7 +20,7 @@ class Transcriber:
 
     Args:
         source: folder or Hub id.
-        dtype: of its weights; `"auto"` is the checkpoint's.
+        dtype: data type of the weights; `"auto"` is the checkpoint's.
     """
 
     def __init__(self, source: str | Path, dtype: str = "auto"):
@@ -43,7 +43,7 @@ class Transcriber:
 
 
 def load_recogniser(source: str | Path, dtype: str = "auto") -> Transcriber | SpeechLLM:
-    """What a cascade hears with: a recogniser, or a speech LLM that is asked to transcribe."""
+    """Load the first model of a cascade: a recogniser, or a speech LLM that is asked to transcribe."""
     kind = load_config(source, trust_remote_code=True).model_type
     recognises = kind in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES or kind in MODEL_FOR_CTC_MAPPING_NAMES
     return Transcriber(source, dtype) if recognises else load(source, dtype)

@@ -1,1 +1,1 @@
-"""What `recipes/sft.py` is made of: arguments, rows, order, trainer, checkpoints, preflight."""
+"""The parts of `recipes/sft.py`: arguments, rows, order, trainer, checkpoints, preflight."""

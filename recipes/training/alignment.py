@@ -1,9 +1,8 @@
-"""Alignment: before the LLM is ever run, the projector learns to say the transcript in the LLM's own input embeddings.
+"""Alignment: the projector learns to express the transcript in the LLM's own input embeddings.
 
-The loss is CTC (Graves et al., 2006) over the word pieces of the transcript. A speech token is compared with what the
-LLM already knows, the embeddings of its pieces, by cosines; only the blank is new. So the LLM later meets speech as
-something that lies close to text, and learns to listen in a fraction of the steps. The LLM itself is not run, which
-makes a step cheap enough for one CPU core.
+The loss is CTC (Graves et al., 2006) over the word pieces of the transcript. Each speech token is compared, by cosines,
+with the LLM's embeddings of the pieces; only the blank is new. Speech then lies close to text, and the LLM learns to
+listen in a fraction of the steps. The LLM itself is not run, so a step is cheap enough for one CPU core.
 """
 
 import itertools
@@ -36,18 +35,18 @@ from recipes.training.order import EpochSampler
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "alignment"  # in the folder of the training that begins with it
-OTHER_PIECES = 1500  # that a step is compared with besides the batch's own; a whole vocabulary costs many times as much
+FOLDER = "alignment"  # subfolder of the training's folder
+OTHER_PIECES = 1500  # pieces in a step besides the batch's own; the whole vocabulary would cost many times as much
 STEPS, WARMUP_STEPS = 3000, 100
-MARK = "\ue000"  # of private use: no transcript has it
+MARK = "\ue000"  # a character for private use, which no transcript has
 BLANK = 0
 
 
 class AlignmentModel(nn.Module):
-    """What learns in the alignment, the projector and the reader, and the rest of the LSM, which does not.
+    """The model of the alignment. The projector and its reader learn; the rest of the LSM is frozen.
 
     Args:
-        lsm: its audio tower and its embeddings are used; the LLM's layers are not.
+        lsm: the LSM, of which the audio tower and the embeddings are used, but not the LLM's layers.
         pieces: `(pieces,)` int64, the ids that a transcript may have.
     """
 
@@ -55,7 +54,7 @@ class AlignmentModel(nn.Module):
         super().__init__()
         self.projector = lsm.model.projector
         self.pieces = pieces
-        # In a tuple, so that checkpoints hold what learns alone.
+        # In a tuple, so that checkpoints hold only what learns.
         self._lsm = (lsm,)
 
     @property
@@ -65,11 +64,11 @@ class AlignmentModel(nn.Module):
     def log_probs(
         self, pieces: torch.Tensor, chunks: torch.Tensor, shift: int = 0, **audio
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is read in a batch of clips, see [`forward`] for the arguments.
+        """Return the log-probabilities of a batch of clips; see [`forward`] for the arguments.
 
         Returns:
-            Log-probabilities `(tokens, 1 + pieces)` of the blank and of the ids `pieces`, for all speech tokens one
-            after the other; and how many each clip has `(clips,)`.
+            Log-probabilities `(tokens, 1 + pieces)` of the blank and of the ids `pieces` for the speech tokens of all
+            clips, one clip after the other, and the number of speech tokens of each clip `(clips,)`.
         """
         heard, frames = self.lsm.model.encode_audio(**audio)
         if shift:
@@ -95,13 +94,12 @@ class AlignmentModel(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """
         Args:
-            labels: `(sum of label_lengths,)` int64, the transcripts' pieces one after the other, as places in `pieces`
-                plus one.
-            label_lengths: `(clips,)` int64, pieces of every clip.
-            chunks: `(clips,)` int64, how many rows of audio every clip has.
+            labels: `(sum of label_lengths,)` int64, the pieces of all transcripts, one transcript after the other, as
+                indices of `pieces` plus one.
+            label_lengths: `(clips,)` int64, number of pieces of each clip.
+            chunks: `(clips,)` int64, number of rows of audio of each clip.
             pieces: `(choices,)` int64, ids of the word pieces to choose from.
-            shift: encoder frames by which the clips begin later, so that windows are cut elsewhere; as if the first
-                frame had lasted longer.
+            shift: how often the first encoder frame is repeated, so that the windows are cut at other places.
             input_features, input_features_mask, audio_hidden_states: as in [`LsmForConditionalGeneration`].
 
         Returns:
@@ -113,8 +111,8 @@ class AlignmentModel(nn.Module):
 
     @torch.no_grad()
     def read(self, chunks: torch.Tensor, **audio) -> list[list[int]]:
-        """The greedy reading of every clip as ids: the likeliest piece of each speech token, repeats merged, blanks
-        dropped."""
+        """Return the greedy CTC decoding of each clip as ids: the most likely piece of each speech token, without
+        repetitions and blanks."""
         log_probs, lengths = self.log_probs(self.pieces, chunks, **audio)
         readings = []
         for clip in log_probs.argmax(-1).split(lengths.tolist()):
@@ -126,33 +124,33 @@ class AlignmentModel(nn.Module):
 def ctc_loss(
     log_probs: torch.Tensor, speech_lengths: torch.Tensor, labels: torch.Tensor, label_lengths: torch.Tensor
 ) -> torch.Tensor:
-    """The mean over clips of the CTC loss per piece.
+    """Return the mean over clips of the CTC loss per piece.
 
     Args:
-        log_probs: `(tokens, 1 + pieces)` of all clips one after the other, the blank's first.
-        speech_lengths, label_lengths: `(clips,)` int64, speech tokens and pieces of every clip.
-        labels: `(sum of label_lengths,)` int64, places in the last axis of `log_probs`.
+        log_probs: `(tokens, 1 + pieces)` of all clips, one clip after the other; the blank comes first.
+        speech_lengths, label_lengths: `(clips,)` int64, number of speech tokens and of pieces of each clip.
+        labels: `(sum of label_lengths,)` int64, indices in the last axis of `log_probs`.
     """
     lengths = speech_lengths.to(log_probs.device)
     places = torch.arange(int(speech_lengths.max()), device=lengths.device)[:, None] + lengths.cumsum(0) - lengths
-    # What a clip has too much is another clip's, and no part of its loss. Not `pad_sequence`, whose backward copies the
-    # whole batch once per clip.
+    # Short clips are padded with tokens of the next clips, which CTC ignores. The backward pass of `pad_sequence` would
+    # copy the whole batch once per clip.
     by_clip = log_probs.index_select(0, places.clamp(max=len(log_probs) - 1).flatten()).unflatten(0, places.shape)
     losses = nn.functional.ctc_loss(by_clip, labels, speech_lengths, label_lengths, blank=BLANK, reduction="none")
     return (losses / label_lengths.to(losses.device)).mean()
 
 
 def known_pieces(processor: LsmProcessor, embeddings: int) -> torch.Tensor:
-    """`(pieces,)` int64: the ids that stand for text."""
+    """Return the ids of tokens with text, `(pieces,)` int64."""
     never = set(non_text_token_ids(processor.tokenizer, embeddings))
     return torch.tensor([id for id in range(embeddings) if id not in never])
 
 
 class Slot:
-    """Word pieces of transcripts as they stand in the prompt: what comes before may change how the first one begins.
+    """Tokenises transcripts as they are in the prompt, because the text before them may change the first word piece.
 
     Args:
-        processor: of the LSM.
+        processor: the LSM's processor.
     """
 
     def __init__(self, processor: LsmProcessor):
@@ -162,7 +160,7 @@ class Slot:
         ).split(MARK)
 
     def pieces(self, transcripts: Sequence[str]) -> list[list[int]]:
-        """The ids of every transcript; none for a transcript without text."""
+        """Return the ids of each transcript; an empty list for a transcript without text."""
         transcripts = [self.as_text(transcript.strip()) for transcript in transcripts]
         if not self.tokenizer.is_fast:  # such tokenizers do not say which characters a token covers
             return self.tokenizer(transcripts, add_special_tokens=False).input_ids
@@ -177,19 +175,20 @@ class Slot:
 
 
 def speech_tokens_needed(pieces: Sequence[int]) -> int:
-    """The speech tokens that CTC needs at least: one for every piece, and a blank between two that are the same."""
+    """Return the least number of speech tokens for CTC: one for each piece, and a blank between two equal pieces."""
     return len(pieces) + sum(a == b for a, b in itertools.pairwise(pieces))
 
 
 def alignment_rows(dataset: Dataset, processor: LsmProcessor, embeddings: int) -> Dataset:
-    """The clips of a set, each once, with the `pieces` of their transcripts and their `speech_tokens`.
+    """Return the clips of a set, each once, with the `pieces` of their transcripts and their `speech_tokens`.
 
-    Clips that cannot be aligned are left out, and how many, why, is said in the log.
+    Clips that cannot be aligned are left out; the log says how many and why.
 
     Args:
-        dataset: with `audio` or `audio_key`, `source`, `transcript` and `duration`; several rows may have one clip.
-        processor: of the LSM.
-        embeddings: that the LLM has.
+        dataset: rows with `audio` or `audio_key`, `source`, `transcript` and `duration`; several may have the same
+            clip.
+        processor: the LSM's processor.
+        embeddings: number of embeddings of the LLM.
 
     Raises:
         ValueError: no clip is left.
@@ -214,8 +213,8 @@ def alignment_rows(dataset: Dataset, processor: LsmProcessor, embeddings: int) -
     empty = sum(not pieces for pieces, _ in pairs)
     if crowded := len(pairs) - len(fit) - empty:
         logger.warning(
-            "%d of %d clips have more word pieces than speech tokens and are left out of the alignment: a smaller "
-            "--window-frames or more --queries-per-window of recipes.listening.composing would give them more tokens.",
+            "%d of %d clips have more word pieces than speech tokens and are left out of the alignment; to use them, "
+            "compose the LSM with a smaller --window-frames or more --queries-per-window.",
             crowded,
             len(pairs),
         )
@@ -234,9 +233,8 @@ class AlignmentCollator(SpeechResponseCollator):
     """Rows of [`alignment_rows`] → the arguments of [`AlignmentModel.forward`].
 
     Args:
-        counts: `(vocabulary,)` float: how often each id is drawn to be chosen from besides the batch's own; 0 for those
-            that are no text.
-        others: how many are drawn. Which ones is a function of the batch, so that a resumed training draws the same.
+        counts: `(vocabulary,)` float, weights for drawing ids besides the batch's own; 0 for ids without text.
+        others: number of ids to draw. The draw depends only on the batch, so that a resumed training draws the same.
     """
 
     counts: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -264,20 +262,20 @@ class AlignmentCollator(SpeechResponseCollator):
 
 
 class AlignmentTrainer(WholeCheckpoints, Trainer):
-    """Trainer of an [`AlignmentModel`], in batches of clips of like length."""
+    """Trainer of an [`AlignmentModel`], with batches of clips of similar length."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "the alignment needs the projector whole on each device: run recipes.align without FSDP and DeepSpeed "
-                "first, and this training from what it wrote; or train without alignment (--align_steps 0)."
+                "the alignment needs the whole projector on each device, which FSDP and DeepSpeed divide: first run "
+                "recipes.align without them, then train its output; or train without alignment (--align_steps 0)."
             )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over clips
 
     def compute_loss(self, model, inputs, **kwargs):
-        """Windows are cut elsewhere at every step, the same on all devices and in a training that goes on: cut as they
-        come, a training set of hours is learned by heart."""
+        """Cut the windows at another place in every step (the same on all devices and after resuming), because
+        otherwise the projector would memorise a training set of a few hours."""
         step = random.Random(f"{self.args.seed} {self.state.global_step}")
         shift = step.randrange(self.model.lsm.config.window_frames)
         return super().compute_loss(model, {**inputs, "shift": shift}, **kwargs)
@@ -289,7 +287,7 @@ class AlignmentTrainer(WholeCheckpoints, Trainer):
 
 
 class _Epochs(TrainerCallback):
-    """Tells the sampler its epoch; a resumed training would begin with the first one again."""
+    """Sets the sampler's epoch, because a resumed training would otherwise begin with the first one again."""
 
     def __init__(self, trainer: AlignmentTrainer):
         self.trainer = trainer
@@ -299,13 +297,14 @@ class _Epochs(TrainerCallback):
 
 
 class ReadingCallback(TrainerCallback):
-    """Every so many steps, the word error rate of the greedy reading; to the alignment's `log.jsonl`.
+    """Measures the word error rate of the greedy decoding every few steps, and writes it to the alignment's
+    `log.jsonl`.
 
     Args:
-        model: what learns.
-        collator: of the training; `rows` have what it takes.
-        rows: as [`alignment_rows`] gives them.
-        every: steps between two readings; the last step has one, too.
+        model: the model that is trained.
+        collator: the collator of the training.
+        rows: held-out clips from [`alignment_rows`].
+        every: steps between two measurements; the last step is also measured.
     """
 
     def __init__(self, model: AlignmentModel, collator: AlignmentCollator, rows: Dataset, every: int):
@@ -316,7 +315,7 @@ class ReadingCallback(TrainerCallback):
             state.global_step % self.every == 0 or state.global_step == state.max_steps
         ):
             rate = reading_error_rate(self.model, self.collator, self.rows)
-            logger.info("step %d of the alignment: WER of the reading %.1f %%", state.global_step, 100 * rate)
+            logger.info("step %d of the alignment: WER %.1f %% on held-out clips", state.global_step, 100 * rate)
             record = {"step": state.global_step, "max_steps": state.max_steps, "reading_wer": rate}
             append_lines(Path(args.output_dir) / LOG, [record])
 
@@ -324,7 +323,7 @@ class ReadingCallback(TrainerCallback):
 def reading_error_rate(
     model: AlignmentModel, collator: AlignmentCollator, rows: Dataset, batch_size: int = 32
 ) -> float:
-    """The word error rate of the greedy reading, after Whisper's normaliser."""
+    """Return the word error rate of the greedy decoding, after Whisper's text normaliser."""
     tokenizer, device, was_training = collator.processor.tokenizer, model.projector.reader.scale.device, model.training
     model.eval()
     readings: list[str] = []
@@ -337,7 +336,7 @@ def reading_error_rate(
 
 
 def validation_rows(args, store: AudioFeatureStore | None) -> Dataset | None:
-    """The clips of `--following_corpus`, whose reading is measured; None if there is none.
+    """Return the clips of `--following_corpus`, on which the WER is measured; None if the option is unset.
 
     Args:
         args: [`LsmScriptArguments`].
@@ -352,7 +351,7 @@ def validation_rows(args, store: AudioFeatureStore | None) -> Dataset | None:
 
 
 def piece_counts(rows: Dataset, pieces: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """`(vocabulary,)` float: how often each id occurs in the transcripts, plus one; 0 for ids that are no text."""
+    """Return how often each id occurs in the transcripts, plus one, `(vocabulary,)` float; 0 for ids without text."""
     counts = torch.zeros(vocabulary)
     counts[pieces] = 1.0
     found = np.bincount([id for ids in rows["pieces"] for id in ids], minlength=vocabulary)
@@ -360,7 +359,7 @@ def piece_counts(rows: Dataset, pieces: torch.Tensor, vocabulary: int) -> torch.
 
 
 def needs_alignment(model: LsmForConditionalGeneration, args) -> bool:
-    """Whether a training begins with the alignment; how many steps it then takes is written into `args`.
+    """Return whether a training begins with the alignment. If `args.align_steps` is None, it is set here.
 
     Args:
         model: the LSM. A projector that has learned already, or is a plain map, is left alone, unless `args` asks for
@@ -368,19 +367,19 @@ def needs_alignment(model: LsmForConditionalGeneration, args) -> bool:
         args: [`LsmTrainingArguments`].
 
     Raises:
-        ValueError: `args` asks for the alignment of a plain map.
+        ValueError: `args` asks for alignment, but the projector has no reader.
     """
     if args.align_steps is None:
         args.align_steps = 0 if model.config.projector_trained or not model.config.pieces_per_token else STEPS
     if args.align_steps and not model.config.pieces_per_token:
         raise ValueError(
-            f"--align_steps {args.align_steps}, but the LSM's projector is a plain map (pieces_per_token is 0), which "
-            "reads no word pieces: compose the LSM with --pieces-per-token 8, or train it with --align_steps 0."
+            f"--align_steps is {args.align_steps}, but the LSM's projector has no reader of word pieces "
+            "(pieces_per_token is 0): compose the LSM with --pieces-per-token 8, or train it with --align_steps 0."
         )
     if not args.align_steps and not model.config.projector_trained and model.config.pieces_per_token:
         logger.warning(
-            "The projector is to read word pieces, which it never learned: align it first (--align_steps 3000), or "
-            "compose the LSM with --pieces-per-token 0, a plain map."
+            "The projector's reader of word pieces was never trained: align it first (--align_steps 3000), or compose "
+            "the LSM without a reader (--pieces-per-token 0)."
         )
     return args.align_steps > 0
 
@@ -397,7 +396,7 @@ def align(
     identity: dict | None = None,
     main_process: bool = True,
 ) -> AlignmentModel:
-    """Align the model's projector; an interrupted alignment goes on, and a finished one is read from its folder.
+    """Align the model's projector. An interrupted alignment is resumed, and a finished one is loaded from its folder.
 
     Args:
         model: the LSM; its projector is changed.
@@ -408,7 +407,7 @@ def align(
         store: of the clips' features.
         validation: clips whose reading is measured, as `dataset`.
         validation_steps: steps between two measurements.
-        identity: what else the alignment is a function of: what model and set hold.
+        identity: fingerprints of the model and the set, which must be the same when an alignment is resumed.
         main_process: whether this process writes.
 
     Raises:
@@ -423,7 +422,7 @@ def align(
     checkpoint = find_checkpoint(settings.output_dir, made_of, anew, main_process)
     pieces = known_pieces(processor, embeddings)
     collator = AlignmentCollator(processor, store, counts=piece_counts(rows, pieces, embeddings))
-    if model.device != settings.device:  # weights in 4 bits are where they stay
+    if model.device != settings.device:  # weights in 4 bits are already there and cannot be moved
         model.to(settings.device)
     aligned = AlignmentModel(model, pieces)
     model.config.projector_trained = True
@@ -443,7 +442,7 @@ def align(
 
 
 def alignment_arguments(args) -> TrainingArguments:
-    """Settings of the alignment that a training begins with."""
+    """Return the settings of the alignment from those of the training."""
     return TrainingArguments(
         output_dir=str(Path(args.output_dir) / FOLDER),
         max_steps=args.align_steps,

@@ -1,4 +1,4 @@
-"""What can be said to `recipes/sft.py`, besides TRL's own model arguments: as YAML keys or as `--key value`."""
+"""Arguments of `recipes/sft.py` besides TRL's model arguments, given as YAML keys or as `--key value`."""
 
 import math
 import os
@@ -12,44 +12,44 @@ from recipes.evaluation.following import BY_FORM
 
 MODES = ("full", "lora", "qlora", "frozen")
 OBJECTIVES = ("response", "distill")
-# Options of TRL that cannot work with speech, or would change nothing, and what does what they are for.
-ROWS_TOGETHER = "clips are not packed; rows of like cost go together by themselves (--train_sampling_strategy)"
-RESPONSES_ALONE = "the loss is of the responses alone"
-HELD_OUT = "there is no set to evaluate on; --following_corpus asks held-out instructions while it trains"
-OWN_PROMPTS = "the LSM's processor lays out prompts and ends them; change the LLM's tokenizer and compose the LSM anew"
+# Options of TRL that do not work with speech or have no effect, and what to use instead.
+ROWS_TOGETHER = "clips are not packed; --train_sampling_strategy puts rows of similar cost together"
+RESPONSES_ALONE = "the loss is always computed on the responses only"
+HELD_OUT = "there is no evaluation set; --following_corpus asks held-out instructions during the training"
+OWN_PROMPTS = "the LSM's processor writes the prompts; change the LLM's tokenizer and compose the LSM again"
 REFUSED = {
     **dict.fromkeys(("packing", "eval_packing", "padding_free", "pad_to_multiple_of"), ROWS_TOGETHER),
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), RESPONSES_ALONE),
     **dict.fromkeys(("eval_strategy", "do_eval", "eval_on_start", "load_best_model_at_end"), HELD_OUT),
     **dict.fromkeys(("chat_template_path", "eos_token", "pad_token", "dataset_text_field"), OWN_PROMPTS),
-    "model_init_kwargs": "--dtype and --attn_implementation say how the model is loaded",
-    "truncation_mode": "nothing is ever cut",
-    "shuffle_dataset": "--train_sampling_strategy says in which order rows are learned",
-    "dataset_num_proc": "rows are read as they are",
-    "router_aux_loss_coef": "the balance of a router's experts is not learned",
-    "load_in_4bit": "--llm qlora has the LLM in 4 bits",
-    "load_in_8bit": "--llm qlora has the LLM in 4 bits",
+    "model_init_kwargs": "--dtype and --attn_implementation set how the model is loaded",
+    "truncation_mode": "rows are never truncated",
+    "shuffle_dataset": "--train_sampling_strategy sets the order of the rows",
+    "dataset_num_proc": "the dataset is not preprocessed",
+    "router_aux_loss_coef": "the auxiliary loss of a router is not computed",
+    "load_in_4bit": "--llm qlora loads the LLM in 4 bits",
+    "load_in_8bit": "--llm qlora loads the LLM in 4 bits",
 }
 
 
 def refuse_without_effect(args) -> None:
-    """Refuse options that `args`, [`LsmTrainingArguments`] as they were said or a `ModelConfig`, have from TRL and that
-    would stop the training later or change nothing.
+    """Refuse options of TRL that would stop the training later or have no effect. `args` are [`LsmTrainingArguments`],
+    before their defaults are replaced, or a `ModelConfig`.
 
     Raises:
-        ValueError: names the option and the way out.
+        ValueError: such an option was set. Names it and says what to use instead.
     """
     for option in fields(args):
         value = getattr(args, option.name)
-        # Responses alone are learned, which one may say.
+        # `completion_only_loss=True` is allowed, because it is what happens anyway.
         plain = (option.default, None, option.name == "completion_only_loss")
         if option.name in REFUSED and not any(value is one or value == one for one in plain):
-            raise ValueError(f"--{option.name} {value} is of no use here: {REFUSED[option.name]}. Leave it out.")
+            raise ValueError(f"--{option.name} {value} has no effect here: {REFUSED[option.name]}. Leave it out.")
 
 
 @dataclass
 class LsmScriptArguments(ScriptArguments):
-    """Which LSM learns, and from which rows."""
+    """Arguments for the LSM and the rows that it is trained on."""
 
     audio: str | None = field(
         default=None,
@@ -125,7 +125,7 @@ class LsmScriptArguments(ScriptArguments):
             if value is not None and not least <= value < math.inf:
                 raise ValueError(f"--{name} {value} must be {least} or more, and finite.")
         if (self.audio is None) != (self.text is None):
-            raise ValueError(f"--audio {self.audio} and --text {self.text} make an LSM together; give both or none.")
+            raise ValueError(f"--audio is {self.audio} and --text is {self.text}; a new LSM needs both, so give both.")
         if self.dataset_streaming and self.audio_feature_store is not None:
             raise ValueError("--audio_feature_store needs all clips at once; leave it out, or --dataset_streaming.")
         if self.dataset_name is None:
@@ -134,7 +134,7 @@ class LsmScriptArguments(ScriptArguments):
 
 @dataclass
 class LsmTrainingArguments(SFTConfig):
-    """TRL's, with the defaults that speech needs."""
+    """TRL's training arguments, with more options and with defaults for speech."""
 
     objective: str = field(
         default="distill",
@@ -193,13 +193,13 @@ class LsmTrainingArguments(SFTConfig):
         if not self.temperature > 0:
             raise ValueError(f"--temperature {self.temperature} must be more than 0.")
         self._check_distillation()
-        self.max_length = None  # a cut prompt has fewer placeholders than its clip has tokens
-        for name in ("checkpointing", "checkpointing_kwargs"):  # which TRL calls by its older name
+        self.max_length = None  # a truncated prompt would have fewer placeholders than its clip has tokens
+        for name in ("checkpointing", "checkpointing_kwargs"):  # TRL uses the older name
             if getattr(self, f"activation_{name}", ...) is None:
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
-        self.remove_unused_columns = False  # the collator reads them
+        self.remove_unused_columns = False  # the collator needs them
         self.dataset_kwargs = {"skip_prepare_dataset": True}
-        if self.bf16 is None and not self.fp16:  # TRL's is yes, also where there is no GPU that can
+        if self.bf16 is None and not self.fp16:  # TRL's default is True, even without a GPU that supports it
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = accumulation(
@@ -211,8 +211,8 @@ class LsmTrainingArguments(SFTConfig):
         for name, none in {"loss_type": "nll", "label_smoothing_factor": 0.0}.items():
             if getattr(self, name) != none and self.objective == "distill":
                 raise ValueError(
-                    f"--{name} {getattr(self, name)} is for --objective response; --objective is distill, whose loss "
-                    f"is another. Leave --{name} out."
+                    f"--{name} {getattr(self, name)} is for --objective response, but --objective is distill. "
+                    f"Leave --{name} out."
                 )
         if self.distill_top_k is not None and self.distill_top_k < 1:
             raise ValueError(f"--distill_top_k {self.distill_top_k} must be 1 or more; leave it out for all tokens.")
@@ -225,27 +225,27 @@ class LsmTrainingArguments(SFTConfig):
 
 
 def accumulation(global_batch_size: int, per_device: int, devices: int) -> int:
-    """Batches of `per_device` rows that each device must see for a step of `global_batch_size` rows.
+    """Return the gradient accumulation steps that give `global_batch_size` rows per optimizer step.
 
     Raises:
-        ValueError: there is no such number.
+        ValueError: `global_batch_size` is not a multiple of the rows on all devices.
     """
     steps, rest = divmod(global_batch_size, per_device * devices)
     if rest or not steps:
         raise ValueError(
-            f"--global_batch_size {global_batch_size} cannot be cut into batches of {per_device} on {devices} devices; "
-            "choose --per_device_train_batch_size so that it can."
+            f"--global_batch_size {global_batch_size} is not a multiple of {per_device} rows on {devices} devices; "
+            "choose another --per_device_train_batch_size."
         )
     return steps
 
 
-# Fields that are never as their dataclass has them, whatever was said.
+# Fields that always differ from the defaults of their dataclass.
 DERIVED = {"max_length", "remove_unused_columns", "dataset_kwargs", "logging_dir", "accelerator_config", "use_peft"}
 DERIVED |= {"lora_target_modules", "lora_modules_to_save", "debug", "dataloader_pin_memory", "report_to"}
 
 
 def given(*arguments) -> dict:
-    """What was said: the settings that are not as they would be by themselves, in the words of a config."""
+    """Return the settings that differ from their defaults, as in a config file."""
     found = {}
     for part in arguments:
         for field_ in fields(part):

@@ -1,4 +1,4 @@
-"""What is seen while a training goes on: the log as lines of JSON, and whether the model does what it is told."""
+"""Callbacks of a training: the log as JSON lines, and the following rate on held-out instructions."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def rewind(file: Path, step: int) -> None:
 
 
 class LogCallback(TrainerCallback):
-    """Append what the trainer logs (loss, rates, throughput, ...) to `log.jsonl`, as it happens."""
+    """Appends what the trainer logs (loss, learning rate, throughput, ...) to `log.jsonl`."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -32,7 +32,7 @@ class LogCallback(TrainerCallback):
                 rewind(Path(args.output_dir) / name, state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        # A resumed training averages the loss from its checkpoint on; an uninterrupted one must do the same.
+        # A resumed training averages the loss from its checkpoint on, so an uninterrupted one logs at each checkpoint.
         control.should_log |= control.should_save
         return control
 
@@ -63,7 +63,7 @@ class FollowingCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
-        # Every process answers all rows: where weights are sharded, none can answer without the others.
+        # Every process answers all rows, because no process can answer alone if the weights are sharded.
         replies = Lsm(model, self.processor).respond(self.rows, store=self.store, progress=False)
         model.train()
         scores = score_following(self.rows, [reply.text for reply in replies], self.checker)

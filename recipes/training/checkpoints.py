@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not count, and going on from the last one: the same command, the same curve."""
+"""Atomic checkpoints, and resuming from the last one with the same command and the same loss curve."""
 
 import contextlib
 import dataclasses
@@ -16,16 +16,16 @@ from dataset_builders.files import content_of, differences, write_whole
 
 logger = logging.getLogger(__name__)
 
-COMPLETE = "complete"  # the file that is written last
-RUN = "run.json"  # the settings that a folder's checkpoints were made with
-# What may change between an interruption and the resumption, since the loss does not depend on it.
+COMPLETE = "complete"  # a file that is written last
+RUN = "run.json"  # the settings of the checkpoints in a folder
+# Settings that may change when a training is resumed, because the loss does not depend on them.
 FREE = ("output_dir", "target", "resume_from_checkpoint", "run_name", "report_to", "project", "preflight")
 FREE += ("disable_tqdm", "local_rank", "checker", "pool", "peak_tflops", "do_train")
 FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "following_", "trackio_", "include_", "_")
 
 
 class WholeCheckpoints:
-    """For a Trainer: a checkpoint counts once all its files are there, and none goes before the next one counts."""
+    """Mixin for a Trainer: a checkpoint counts when all its files are written, and only then are older ones deleted."""
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -49,13 +49,13 @@ class WholeCheckpoints:
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The last complete checkpoint of a training's folder."""
+    """Return the last complete checkpoint in a training's folder, None if there is none."""
     whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def settings_of(*arguments) -> dict:
-    """What a loss curve is a function of, of the recipe's arguments."""
+    """Return the arguments of the recipe that the loss curve depends on."""
     found = {}
     for part in arguments:
         values = part.to_dict() if hasattr(part, "to_dict") else dataclasses.asdict(part)
@@ -65,11 +65,11 @@ def settings_of(*arguments) -> dict:
 
 
 def contents_of(script_args, model_args, corpus: Corpus | None = None) -> dict[str, str]:
-    """What the models and the set hold that a training is made from: their paths do not say what is there by now.
+    """Return fingerprints of the models and the set of a training, because the content at their paths may change.
 
     Args:
-        script_args, model_args: of the recipe.
-        corpus: whose clips are learned, instead of those of a set.
+        script_args, model_args: arguments of the recipe.
+        corpus: corpus of the training, if its clips do not come from a set.
     """
     found = {name: content_of(getattr(script_args, name)) for name in ("audio", "text")}
     found["model_name_or_path"] = content_of(model_args.model_name_or_path, model_args.model_revision)
@@ -78,22 +78,23 @@ def contents_of(script_args, model_args, corpus: Corpus | None = None) -> dict[s
 
 
 def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_process: bool = True) -> str | None:
-    """Where this training goes on: the last complete checkpoint in its folder, None to begin.
+    """Return the checkpoint to resume from, the last complete one in the training's folder; None to start.
 
     Args:
-        output_dir: of the training.
-        settings: `settings_of` it and `contents_of` what it is made from, kept beside the checkpoints.
-        asked: `--resume_from_checkpoint`: a checkpoint's folder, or `true` for the last one whatever the settings.
+        output_dir: folder of the training.
+        settings: `settings_of` and `contents_of` the training; they are saved beside the checkpoints.
+        asked: `--resume_from_checkpoint`: a checkpoint's folder, `true` for the last one even with other settings, or
+            `false` to start again.
         main_process: whether this process writes.
 
     Raises:
-        ValueError: the folder holds checkpoints of other settings or of another program, or what was asked for is no
-            whole checkpoint.
+        ValueError: the folder holds checkpoints with other settings or of another program, or the named checkpoint is
+            not complete.
     """
     last, run = last_checkpoint(output_dir), Path(output_dir) / RUN
     if not run.is_file() and any(run.parent.glob("checkpoint-*")):
         raise ValueError(
-            f"{output_dir} holds checkpoints of something else ({RUN} is missing); name another --output_dir."
+            f"{output_dir} holds checkpoints of another program ({RUN} is missing); name another --output_dir."
         )
     if asked and asked.lower() not in ("true", "false"):
         if not (Path(asked) / COMPLETE).is_file():
@@ -106,8 +107,8 @@ def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_pro
         last = None
     elif asked and last is None:
         raise ValueError(
-            f"--resume_from_checkpoint {asked}: {output_dir} has no complete checkpoint; leave the option out to "
-            "begin anew."
+            f"--resume_from_checkpoint {asked}: {output_dir} has no complete checkpoint; leave the option out to start "
+            "a new training."
         )
     elif (
         not asked
@@ -116,42 +117,42 @@ def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_pro
         and (changes := _changes(json.loads(run.read_text(encoding="utf-8")), settings))
     ):
         raise ValueError(
-            f"{output_dir} holds a training of other settings ({'; '.join(changes)}): name another --output_dir, give "
-            f"the old ones to go on from {last.name}, or --resume_from_checkpoint true to go on from it with the new."
+            f"{output_dir} holds a training with other settings ({'; '.join(changes)}): name another --output_dir, use "
+            f"the old settings to resume from {last.name}, or the new ones with --resume_from_checkpoint true."
         )
     if main_process:
         _clear(Path(output_dir), everything=last is None)
         run.parent.mkdir(parents=True, exist_ok=True)
         write_whole(run, json.dumps(settings, indent=2, sort_keys=True))
     if last:
-        logger.info("going on from %s", last)
+        logger.info("resuming from %s", last)
     return str(last) if last else None
 
 
 def _changes(before: dict, now: dict) -> list[str]:
-    """Of what both have: other versions of ours have other settings."""
+    """Return the changed settings, except those that only one side has, as other versions have other settings."""
     known = {name: value for name, value in before.items() if name in now}
     changed = differences(known, {name: now[name] for name in known})
-    return [f"{name}: {was} then, {value} now" for name, (was, value) in changed.items()]
+    return [f"{name} was {was}, now {value}" for name, (was, value) in changed.items()]
 
 
 def _clear(folder: Path, everything: bool) -> None:
-    """Remove checkpoints that count no more: those that a kill cut short, or all of them."""
+    """Remove incomplete checkpoints, or all of them."""
     for path in folder.glob("checkpoint-*"):
         if everything or not (path / COMPLETE).is_file():
-            logger.warning("removing %s, %s", path, "of a training that begins anew" if everything else "not whole")
+            logger.warning("removing %s: %s", path, "the training starts again" if everything else "not complete")
             shutil.rmtree(path)
 
 
 @contextlib.contextmanager
 def naming_last_checkpoint(output_dir: str) -> Iterator[None]:
-    """Whatever stops a training says where it goes on."""
+    """Add the last complete checkpoint to any exception that stops a training."""
     try:
         yield
     except Exception as error:
         last = last_checkpoint(output_dir)
         error.add_note(
-            f"The last complete checkpoint is {last}; the same command goes on from it."
+            f"The last complete checkpoint is {last}; run the same command to resume from it."
             if last
             else f"{output_dir} has no complete checkpoint yet; --save_steps sets how often one is written."
         )

@@ -1,4 +1,4 @@
-"""The command line of the trainings: TRL's parser, and the names that the other commands have for the same options."""
+"""The command line of the trainings: TRL's parser, and shorter names for some options as in the other commands."""
 
 import sys
 
@@ -15,13 +15,13 @@ SAME = {
 
 
 def parse(*kinds: type) -> tuple:
-    """The arguments of every kind: as the command line says, or else the file that `--config` names.
+    """Parse dataclasses of arguments from the command line and from the file of `--config`, which has lower priority.
 
-    Hyphens and underscores are the same in the names of options, and `--model`, `--data`, `--split` and `--output` are
-    short for TRL's names (`SAME`).
+    Options may be written with hyphens or underscores, and `--model`, `--data`, `--split` and `--output` are short for
+    TRL's names (`SAME`).
 
     Raises:
-        ValueError: that file has a key twice, of which TRL would silently take the last.
+        ValueError: the file has a duplicate key, of which TRL would silently use the last.
     """
     words = [rename(word) for word in sys.argv[1:]]
     if "--config" in words[:-1]:
@@ -30,6 +30,6 @@ def parse(*kinds: type) -> tuple:
 
 
 def rename(word: str) -> str:
-    """A word of the command line with TRL's name for the option, if it is one of `SAME`."""
+    """Replace a short name (`SAME`) in a word of the command line by TRL's name."""
     option, equals, value = word.partition("=")
     return SAME.get(option, option) + equals + value

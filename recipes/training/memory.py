@@ -1,4 +1,4 @@
-"""How much memory a training takes on one device, from shapes alone: an estimate, before anything is downloaded."""
+"""Estimate the memory of a training on one device from shapes, before anything is downloaded."""
 
 import os
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from recipes.training.objectives import CHUNK
 GIB = 2**30
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 BYTES = {"float32": 4, "auto": 4, None: 4, "bfloat16": 2, "float16": 2}
-OVERHEAD_GIB = 1.5  # of a CUDA context, libraries and fragmentation
+OVERHEAD_GIB = 1.5  # for a CUDA context, libraries and fragmentation
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the training will run.
+    """The machines on which the training will run.
 
     Args:
-        devices: GPUs in all.
-        memory_gib: of one of them.
-        peak_tflops: of one of them in the training's precision, for the time.
-        sharding: what is divided among them: nothing (ddp), the optimizer's state (zero1), gradients besides (zero2),
-            and weights (zero3, fsdp2).
+        devices: number of GPUs.
+        memory_gib: memory of one GPU.
+        peak_tflops: peak rate of one GPU in the training's precision, to estimate the time.
+        sharding: what the GPUs divide among themselves: nothing (ddp), the optimizer's state (zero1), also gradients
+            (zero2), or also weights (zero3, fsdp2).
     """
 
     devices: int = 1
@@ -42,17 +42,17 @@ class Target:
 
     @classmethod
     def here(cls, training_args: LsmTrainingArguments) -> "Target":
-        """This machine, as it was launched."""
+        """Return this machine, with the processes and the sharding that were launched."""
         sharding = "ddp"
         if training_args.deepspeed_plugin is not None and training_args.deepspeed_plugin.zero_stage:
             sharding = f"zero{training_args.deepspeed_plugin.zero_stage}"
         elif os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and torch.cuda.is_available():
-            sharding = "fsdp2"  # without GPUs accelerate does not shard, whatever it was told
+            sharding = "fsdp2"  # without GPUs accelerate does not shard
         return cls(PartialState().num_processes, None, training_args.peak_tflops, sharding)
 
 
 def adapter_weights(model: LsmForConditionalGeneration, rank: int) -> int:
-    """Weights of LoRA on all attention and feed-forward matrices of the LLM."""
+    """Return the number of LoRA weights for all attention and feed-forward matrices of the LLM."""
     layers = model.model.language_model.named_modules()
     matrices = (module for name, module in layers if name.endswith("_proj") and hasattr(module, "in_features"))
     return sum(rank * (matrix.in_features + matrix.out_features) for matrix in matrices)
@@ -66,17 +66,17 @@ def estimate(
     target: Target,
     row: dict[str, int],
 ) -> dict[str, float]:
-    """GiB on one device, by what takes them.
+    """Return the GiB on one device for weights, gradients and so on.
 
-    AdamW in mixed precision: what learns takes 16 bytes a weight (float32 weight, gradient and two moments) and, while
-    a step lasts, 2 more for its copy in half precision; what does not learn takes its own size. Activations are those
-    of a decoder layer with a gated feed-forward block; with checkpointing one hidden state a layer, and one layer.
+    With AdamW in mixed precision, a weight that learns takes 16 bytes (float32 weight, gradient and two moments) and,
+    during a step, 2 more for its copy in half precision; a frozen weight takes its own size. Activations are those of
+    decoder layers with a gated feed-forward block; with checkpointing, one hidden state per layer, and one layer.
 
     Args:
-        model: may be on the meta device.
-        script_args, training_args, model_args: of the recipe.
-        target: where it will run.
-        row: `frames`, `tokens`, `labels` of the largest row, of which a whole batch is assumed.
+        model: the LSM; it may be on the meta device.
+        script_args, training_args, model_args: arguments of the recipe.
+        target: the machines on which the training will run.
+        row: `frames`, `tokens`, `labels` of the largest row; all rows of the batch are assumed to be so large.
     """
     text, shards = model.config.text_config, target.devices
     llm = count(model.model.language_model) + count(model.lm_head)
@@ -112,7 +112,7 @@ def estimate(
     heard = batch * row["frames"] * model.config.audio_config.d_model * 12 * size
     logits = batch * row["labels"] * text.vocab_size
     vocabulary = 3 * 4 * logits
-    if training_args.objective == "distill":  # of both LLMs in their own dtype, and of a chunk in float32
+    if training_args.objective == "distill":  # logits of both LLMs in their own dtype, and of a chunk in float32
         copies = 5 if training_args.distill_top_k is None else 4
         vocabulary = copies * size * logits + 6 * 4 * CHUNK * text.vocab_size
     found = {

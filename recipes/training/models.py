@@ -1,4 +1,4 @@
-"""The LSM of a training: composed if no LSM is named, loaded, with the right parts trainable; and its teacher."""
+"""Compose or load the LSM of a training, make the right parts trainable, and load its teacher."""
 
 import json
 import logging
@@ -29,12 +29,12 @@ LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 NEVER_IN_4_BITS = ["model.audio_tower", "model.projector", "lm_head"]
 BASE, MADE_OF = "base", "made_of.json"
 ADAPTED = ("lora", "qlora")
-# What `ModelConfig` says of an adapter, and what its own configuration calls it.
+# Settings of an adapter: names in `ModelConfig`, and names in PEFT's configuration.
 ADAPTER_SETTINGS = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
 
 
 def check_model(script_args: LsmScriptArguments, model_args: ModelConfig) -> None:
-    """Refuse what can be known to go wrong before anything is composed or loaded.
+    """Check the model arguments before anything is composed or loaded.
 
     Raises:
         ValueError: an option of TRL's that would change nothing, another adapter than the one to begin with, or a pool
@@ -44,23 +44,23 @@ def check_model(script_args: LsmScriptArguments, model_args: ModelConfig) -> Non
     if script_args.following_corpus:
         held_out_rows([], SELF_POWERED_TASKS, pool=load_pool(script_args.pool))
     if model_args.use_peft and script_args.llm not in ADAPTED:
-        raise ValueError(f"--use_peft {model_args.use_peft}, but --llm is {script_args.llm}: name lora or qlora there.")
+        raise ValueError(f"--use_peft {model_args.use_peft}, but --llm is {script_args.llm}; set lora or qlora.")
     model_args.use_peft = script_args.llm in ADAPTED
     adapter_settings(model_args)
 
 
 def compose_base(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> str:
-    """The folder of the LSM made of `audio` and `text`, composed once: `base` in the training's own folder.
+    """Compose the LSM from `audio` and `text` once, in the subfolder `base` of the training's folder. Returns its path.
 
-    A folder, since adapters name what they are for, and several processes load it.
+    It is saved, because adapters name their base model, and because several processes load it.
 
     Raises:
-        ValueError: a model is named besides, the two cannot be put together, or the folder is of others.
+        ValueError: an LSM was also named, `audio` and `text` cannot be combined, or `base` was composed of others.
     """
     if model_args.model_name_or_path is not None:
         raise ValueError(
             f"--model_name_or_path {model_args.model_name_or_path} and --text {script_args.text} are two models; name "
-            "an LSM, or the audio and text to make one of."
+            "either an LSM, or --audio and --text to compose one."
         )
     folder, composition = Path(training_args.output_dir) / BASE, script_args.composition or {}
     parts = {name: getattr(script_args, name) for name in ("audio", "text")}
@@ -70,9 +70,9 @@ def compose_base(script_args: LsmScriptArguments, training_args: LsmTrainingArgu
         if folder.is_dir():
             before = json.loads((folder / MADE_OF).read_text()) if (folder / MADE_OF).is_file() else {}
             if changed := differences(before, made_of):
-                changes = "; ".join(f"{name}: {was} then, {now} now" for name, (was, now) in changed.items())
+                changes = "; ".join(f"{name} was {was}, now {now}" for name, (was, now) in changed.items())
                 raise ValueError(
-                    f"{folder} was composed of something else ({changes}): delete it, so that it is composed anew, or "
+                    f"{folder} was composed from other parts ({changes}); delete it, so that it is composed again, or "
                     "name another --output_dir."
                 )
         else:
@@ -86,32 +86,32 @@ def compose_base(script_args: LsmScriptArguments, training_args: LsmTrainingArgu
 def load_model(
     script_args: LsmScriptArguments, model_args: ModelConfig
 ) -> tuple[LsmForConditionalGeneration, LsmProcessor]:
-    """The LSM with what is to learn thawed, and its processor. `model_args` gets the adapter's settings.
+    """Load the LSM with the right parts trainable, and its processor. `model_args` gets the adapter's settings.
 
-    An adapter to begin with is merged where no adapter learns; where one does, `go_on_from` gives it these low-rank
-    changes.
+    An adapter that the training starts from is merged if the training trains no adapter. Otherwise `go_on_from` copies
+    its low-rank weights into the new one.
 
-    What learns is in float32, since the updates of small learning rates vanish in bfloat16; the rest is in
+    Weights that learn are in float32, because the updates of small learning rates vanish in bfloat16; the others are in
     `model_args.dtype`.
 
     Raises:
-        ValueError: no model is named, or tokenizer and LLM are not of one vocabulary.
+        ValueError: no model is named, or tokenizer and LLM do not fit together.
     """
     name, revision, llm = model_args.model_name_or_path, model_args.model_revision, script_args.llm
     if name is None:
-        raise ValueError("no model: give --model_name_or_path (an LSM), or --audio and --text to make one of.")
+        raise ValueError("no model: give --model_name_or_path (an LSM), or --audio and --text to compose one.")
     settings = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     if llm == "qlora":
-        # 4-bit weights are made on the device where they stay.
+        # 4-bit weights cannot be moved, so they are loaded on their device.
         device = {"": PartialState().local_process_index} if torch.cuda.is_available() else None
         settings |= {"quantization_config": quantization(model_args), "device_map": device}
     processor = load_processor(name, revision)
     settings |= {"trust_remote_code": True, "merge": llm not in ADAPTED}
     model = open_model(name, revision=revision, **settings)
     model.generation_config = valid_settings(model.generation_config.to_diff_dict(), name)
-    model.config.text_config.pad_token_id = processor.tokenizer.pad_token_id  # as Trainer would, with a warning
+    model.config.text_config.pad_token_id = processor.tokenizer.pad_token_id  # Trainer would do so with a warning
     if is_deepspeed_zero3_enabled():
-        model._weight_conversions = None  # transformers would undo, on saving, a renaming that it did not do on loading
+        model._weight_conversions = None  # on saving, transformers would undo a renaming that it did not do on loading
     update_template(model.config, processor)
     check_vocabulary(processor, model.get_input_embeddings().num_embeddings, model.config.audio_token_id)
     prepare(model, llm, model_args)
@@ -119,7 +119,8 @@ def load_model(
 
 
 def prepare(model: LsmForConditionalGeneration, llm: str, model_args: ModelConfig) -> None:
-    """Thaw what learns in mode `llm`, in float32, and set `model_args` to make an adapter or none."""
+    """Freeze the LLM unless `llm` is `full`, convert trainable weights to float32, and set the adapter options of
+    `model_args`."""
     if llm != "full":
         model.model.language_model.requires_grad_(False)
         model.lm_head.requires_grad_(False)
@@ -133,11 +134,11 @@ def prepare(model: LsmForConditionalGeneration, llm: str, model_args: ModelConfi
 
 
 def adapter_settings(model_args: ModelConfig) -> PeftConfig | None:
-    """The settings of the adapter that learns, None if none does: of the one that the training begins with, or what
-    `model_args` says.
+    """Return the settings of the adapter that is trained: those of the adapter that the training starts from, or those
+    of `model_args`. None if no adapter is trained.
 
     Raises:
-        ValueError: `model_args` asks for another adapter than the one that is there.
+        ValueError: `model_args` differs from the adapter that the training starts from.
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
     new = get_peft_config(model_args)
@@ -147,21 +148,21 @@ def adapter_settings(model_args: ModelConfig) -> PeftConfig | None:
         return new
     adapter, default = PeftConfig.from_pretrained(name, revision=revision), ModelConfig()
     if adapter.peft_type != PeftType.LORA:
-        raise ValueError(f"{name} is an adapter of type {adapter.peft_type.value}; LoRA alone learns on.")
+        raise ValueError(f"{name} is an adapter of type {adapter.peft_type.value}; only LoRA can be trained further.")
     adapter.inference_mode = False
     for said, has in ADAPTER_SETTINGS.items():
         value = getattr(model_args, said)
         if value != getattr(default, said) and value != getattr(adapter, has):
             raise ValueError(
-                f"--{said} {value}, but the adapter {name} has {getattr(adapter, has)}, and learns on as it is: leave "
-                f"--{said} out, or begin with an LSM without an adapter."
+                f"--{said} is {value}, but the adapter {name} has {getattr(adapter, has)} and keeps it; leave --{said} "
+                "out, or start from an LSM without an adapter."
             )
     return adapter
 
 
 def go_on_from(model: PeftModel, model_args: ModelConfig) -> None:
-    """Give a model with a new adapter the low-rank changes of the one that the training begins with, if it does; the
-    modules that this one saved whole are the model's already."""
+    """Copy the low-rank weights of the adapter that the training starts from, if there is one, into a model with a new
+    adapter. The model already has its `modules_to_save`."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if adapter_of(name, revision) is not None:
         saved = load_peft_weights(name, device="cpu", revision=revision)
@@ -170,7 +171,7 @@ def go_on_from(model: PeftModel, model_args: ModelConfig) -> None:
 
 
 def quantization(model_args: ModelConfig) -> BitsAndBytesConfig:
-    """QLoRA's (arXiv 2305.14314): the LLM's layers alone in 4 bits, computing in bfloat16."""
+    """Return the settings of QLoRA (arXiv 2305.14314): only the LLM's layers in 4 bits, computing in bfloat16."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=model_args.bnb_4bit_quant_type,
@@ -182,23 +183,23 @@ def quantization(model_args: ModelConfig) -> BitsAndBytesConfig:
 
 
 def update_template(config: LsmConfig, processor: LsmProcessor) -> None:
-    """Have the responder's template be the processor's own: that of the configuration is from when it was composed."""
+    """Set the responder's template hash to the processor's, because the template may have changed since composing."""
     if config.responder is not None:
         config.responder = {**config.responder, "template": processor.template_hash}
 
 
 def check_vocabulary(processor: LsmProcessor, embeddings: int, audio_token_id: int | None) -> None:
-    """Refuse a tokenizer that was not made for this LLM."""
+    """Raise ValueError if the tokenizer does not belong to this LLM."""
     largest = max(processor.tokenizer.get_vocab().values())
     if largest >= embeddings:
         raise ValueError(
-            f"the tokenizer has ids up to {largest}, but the LLM has {embeddings} embeddings: they are of different "
-            "models; compose the LSM anew with recipes/compose.py."
+            f"the tokenizer has ids up to {largest}, but the LLM has {embeddings} embeddings: they belong to different "
+            "models; compose the LSM again with recipes/compose.py."
         )
     if processor.audio_token_id != audio_token_id:
         raise ValueError(
-            f"the tokenizer's {processor.audio_token} is {processor.audio_token_id}, the model's {audio_token_id}: "
-            "they are of different models; compose the LSM anew with recipes/compose.py."
+            f"{processor.audio_token} is {processor.audio_token_id} in the tokenizer, but {audio_token_id} in the "
+            "model: they belong to different models; compose the LSM again with recipes/compose.py."
         )
 
 
@@ -217,6 +218,6 @@ def load_teacher(
 
 
 def drop_audio_modules(model: LsmForConditionalGeneration) -> LsmForConditionalGeneration:
-    """The model without audio tower and projector: it reads text, and is not trained."""
+    """Remove audio tower and projector from a model, and freeze it."""
     del model.model.audio_tower, model.model.projector
     return model.requires_grad_(False).eval()

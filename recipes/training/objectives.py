@@ -1,10 +1,11 @@
-"""What is learned: the response that the LLM wrote (the paper), or what it would say if it read.
+"""The two objectives: cross-entropy on the LLM's responses (the paper), or distillation from the LLM that reads.
 
-The second is KL to its own distribution over the response, given the transcript: the objective of Ultravox and, on
-hidden states, of BLSP-KD (arXiv 2405.19041). The same LLM is on both sides, so it is `self-powered` all the same.
+Distillation is the KL divergence from the LLM's own distribution over the response given the transcript, as in
+Ultravox and, on hidden states, in BLSP-KD (arXiv 2405.19041). Teacher and student are the same LLM, so this is
+self-powered, too.
 
-Logits stay in the model's own dtype. Their copies in float32, which are twice as large or more, exist for one chunk of
-positions at a time: backward computes each chunk again.
+Logits stay in the model's dtype. Their float32 copies, which are at least twice as large, exist for one chunk of
+positions at a time; the backward pass computes each chunk again.
 """
 
 from collections.abc import Callable
@@ -14,18 +15,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 256  # positions whose logits are in float32 at one time
-NEVER = -1e30  # a logit of probability 0; of -inf, gradients would be NaN
+CHUNK = 256  # positions whose logits are in float32 at the same time
+NEVER = -1e30  # a logit of probability 0; with -inf, gradients would be NaN
 
 
 def predicts(labels: torch.Tensor) -> torch.Tensor:
-    """Which positions predict a label: a mask `(batch, length)`, one to the left of the labelled positions."""
+    """Return a mask `(batch, length)` of the positions that predict a label, one to the left of the labelled ones."""
     labelled = labels[:, 1:] != -100
     return nn.functional.pad(labelled, (0, 1), value=False)
 
 
 def response_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Sum over positions of the cross-entropy of `logits` `(positions, vocabulary)` and the `tokens` `(positions,)`."""
+    """Return the sum of the cross-entropy of `logits` `(positions, vocabulary)` and `tokens` `(positions,)`."""
     return _in_chunks(_cross_entropy, logits, tokens)
 
 
@@ -35,26 +36,29 @@ def distillation_loss(
     temperature: float,
     tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum over positions of KL(wanted ‖ given), both at `temperature`, times its square (Hinton et al., 2015, arXiv
-    1503.02531: so that gradients do not shrink with the temperature).
+    """Return the sum over positions of KL(wanted ‖ given) at `temperature`, times the temperature's square, so that
+    gradients do not shrink with it (Hinton et al., 2015, arXiv 1503.02531).
 
     Args:
-        logits: `(positions, vocabulary)` of the model that learns.
-        wanted: the same of the model that it learns from; or what [`most_likely`] keeps of it.
-        tokens: `(positions, k)` int64, of [`most_likely`]; None if `wanted` has the whole vocabulary.
+        logits: `(positions, vocabulary)`, logits of the student.
+        wanted: logits of the teacher, `(positions, vocabulary)` or those of [`most_likely`].
+        temperature: temperature of both distributions.
+        tokens: `(positions, k)` int64, tokens of [`most_likely`]; None if `wanted` has the whole vocabulary.
     """
     divergence = partial(_divergence, temperature=temperature)
     return _in_chunks(divergence, logits, wanted, *([] if tokens is None else [tokens]))
 
 
 def most_likely(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` most likely tokens of every position, and all the others as one.
+    """Reduce logits to the `k` most likely tokens of each position, and one logit for all other tokens together.
 
     Args:
         logits: `(positions, vocabulary)`.
+        k: number of tokens to keep.
+        temperature: temperature at which the probabilities of the other tokens are summed.
 
     Returns:
-        Logits `(positions, k + 1)` float32, the last one of all other tokens together, and the tokens `(positions, k)`.
+        Logits `(positions, k + 1)` float32, the last for all other tokens, and the tokens `(positions, k)` int64.
     """
     tokens = logits.topk(k, dim=-1).indices
     chunks = zip(logits.split(CHUNK), tokens.split(CHUNK), strict=True)
@@ -62,7 +66,7 @@ def most_likely(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch
 
 
 def _in_chunks(loss: Callable[..., torch.Tensor], *parts: torch.Tensor) -> torch.Tensor:
-    """The sum of `loss` over chunks of the positions of `parts`, none of whose intermediate results are kept."""
+    """Return the sum of `loss` over chunks of positions, without keeping intermediate results."""
     chunks = zip(*(part.split(CHUNK) for part in parts), strict=True)
     return sum(checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
 
@@ -80,7 +84,7 @@ def _divergence(logits, wanted, tokens=None, *, temperature: float) -> torch.Ten
 
 
 def _gather(logits, tokens, temperature: float) -> torch.Tensor:
-    """Logits of `tokens` and, last, of all others as one: at `temperature` its probability is the sum of theirs."""
+    """Return the logits of `tokens`, and last a logit whose probability at `temperature` is the sum of all others'."""
     logits = logits.float()
     others = logits.scatter(-1, tokens, NEVER) / temperature
     return torch.cat([logits.gather(-1, tokens), temperature * others.logsumexp(-1, keepdim=True)], dim=-1)

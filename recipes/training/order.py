@@ -1,33 +1,34 @@
-"""In which order rows are learned: a function of seed and epoch alone, so that an interrupted run goes on with it."""
+"""The order of the rows. It depends only on seed and epoch, so that a resumed training continues in the same order."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
-MEGA_BATCHES = 50  # batches that are sorted together: more pad less and are less random
+MEGA_BATCHES = 50  # batches that are sorted together; with more, there is less padding and less randomness
 
 
 def group(costs: Sequence[float], batch_size: int, random: np.random.Generator) -> np.ndarray:
-    """Lay rows out so that batches hold rows of like cost.
+    """Order rows so that a batch has rows of similar cost.
 
     As in transformers' `LengthGroupedSampler`, rows are sorted within groups of 50 batches, and the most expensive row
-    comes first, so that what does not fit into memory fails at the first step. Unlike there, whole batches are shuffled
-    and do not follow one another from expensive to cheap.
+    comes first, so that a training that runs out of memory fails in the first step. Unlike there, the batches are
+    shuffled instead of going from expensive to cheap.
 
     Args:
-        costs: of the rows in random order.
-        batch_size: rows of one step's batches on all devices, which are thus of like cost too.
+        costs: costs of the rows, in random order.
+        batch_size: rows of a step on all devices, so that all devices get rows of similar cost.
+        random: generator that shuffles the batches.
 
     Returns:
-        Their positions, rearranged.
+        The positions of the rows in the new order, `(rows,)` int64.
     """
     costs, laid, rest = np.asarray(costs), [], None
     for start in range(0, len(costs), MEGA_BATCHES * batch_size):
         span = np.arange(start, min(start + MEGA_BATCHES * batch_size, len(costs)))
         span = span[np.argsort(-costs[span], kind="stable")]
         batches = [span[first : first + batch_size] for first in range(0, len(span), batch_size)]
-        rest = batches.pop() if len(batches[-1]) < batch_size else None  # comes last, as the sampler cuts by number
+        rest = batches.pop() if len(batches[-1]) < batch_size else None  # must come last: batches are cut by position
         laid += [batches[index] for index in random.permutation(len(batches))]
     if laid:
         costliest = max(range(len(laid)), key=lambda index: costs[laid[index][0]])
@@ -38,13 +39,13 @@ def group(costs: Sequence[float], batch_size: int, random: np.random.Generator) 
 
 
 class EpochSampler(Sampler[int]):
-    """Row numbers in an order that (seed, epoch) decides; of like cost together if `costs` are given.
+    """Sampler of rows in an order that depends on seed and epoch. If `costs` are given, a batch has similar costs.
 
     Args:
-        length: rows.
-        seed: of the order.
-        costs: of the rows, in any unit.
-        batch_size: rows of one step's batches on all devices.
+        length: number of rows.
+        seed: seed of the order.
+        costs: costs of the rows, in any unit.
+        batch_size: rows of a step on all devices.
     """
 
     def __init__(self, length: int, seed: int, costs: Sequence[float] | None = None, batch_size: int = 1):

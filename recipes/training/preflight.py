@@ -1,4 +1,4 @@
-"""Before anyone waits for 30 GB of downloads: does this training work, does it fit, and how long will it take?"""
+"""Check, before any large download, whether a training works, whether it fits into memory, and how long it takes."""
 
 import copy
 import shutil
@@ -36,17 +36,17 @@ from recipes.training.rows import RowSizes, check_response_tasks, check_row, ope
 from recipes.training.throughput import GIB
 from recipes.training.trainer import LsmTrainer
 
-PEEKED = 64  # rows that are looked at, of all tasks together
-ASSUMED_MFU = 0.35  # where nothing can be measured; what is usual for 7 B parameters on one machine
+PEEKED = 64  # rows that are checked, of all tasks together
+ASSUMED_MFU = 0.35  # if it cannot be measured; a usual value for 7 B parameters on one machine
 STEPS = 2
-SMALL = 2e12  # FLOPs that a CPU may be asked for
+SMALL = 2e12  # most FLOPs for a CPU
 
 
 class Preflight:
-    """Checks one training; each check says what it found, or why the training would fail.
+    """Checks a training. Each check returns what it found, or raises an error that says why the training would fail.
 
     Args:
-        script_args, training_args, model_args: of the recipe.
+        script_args, training_args, model_args: arguments of the recipe.
     """
 
     def __init__(self, script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig):
@@ -56,7 +56,7 @@ class Preflight:
         self.failed: list[str] = []
 
     def run(self) -> bool:
-        """Whether all is well. What depends on a check that failed is left out."""
+        """Run the checks and return whether all passed. Checks that depend on a failed one are skipped."""
         checks = {
             "model": (self.model, None),
             "download": (self.download, None),
@@ -93,7 +93,7 @@ class Preflight:
             print(line, flush=True)
 
     def model(self) -> str:
-        """The model on the meta device, its processor, and what learns."""
+        """Build the model on the meta device, and load its processor."""
         script_args, name = self.script_args, self.model_args.model_name_or_path
         check_model(script_args, self.model_args)
         if script_args.text is not None:
@@ -102,7 +102,7 @@ class Preflight:
             options = script_args.composition or {}
             self.shapes, self.processor = compose(script_args.audio, script_args.text, weights=False, **options)
         elif name is None:
-            raise ValueError("no model: give --model_name_or_path (an LSM), or --audio and --text to make one of.")
+            raise ValueError("no model: give --model_name_or_path (an LSM), or --audio and --text to compose one.")
         else:
             revision = self.model_args.model_revision
             self.processor = load_processor(name, revision)
@@ -126,12 +126,12 @@ class Preflight:
         return ", ".join(f"{part} {weights / 1e6:,.1f} M" for part, weights in parts.items())
 
     def download(self) -> str:
-        """Whether the weights may be had, and whether there is room for them."""
+        """Check access to the weights on the Hub, and the free disk space."""
         named = (self.script_args.audio, self.script_args.text, self.model_args.model_name_or_path)
         named = dict.fromkeys(part for name in named if name for part in (name, base_of(name)))
         names = [name for name in named if not Path(name).exists()]
         if not names:
-            return "nothing: all is on this machine"
+            return "nothing: all weights are on this machine"
         total, api = 0, HfApi()
         for name in names:
             api.auth_check(name)
@@ -143,21 +143,21 @@ class Preflight:
         cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache).free
         if free < total:
-            raise ValueError(f"{', '.join(names)} take {total / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB left.")
+            raise ValueError(f"{', '.join(names)} need {total / 1e9:.1f} GB, but {cache} has {free / 1e9:.1f} GB left.")
         return f"{total / 1e9:.1f} GB at most ({', '.join(names)}), {free / 1e9:.0f} GB free"
 
     def template(self) -> str:
-        """Whether the chat template continues its own prompts."""
+        """Check that the chat template continues its own prompts."""
         row = {"id": "template", "instruction": "What is said?", "transcript": "Hello.", "response": "Yes."}
         prompt = render_prompt(self.processor, row)
         return repr(prompt + render_response(self.processor, row, prompt))
 
     def data(self) -> str:
-        """The first rows, without loading the rest: columns, responses, and who wrote them."""
+        """Check columns, responses and responders of the first rows, without loading the rest."""
         args, self.rows, totals = self.script_args, [], []
         tasks = task_names(args)
         check_response_tasks(self.training_args.response_tasks, args)
-        for task in tasks:  # one by one: a stream of all begins with one of them
+        for task in tasks:  # one by one, because a stream of all tasks begins with rows of one task
             for row in open_stream(args, task).take(max(1, PEEKED // len(tasks))):
                 self.rows.append(check_row(row))
                 if not args.allow_foreign_responses:
@@ -176,7 +176,7 @@ class Preflight:
         )
 
     def labels(self) -> str:
-        """One batch, as it will be learned."""
+        """Collate one batch and decode its labels."""
         collate = SpeechResponseCollator(self.processor, teacher=self.training_args.objective == "distill")
         batch = collate(self.rows[: min(4, len(self.rows))])
         labels = batch["labels"][0]
@@ -185,7 +185,7 @@ class Preflight:
         return f"{self.rows[0]['id']}: {speech} speech tokens, learns {text!r}"
 
     def memory(self) -> str:
-        """Whether the largest batch seen fits, by shapes."""
+        """Estimate from shapes whether the largest batch fits into memory."""
         largest = {name: int(values.max()) for name, values in self.sizes.items()}
         args = (self.script_args, self.training_args, self.model_args, self.target)
         self.parts = estimate(self.shapes, *args, largest)
@@ -195,24 +195,24 @@ class Preflight:
         found = f"{total:.1f} GiB of {have:.0f} on each of {self.target.devices} ({self.target.sharding}): {parts}"
         if total > have:
             raise ValueError(
-                f"{found}. Take a smaller --per_device_train_batch_size, --llm lora or qlora, or fsdp2 or zero3."
+                f"{found}. Use a smaller --per_device_train_batch_size, --llm lora or qlora, or fsdp2 or zero3."
             )
         return found
 
     def two_steps(self) -> str:
-        """Two steps of the real trainer on the most expensive rows seen, with random weights of the same shapes."""
+        """Run two steps of the real trainer on the most expensive rows, with random weights of the same shapes."""
         cuda = torch.cuda.is_available()
         config, note = copy.deepcopy(self.shapes.config), ""
-        config.text_config.pad_token_id = self.processor.tokenizer.pad_token_id  # as Trainer would, with a warning
+        config.text_config.pad_token_id = self.processor.tokenizer.pad_token_id  # Trainer would do so with a warning
         costs = self.costs.row(**self.sizes)
         batch = self.training_args.per_device_train_batch_size
         here = self.target == Target.here(self.training_args) and sum(self.parts.values()) < _memory_here()
         if not here or not (cuda or STEPS * batch * costs.max() < SMALL):
-            config.text_config.num_hidden_layers = 1  # of the same width, and few rows: does it work at all?
+            config.text_config.num_hidden_layers = 1  # one layer of the same width, to see whether it works
             config.audio_config.encoder_layers = 1
             if getattr(config.text_config, "layer_types", None):
                 config.text_config.layer_types = config.text_config.layer_types[:1]
-            note = " (one layer each of tower and LLM, batches of one: the whole is not for this machine)"
+            note = " (with one layer each of tower and LLM and batches of one row, as the whole is too large here)"
         self.whole = not note
         device = torch.device("cuda", PartialState().local_process_index) if cuda else torch.device("cpu")
         dtype = None if self.model_args.dtype in (None, "auto") else getattr(torch, self.model_args.dtype)
@@ -245,7 +245,7 @@ class Preflight:
         return f"losses {losses} in {time.monotonic() - start:.1f} s, {self.logged['peak_memory_gib']} GiB{note}"
 
     def time(self) -> str:
-        """How long the training takes: counted operations over the rate that the two steps reached."""
+        """Estimate the time of the training: its FLOPs over the rate of the two steps."""
         args = self.training_args
         if self.total is None and args.max_steps <= 0:
             return "unknown: the set does not say how many rows it has"
@@ -260,7 +260,7 @@ class Preflight:
         elif self.whole:
             rate, how = self.logged["flops_per_second"], "as measured"
         else:
-            return f"{flops:.2e} FLOPs; name the target's peak_tflops for a time"
+            return f"{flops:.2e} FLOPs; set peak_tflops of --target to estimate the time"
         steps = int(np.ceil(rows / world))
         minutes = flops / rate / 60
         took = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
@@ -268,7 +268,7 @@ class Preflight:
 
 
 def _rows_in(name: str, task: str, split: str) -> int | None:
-    """Rows that a set has of a task, without reading them; None if it does not say."""
+    """Return the number of rows of a task in a set, without reading them; None if it is unknown."""
     if Path(name).is_dir():
         files = Path(name).glob(f"data/{task}/{split}-*.parquet")
         return sum(pq.read_metadata(file).num_rows for file in files)
@@ -277,14 +277,14 @@ def _rows_in(name: str, task: str, split: str) -> int | None:
 
 
 def _memory_here() -> float:
-    """GiB of a GPU, or of this machine."""
+    """Return the memory of a GPU, or of this machine if it has none, in GiB."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / GIB
     return psutil.virtual_memory().total / GIB
 
 
 def _short(training_args: LsmTrainingArguments, whole: bool) -> LsmTrainingArguments:
-    """Two steps, and nothing written or told."""
+    """Return the arguments for two steps that write and report nothing."""
     args = copy.deepcopy(training_args)
     args.max_steps, args.logging_steps, args.save_strategy, args.eval_strategy = STEPS, 1, "no", "no"
     args.report_to, args.push_to_hub, args.gradient_accumulation_steps, args.disable_tqdm = [], False, 1, True
@@ -295,5 +295,5 @@ def _short(training_args: LsmTrainingArguments, whole: bool) -> LsmTrainingArgum
 
 
 def preflight(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> int:
-    """Print what was checked and a verdict. Returns 0 if the training is ready, 1 if not."""
+    """Print the result of each check and a verdict. Returns 0 if the training is ready, 1 if not."""
     return 0 if Preflight(script_args, training_args, model_args).run() else 1

@@ -1,4 +1,4 @@
-"""The rows that are learned: opened, checked and mixed, their audio not decoded."""
+"""Load, check and mix the training rows, without decoding their audio."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,21 +19,21 @@ from recipes.training.costs import Costs
 from recipes.training.order import MEGA_BATCHES, group
 
 NEEDED = {"id", "audio", "transcript", "task", "instruction", "response", "duration", "responder"}
-HEARD = ["audio", "duration"]  # what a row that is read, not heard, lacks
+HEARD = ["audio", "duration"]  # columns that are None in text rows
 SMALL = ["id", "instruction", "response", "transcript", "duration"]
 
 
 def load_rows(args: LsmScriptArguments, seed: int, responder: dict | None) -> Dataset:
-    """The training rows of a whole set. Those without audio have their transcript in its slot.
+    """Load the training rows of a whole set. Rows without audio have their transcript in the place of the speech.
 
     Args:
-        args: which set, and how it is mixed.
-        seed: of what is left out.
-        responder: the LSM's own, whose rows alone are taken.
+        args: arguments that name the set and the mix.
+        seed: seed that decides which rows are left out.
+        responder: `config.responder` of the LSM, which must have written the rows.
 
     Raises:
-        ValueError: a set without the columns, rows that cannot be learned from or that another LLM wrote, and a mix
-            without rows.
+        ValueError: the set lacks a column, a row has no response or no speech, another LLM wrote a row, or no row is
+            left.
     """
     dataset = load_self_powered(args.dataset_name, args.dataset_config, args.dataset_train_split)
     check_columns(dataset.features, args.dataset_name)
@@ -46,7 +46,7 @@ def load_rows(args: LsmScriptArguments, seed: int, responder: dict | None) -> Da
 
 
 def check_columns(features: Features | None, name: str) -> None:
-    """Refuse a set that is not one."""
+    """Raise ValueError if the columns are not those of a self-powered set."""
     if missing := NEEDED - set(features or ()):
         raise ValueError(
             f"{name} has no column {', '.join(sorted(missing))}; it has {', '.join(features or ()) or 'none'}. "
@@ -55,35 +55,35 @@ def check_columns(features: Features | None, name: str) -> None:
 
 
 def refuse_foreign(provenance: str, responder: dict | None) -> None:
-    """Refuse answers that this very LLM did not write for this very prompt.
+    """Refuse responses that another LLM wrote, or that were written for another prompt template.
 
     Raises:
-        ValueError: says what differs, and how to train on them all the same.
+        ValueError: the responses are foreign. Says what differs and what to do.
     """
     if differences := foreign(provenance, responder):
         raise ValueError(
             f"the responses are foreign to this LSM ({'; '.join(differences)}): build the set with this LSM, or "
-            "train on it all the same with --allow_foreign_responses true."
+            "train on it anyway with --allow_foreign_responses true."
         )
 
 
 def check_rows(dataset: Dataset) -> None:
-    """Refuse rows without a response to learn or without speech: how many, and which is the first."""
+    """Raise ValueError at the first row without a response or without speech."""
     for rows in tqdm(_scan(dataset), desc="checking rows", unit="k rows", leave=False):
         for id, response, duration in zip(rows["id"], rows["response"], rows["duration"], strict=True):
             check_row({"id": id, "response": response, "duration": duration})
 
 
 def check_row(row: dict) -> dict:
-    """The row itself.
+    """Check a row and return it.
 
     Raises:
-        ValueError: it has an empty response, or a clip without speech tokens.
+        ValueError: the response is empty, or the clip is too short for a speech token.
     """
     if not row["response"].strip():
         raise ValueError(f"row {row['id']!r} has an empty response; expected text to learn.")
     if not row["duration"] > 0:
-        raise ValueError(f"row {row['id']!r} has a clip of {row['duration']} s; it would have no speech token.")
+        raise ValueError(f"row {row['id']!r} has a clip of {row['duration']} s; expected more than 0 s of speech.")
     return row
 
 
@@ -92,17 +92,17 @@ def _scan(dataset: Dataset) -> Iterator[dict[str, list]]:
 
 
 def task_weights(tasks: Sequence[str] | None, transcription_ratio: float | None) -> dict[str, float] | None:
-    """The weights that `--tasks intent=2 keyword` gives; None if no task has one.
+    """Return the weights in `--tasks intent=2 keyword`; None if no task has a weight.
 
     Raises:
-        ValueError: weights that are no shares, or two wishes for transcriptions.
+        ValueError: a weight is not positive and finite, or transcription has both a weight and a ratio.
     """
     if not tasks or not any("=" in task for task in tasks):
         return None
     weights = parse_weights(tasks)
     for task, weight in weights.items():
         if not 0 < weight < float("inf"):
-            raise ValueError(f"task {task!r} cannot weigh {weight}; expected a finite number of more than 0.")
+            raise ValueError(f"task {task!r} has the weight {weight}; expected a finite number above 0.")
     if transcription_ratio is not None and any(task.startswith(f"{TRANSCRIPTION}=") for task in tasks):
         raise ValueError("transcription has a weight in --tasks and a --transcription_ratio; give one of them.")
     if transcription_ratio is not None:
@@ -111,12 +111,13 @@ def task_weights(tasks: Sequence[str] | None, transcription_ratio: float | None)
 
 
 def mix(dataset: Dataset, tasks: list[str] | None, transcription_ratio: float | None, seed: int) -> Dataset:
-    """The rows of `tasks`, in shares of their weights, with at most `transcription_ratio` transcriptions per other row.
+    """Return the rows of `tasks` in proportion to their weights, with at most `transcription_ratio` transcription rows
+    per other row.
 
-    Nothing is repeated: rows are left out until the shares fit; which, is a function of seed and id.
+    No row is repeated; rows are left out until the proportions fit. Seed and id decide which ones.
 
     Raises:
-        ValueError: nothing is left, or a weighted task has no rows.
+        ValueError: no row is left, or a named task has no rows.
     """
     task_of, weights = dataset["task"], task_weights(tasks, transcription_ratio)
     named = None if tasks is None else set(parse_weights(tasks))
@@ -146,7 +147,7 @@ def mix(dataset: Dataset, tasks: list[str] | None, transcription_ratio: float | 
 
 
 def with_text_rows(dataset: Dataset, text_ratio: float, seed: int) -> Dataset:
-    """The rows, and `text_ratio` of them (transcriptions aside) once more without audio: to be read, not heard."""
+    """Add text rows: a share `text_ratio` of the rows, except transcriptions, again without audio."""
     rows = zip(dataset["id"], dataset["task"], strict=True)
     read = [row for row, (id, task) in enumerate(rows) if is_read_too(id, task, text_ratio, seed)]
     return concatenate_datasets([dataset, dataset.select(read).remove_columns(HEARD)]) if read else dataset
@@ -157,20 +158,20 @@ def is_read_too(id: str, task: str, text_ratio: float, seed: int) -> bool:
 
 
 def count_tasks(dataset: Dataset) -> dict[str, int]:
-    """Rows of every task; rows that are read, not heard, stand apart."""
+    """Count the rows of each task; text rows are counted separately."""
     rows = zip(dataset["task"], dataset["duration"], strict=True)
     counts = Counter(task if duration is not None else f"{task} (read)" for task, duration in rows)
     return dict(sorted(counts.items()))
 
 
 class RowSizes:
-    """Measures rows without decoding anything: texts are tokenised, and a clip is as long as its `duration` says."""
+    """Measures rows without decoding audio: texts are tokenised, and the length of a clip comes from `duration`."""
 
     def __init__(self, processor: LsmProcessor, context: int | None = None):
         """
         Args:
-            processor: of the LSM.
-            context: positions that the LLM has, None if unknown.
+            processor: the LSM's processor.
+            context: number of positions of the LLM, None if unknown.
         """
         self.processor, self.context = processor, context
         bare = render_prompt(processor, {"instruction": ""})
@@ -181,10 +182,11 @@ class RowSizes:
         return [len(ids) for ids in self.processor.tokenizer(texts, add_special_tokens=False).input_ids]
 
     def measure(self, rows: dict[str, list]) -> dict[str, np.ndarray]:
-        """`frames` (of the encoder), `speech_tokens`, `tokens` (all) and `labels` of the rows of columns; int64 each.
+        """Return `frames` (of the encoder), `speech_tokens`, `tokens` (all) and `labels` of rows given as columns, each
+        `(rows,)` int64.
 
         Raises:
-            ValueError: a row that the LLM has too few positions for.
+            ValueError: a row has more tokens than the LLM has positions.
         """
         durations = np.array([duration or 0 for duration in rows["duration"]])
         samples = np.round(durations * self.processor.feature_extractor.sampling_rate).astype(int).clip(min=1)
@@ -202,7 +204,7 @@ class RowSizes:
         return {"frames": frames, "speech_tokens": speech, "tokens": tokens, "labels": labels}
 
     def measure_all(self, dataset: Dataset) -> dict[str, np.ndarray]:
-        """As `measure`, of a whole set."""
+        """As `measure`, for a whole set."""
         parts = [self.measure(rows) for rows in tqdm(_scan(dataset), desc="measuring rows", unit="k rows", leave=False)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -210,19 +212,19 @@ class RowSizes:
 def stream_rows(
     args: LsmScriptArguments, seed: int, responder: dict | None, costs: Costs, processor: LsmProcessor, batch_size: int
 ) -> IterableDataset:
-    """The training rows of a set that is read while it is learned from, over and over.
+    """Stream the training rows of a set, without end.
 
-    Tasks come in shares of their weights (equal ones, unless `tasks` has others), each in an order that the seed
-    decides, shuffled within `shuffle_buffer` rows; rows of like cost make batches, as in a whole set.
+    Tasks are mixed by weight (equal by default) and shuffled within `shuffle_buffer` rows, in an order that depends on
+    the seed. Batches have rows of similar cost, as in a whole set.
 
     Args:
         args, seed, responder: as in `load_rows`.
-        costs: of the model that learns.
-        processor: its own.
-        batch_size: rows of one step's batches on all devices.
+        costs: costs of the model.
+        processor: the LSM's processor.
+        batch_size: rows of a step on all devices.
 
     Raises:
-        ValueError: as in `load_rows`; what a row lacks is found when it comes.
+        ValueError: as in `load_rows`, but a bad row is found only when it is read.
     """
     tasks = task_names(args)
     weights = {**dict.fromkeys(tasks, 1.0), **(task_weights(args.tasks, args.transcription_ratio) or {})}
@@ -253,7 +255,7 @@ def stream_rows(
 
 
 def task_names(args: LsmScriptArguments) -> list[str]:
-    """The tasks that are learned; each is a configuration of the set."""
+    """Return the tasks of the training; each is a configuration of the set."""
     if args.tasks:
         return list(parse_weights(args.tasks))
     if args.dataset_config != "all":
@@ -262,16 +264,16 @@ def task_names(args: LsmScriptArguments) -> list[str]:
 
 
 def check_response_tasks(response_tasks: Sequence[str] | None, args: LsmScriptArguments) -> None:
-    """Refuse tasks that no row is of."""
+    """Raise ValueError if `response_tasks` has a task that is not trained."""
     if response_tasks and (unknown := set(response_tasks) - set(task_names(args))):
         raise ValueError(
-            f"--response_tasks {' '.join(sorted(unknown))}: no row that is learned is of such a task; expected some of "
+            f"--response_tasks {' '.join(sorted(unknown))}: the training has no rows of this task; expected some of "
             f"{', '.join(sorted(task_names(args)))}."
         )
 
 
 def open_stream(args: LsmScriptArguments, task: str) -> IterableDataset:
-    """One task's rows, as they come; their columns checked."""
+    """Open a stream of a task's rows, and check its columns."""
     stream = load_self_powered(args.dataset_name, task, args.dataset_train_split, streaming=True)
     check_columns(stream.features, args.dataset_name)
     return stream

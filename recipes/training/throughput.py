@@ -1,4 +1,4 @@
-"""How fast a training goes, and how much of it is of use: what the trainer logs besides the loss."""
+"""Throughput, padding, MFU and peak memory, which the trainer logs besides the loss."""
 
 import resource
 import sys
@@ -13,15 +13,15 @@ GIB = 2**30
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one device in a product of two large matrices: the best of twenty, as others may be at work."""
+    """Measure the FLOP/s of a device in products of large matrices; the best of twenty, as the device may be busy."""
     size = 8192 if device.type == "cuda" else 1024
-    own = torch.Generator(device)  # a training's random numbers must not depend on when it is measured
+    own = torch.Generator(device)  # does not change the random state of the training
     left, right = torch.randn(2, size, size, generator=own, device=device, dtype=dtype)
     return 2 * size**3 / min(seconds_of(lambda: left @ right, device) for _ in range(20))
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """How long `run` takes, until the device has done what it was given."""
+    """Return the seconds that `run` takes until the device has finished."""
     _synchronize(device)
     start = time.perf_counter()
     run()
@@ -35,7 +35,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: on a GPU the most that tensors took, otherwise the most that the process took."""
+    """Return the peak memory in GiB: of tensors on a GPU, otherwise of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024
@@ -43,16 +43,16 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Throughput:
-    """Adds up what goes through the model between two logs.
+    """Measures throughput between two logs.
 
-    The clock runs from asking for a batch to the end of the step, so waiting for data counts; saving, logging and
-    generating do not.
+    The time runs from the request for a batch to the end of the step. It includes waiting for data, but not saving,
+    logging and generating.
 
     Args:
-        costs: FLOPs of useful work: MFU is that over what the devices could have done in the time.
-        audio_token_id: which tokens are speech.
-        peak_tflops: what one device can do; measured with a matrix product in the training's own precision if None,
-            which on a GPU is less than its maker says, and MFU is more.
+        costs: costs of the model. MFU is the FLOPs of useful work over those that the devices could have done.
+        audio_token_id: id of the speech placeholder.
+        peak_tflops: peak rate of one device. If None, it is measured with a matrix product in the training's precision;
+            on a GPU this is less than the manufacturer's figure, so MFU is higher.
     """
 
     COUNTED = ("tokens", "positions", "frames", "frame_positions", "flops")
@@ -71,12 +71,12 @@ class Throughput:
             self.started = None
 
     def see(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Count a batch; nothing waits for the device."""
+        """Count a batch, without waiting for the device."""
         tokens, mask = inputs["attention_mask"].sum(-1), inputs.get("input_features_mask")
         frames = tokens.new_zeros(1) if mask is None else (mask.sum(-1) + 1) // 2
         speech = (inputs["input_ids"] == self.audio_token_id).sum(-1)
         labels = (inputs["labels"] != -100).sum(-1)
-        # clips and rows may be of different numbers: what a row costs is a sum over both
+        # Clips and rows are counted separately, because a row may have several clips or none.
         flops = (
             self.costs.row(frames.float(), 0, 0, 0).sum()
             + self.costs.row(0.0 * tokens, speech, tokens.float(), labels).sum()
@@ -87,7 +87,7 @@ class Throughput:
         self.counted = counts if self.counted is None else self.counted + counts
 
     def read(self, accelerator) -> dict[str, float]:
-        """What to log: per second of all devices together, and anew from here on. Every process must call it."""
+        """Return the figures to log, for all devices together, and reset the counts. Every process must call it."""
         if self.counted is None or not self.seconds:
             return {}
         totals = dict(zip(self.COUNTED, accelerator.reduce(self.counted, "sum").tolist(), strict=True))

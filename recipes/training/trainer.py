@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer for speech: order by cost, two objectives, a projector with a rate of its own, what it costs."""
+"""TRL's SFTTrainer for speech: batches of similar cost, two objectives, a learning rate for the projector, MFU."""
 
 import contextlib
 from collections.abc import Sequence
@@ -108,7 +108,7 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         return super().create_optimizer(*args, **kwargs)
 
     def _parameter_groups(self) -> list[dict]:
-        """What learns, by rate and weight decay."""
+        """Return the trainable parameters, grouped by learning rate and weight decay."""
         decayed = set(self.get_decay_parameter_names(self.model))
         groups: dict[tuple[bool, bool], list] = {}
         for name, parameter in self.model.named_parameters():
@@ -147,17 +147,17 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         return loss
 
     def _needs_trl(self) -> bool:
-        """Whether TRL's fused head is the better one: its kernel never holds all logits of the labelled positions, but
-        without Triton it computes those of every position, twice. Losses of other kinds are TRL's alone."""
+        """Whether to use TRL's loss. It has other kinds of losses, and its kernel never holds all logits of the
+        labelled positions. Without Triton, on a CPU, it would compute the logits of all positions twice."""
         other = self.args.loss_type != "nll" or self.args.label_smoothing_factor or self.compute_loss_func
         return bool(other) or self.accelerator.device.type != "cpu"
 
     def _loss_on_labels(self, model, inputs, teacher, num_items_in_batch) -> torch.Tensor:
-        """The objective's loss, from logits at the labelled positions alone; scaled as TRL scales its loss.
+        """Return the loss, from logits at the labelled positions only, scaled as in TRL.
 
         Args:
-            teacher: inputs of the LLM that reads, whose distribution is to be learned; empty to learn the response.
-                Its `rows` `(batch,)` bool says which rows these are, if not all.
+            teacher: inputs of the teacher; if empty, the loss is the cross-entropy on the response. `rows` `(batch,)`
+                bool marks the rows that the teacher reads, if it does not read all.
         """
         rows = teacher.pop("rows", None)
         labels = inputs["labels"]
@@ -183,12 +183,12 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         return loss
 
     def _ask(self, model, labels, **inputs) -> torch.Tensor:
-        """Logits `(positions, vocabulary)` where a label is predicted."""
+        """Return the logits `(positions, vocabulary)` at the positions that predict a label."""
         return model(**inputs, logits_to_keep=predicts(labels), use_cache=False).logits
 
     @torch.no_grad()
     def _read(self, model, **inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the LLM that reads would say at the labelled positions: logits, and of which tokens if not of all."""
+        """Return the teacher's logits at the labelled positions, and the tokens that they belong to, if not all."""
         with self._reader(model) as reader:
             logits = self._ask(reader, **inputs)
         if self.args.distill_top_k is None:
@@ -197,7 +197,7 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
 
     @contextlib.contextmanager
     def _reader(self, model):
-        """The LLM that reads: `teacher`, or the model itself as it was before it learned."""
+        """Yield the teacher: `self.teacher`, or the model itself without its adapter."""
         if self.teacher is not None:
             yield self.teacher
             return
@@ -226,7 +226,7 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
             self.processor.save_pretrained(output_dir or self.args.output_dir)
 
     def create_model_card(self, model_name=None, **kwargs):
-        # TRL asks at every checkpoint, too, where nobody reads it unless it is pushed.
+        # TRL also calls this at every checkpoint, where the card is only needed if the checkpoint is pushed.
         if self.is_world_process_zero() and (self.args.push_to_hub or not self.is_in_train):
             folder = Path(self.args.output_dir)
             log, following = (read_lines(folder / name) for name in (LOG, FOLLOWING))
@@ -239,7 +239,7 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
 
 
 def _keep_dtype(model: nn.Module) -> None:
-    """accelerate turns what half precision gives into float32, all logits included; the losses do so in chunks."""
+    """Stop accelerate from converting all outputs, including logits, to float32; the losses do so in chunks."""
     wrapper = getattr(model.forward, "__wrapped__", None)
     if isinstance(wrapper, ConvertOutputsToFp32):
         bound = hasattr(model.forward, "__func__")
@@ -247,7 +247,7 @@ def _keep_dtype(model: nn.Module) -> None:
 
 
 class _TrainerHooks(TrainerCallback):
-    """Keeps the logits' dtype, the order's epoch and the throughput's clock."""
+    """Keeps the dtype of the logits, sets the sampler's epoch and stops the throughput's clock."""
 
     def __init__(self, trainer: LsmTrainer):
         self.trainer = trainer
@@ -258,11 +258,11 @@ class _TrainerHooks(TrainerCallback):
                 _keep_dtype(self.trainer.accelerator.unwrap_model(model))
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # accelerate tells samplers too, but not one under two wrappers, as after a resumption on several devices
+        # accelerate does not reach a sampler inside two wrappers, as after resuming on several devices
         if self.trainer.sampler is not None:
             self.trainer.sampler.set_epoch(int(state.epoch + 1e-6))
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_log and torch.cuda.is_available():
-            torch.cuda.synchronize()  # or what is still queued would be in nobody's time
+            torch.cuda.synchronize()  # so that queued work counts
         self.trainer.throughput.stop()

@@ -511,7 +511,7 @@ def test_a_feature_store_of_another_encoder_is_refused(lsm, lsm_dir, processor, 
         tmp_path / "features", other, processor, [{"bytes": next(iter(heard)), "path": None}]
     )
     settings = {"constrained": False, "systems": ["model"], "limit": 1, "store": store}
-    with pytest.raises(ValueError, match=r"features holds what another model hears \(encoder"):
+    with pytest.raises(ValueError, match=r"features was built with another model \(encoder"):
         Evaluation(tmp_path / "out", {"model": str(lsm_dir)}, [nano("nano")], **settings).run()
 
 

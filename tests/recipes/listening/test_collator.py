@@ -116,7 +116,7 @@ def test_a_response_without_tokens_is_refused(processor, answered, monkeypatch):
         return original(self, [text.split(turn)[0] + turn for text in texts], **settings)
 
     monkeypatch.setattr(tokenizer_type, "__call__", drop_responses)
-    with pytest.raises(ValueError, match="has no tokens; nothing would be learned"):
+    with pytest.raises(ValueError, match="has no tokens; expected text to learn"):
         SpeechResponseCollator(processor)(answered)
 
 
@@ -131,7 +131,7 @@ def test_a_clip_that_cannot_be_learned_from_is_refused_by_its_row(processor, ans
 def test_a_clip_that_is_cut_off_is_not_learned_from_as_a_shorter_one(processor, answered):
     mp3 = audio_file(0, "MP3", seconds=3.0)
     row = answered[1] | {"audio": {"bytes": mp3[: len(mp3) // 3], "path": "cut.mp3"}}
-    with pytest.raises(ValueError, match=r"row '1' has a clip .*: cut.mp3 is cut off: .*Leave the row out, or mend"):
+    with pytest.raises(ValueError, match=r"row '1' has a clip .*: cut.mp3 is cut off: .*Leave the row out, or repair"):
         SpeechResponseCollator(processor)([answered[0], row])
 
 

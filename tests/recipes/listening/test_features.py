@@ -161,12 +161,12 @@ def other_lsm(lsm):
 
 def test_a_store_of_another_encoder_is_refused(store, lsm, other_lsm, processor):
     with pytest.raises(
-        ValueError, match=r"features holds what another model hears \(encoder sha256:\w+, not sha256:\w+\): delete it"
+        ValueError, match=r"features was built with another model \(encoder sha256:\w+, not sha256:\w+\); delete it"
     ):
         AudioFeatureStore.build(store.folder, other_lsm, processor, [])
     other = copy.deepcopy(lsm)
     other.config.audio_padding = "max_length"
-    with pytest.raises(ValueError, match=r"another model hears \(padding longest, not max_length\)"):
+    with pytest.raises(ValueError, match=r"another model \(padding longest, not max_length\)"):
         store.check(other)
 
 
@@ -184,14 +184,14 @@ def test_a_part_of_what_another_encoder_hears_is_not_gone_on_with(
     with pytest.raises(ValueError, match="Cannot read"):
         AudioFeatureStore.build(tmp_path / "some", other_lsm, processor, [*audio[:4], unreadable], batch_size=1)
     store = AudioFeatureStore.build(tmp_path / "some", lsm, processor, audio)
-    assert "some.partial holds a part of what another encoder hears: beginning anew" in caplog.text
+    assert "some.partial was begun with another encoder; building it again" in caplog.text
     assert store.check(lsm).clips.keys() == {audio_key(clip) for clip in audio}
     assert len(store.frames) == sum(frames for _, frames, _ in store.clips.values())
 
 
 def test_a_store_that_does_not_say_whose_it_is_is_refused(tmp_path):
     (tmp_path / "index.json").write_text('{"width": 4, "clips": {}}')  # of an older version
-    with pytest.raises(ValueError, match="does not say which encoder it is of: delete it, so that it is made anew"):
+    with pytest.raises(ValueError, match="does not name its encoder; delete it, so that it is built again"):
         AudioFeatureStore(tmp_path)
 
 
@@ -223,5 +223,5 @@ def test_a_corpus_is_stored_by_one_command(lsm_dir, corpus_dir, store, tmp_path,
     store_features.main()  # it is whole
     write(tmp_path / "other", {"a.wav": wav(np.ones(8000))["bytes"], "a.txt": "other words"})
     monkeypatch.setattr("sys.argv", ["store_features", *map(str, [*arguments, "--corpus", tmp_path / "other"])])
-    with pytest.raises(ValueError, match=r"stored was made for other clips: it lacks 1 of 1. .* name another --output"):
+    with pytest.raises(ValueError, match=r"was built for other clips: it lacks 1 of 1. .* name another --output"):
         store_features.main()

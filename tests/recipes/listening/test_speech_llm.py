@@ -33,7 +33,7 @@ def close(actual, expected):
 def test_a_clip_that_cannot_be_heard_stops_it_with_its_row(hearing, spoken):
     for content in (b"no audio", spoken[0]["audio"]["bytes"][:2000]):
         row = spoken[1] | {"id": "u7", "audio": {"bytes": content, "path": "u7.wav"}}
-        with pytest.raises(ValueError, match=r"row 'u7' has a clip that cannot be heard: .*Leave the row out, or mend"):
+        with pytest.raises(ValueError, match="row 'u7' has a clip that cannot be heard: .*Leave .* out, or repair"):
             respond(hearing, [spoken[0], row])
 
 
@@ -434,12 +434,12 @@ def test_a_template_that_changes_a_text_is_refused(open_llm, monkeypatch, change
     llm = open_llm("qwen2_audio")
     template = llm.processor.chat_template.replace("part['text']", f"part['text']{change}")
     monkeypatch.setattr(llm.processor, "chat_template", template)
-    with pytest.raises(ValueError, match="does not hold .*what"):
+    with pytest.raises(ValueError, match="does not contain .*what"):
         llm.spans(ask("Repeat what is said."), "transcript")
 
 
 def test_a_template_that_drops_a_text_is_refused(open_llm, monkeypatch):
     llm = open_llm("qwen2_audio")
     monkeypatch.setattr(llm.processor, "chat_template", "<|im_start|>{{ messages[0]['role'] }}")
-    with pytest.raises(ValueError, match="does not hold"):
+    with pytest.raises(ValueError, match="does not contain"):
         llm.spans(ask("Repeat."), "transcript")

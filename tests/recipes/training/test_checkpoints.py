@@ -107,7 +107,7 @@ def test_a_finished_training_is_not_done_again(train, tmp_path):
 
 def test_a_training_of_other_settings_does_not_go_on_unasked(train):
     train(**SETTINGS)
-    with pytest.raises(ValueError, match=r"other settings \(learning_rate: 0.003 then, 0.1 now\): name another --out"):
+    with pytest.raises(ValueError, match=r"other settings \(learning_rate was 0.003, now 0.1\): name another --out"):
         train(**{**SETTINGS, "learning_rate": 0.1})
     train(**{**SETTINGS, "logging_steps": 5, "save_steps": 5})  # the loss does not depend on these
     train(**{**SETTINGS, "max_steps": 12}, resume_from_checkpoint="true")
@@ -128,7 +128,7 @@ def test_a_model_or_a_set_that_changed_in_place_is_another(train, lsm, lsm_dir, 
         other = copy.deepcopy(lsm)
         other.model.projector.linear.weight.data += 1
         other.save_pretrained(options[changed])
-    with pytest.raises(ValueError, match=rf"content of {changed}: sha256:\w+ then, sha256:\w+ now\): name another"):
+    with pytest.raises(ValueError, match=rf"content of {changed} was sha256:\w+, now sha256:\w+\): name another"):
         train(**options)
 
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path):
         if whole:
             (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
     assert last_checkpoint(tmp_path).name == "checkpoint-9"
-    with pytest.raises(ValueError, match=r"checkpoints of something else \(run.json is missing\)"):
+    with pytest.raises(ValueError, match=r"checkpoints of another program \(run.json is missing\)"):
         find_checkpoint(str(tmp_path), {}, None)
     (tmp_path / "run.json").write_text("{}")
     assert find_checkpoint(str(tmp_path), {}, None) == str(tmp_path / "checkpoint-9")
@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_which(train, monkeypatc
     output = Path(defaults["output_dir"])
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-3"]
     assert (
-        f"The last complete checkpoint is {output / 'checkpoint-3'}; the same command goes on"
+        f"The last complete checkpoint is {output / 'checkpoint-3'}; run the same command to resume"
         in stopped.value.__notes__[0]
     )
 
@@ -197,7 +197,7 @@ def test_a_dying_worker_ends_in_a_clear_error(train, monkeypatch, defaults):
     monkeypatch.setattr(collator, "load_clip", die)
     with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed by signal|exited unexpectedly)") as stopped:
         train(**SETTINGS, dataloader_num_workers=1, dataloader_prefetch_factor=1)
-    assert "checkpoint-3; the same command goes on from it" in stopped.value.__notes__[0]
+    assert "checkpoint-3; run the same command to resume from it" in stopped.value.__notes__[0]
 
 
 def test_a_loss_that_is_no_number_stops_with_what_to_change(train):

@@ -149,5 +149,5 @@ def test_the_global_batch_is_the_same_on_any_number_of_devices(size, per_device,
 
 @pytest.mark.parametrize(("size", "per_device", "devices"), [(384, 8, 5), (384, 512, 1)])
 def test_a_global_batch_that_cannot_be_cut_is_refused(size, per_device, devices):
-    with pytest.raises(ValueError, match=rf"{size} cannot be cut into batches of {per_device} on {devices} devices"):
+    with pytest.raises(ValueError, match=rf"{size} is not a multiple of {per_device} rows on {devices} devices"):
         accumulation(size, per_device, devices)

@@ -68,8 +68,8 @@ def test_which_rows_stay_is_a_function_of_seed_and_id(tasks, ratio):
     ("tasks", "ratio", "message"),
     [
         (["singing"], None, r"no rows of \['singing'\]; it has \['intent', 'keyword', 'transcription'\]"),
-        (["intent=0"], None, "'intent' cannot weigh 0"),
-        (["intent=inf"], None, "'intent' cannot weigh inf"),
+        (["intent=0"], None, "'intent' has the weight 0"),
+        (["intent=inf"], None, "'intent' has the weight inf"),
         (["intent=much"], None, "cannot read the weight in 'intent=much'"),
         (["intent", "transcription=2"], 1.0, "transcription has a weight in --tasks and a --transcription_ratio"),
         (["transcription"], 1.0, "no row of .* is left"),

@@ -46,7 +46,8 @@ def test_what_needs_a_failed_check_is_left_out(check):
     code, lines = check(model_name_or_path=None)
     assert code == 1
     assert "no model: give --model_name_or_path" in lines["model"]
-    assert lines["two steps"].endswith("needs labels") and "nothing: all is on this machine" in lines["download"]
+    assert lines["two steps"].endswith("needs labels")
+    assert "nothing: all weights are on this machine" in lines["download"]
 
 
 def test_a_model_out_of_reach_is_said_to_be(check):
@@ -117,7 +118,7 @@ def test_a_tokenizer_of_another_llm_is_refused(processor, lsm):
     check_vocabulary(processor, embeddings, lsm.config.audio_token_id)
     with pytest.raises(ValueError, match=rf"ids up to {embeddings - 1}, but the LLM has {embeddings - 5} embeddings"):
         check_vocabulary(processor, embeddings - 5, lsm.config.audio_token_id)
-    with pytest.raises(ValueError, match=r"<\|audio\|> is \d+, the model's 3: they are of different models"):
+    with pytest.raises(ValueError, match=r"<\|audio\|> is \d+ in the tokenizer, but 3 in the model: they belong"):
         check_vocabulary(processor, embeddings, 3)
 
 
@@ -126,5 +127,5 @@ def test_the_training_stops_there_too(train, lsm_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mixed")
     tokenizer.add_tokens([f"word{number}" for number in range(9)])
     tokenizer.save_pretrained(tmp_path / "mixed")
-    with pytest.raises(ValueError, match="they are of different models"):
+    with pytest.raises(ValueError, match="they belong to different models"):
         train(model_name_or_path=str(tmp_path / "mixed"))

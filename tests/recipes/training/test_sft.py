@@ -83,7 +83,7 @@ def test_stored_features_give_the_training_of_the_audio(train, losses, tmp_path)
 
 def test_a_store_of_other_clips_is_refused_before_training(train, lsm, processor, rows, tmp_path):
     AudioFeatureStore.build(tmp_path / "features", lsm, processor, [rows[0]["audio"]])
-    with pytest.raises(ValueError, match=r"made for other clips: it lacks 14 of 16"):
+    with pytest.raises(ValueError, match=r"built for other clips: it lacks 14 of 16"):
         train(audio_feature_store=str(tmp_path / "features"))
 
 
@@ -156,7 +156,7 @@ def test_two_checkpoints_are_composed_once(train, whisper_dir, llm_dir, tmp_path
     written = (output / "base" / "model.safetensors").stat().st_mtime_ns
     train(**options, llm="frozen", resume_from_checkpoint="false")
     assert (output / "base" / "model.safetensors").stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match="are two models; name an LSM, or the audio and text"):
+    with pytest.raises(ValueError, match="are two models; name either an LSM, or --audio and --text"):
         train(**{**options, "model_name_or_path": "other"})
 
 
@@ -172,12 +172,12 @@ def test_a_base_that_was_composed_of_something_else_is_refused(
         return models.compose_base(*parts_of({**defaults, **named}))
 
     assert base(tmp_path / "llm", window_frames=8) == base(llm_dir, window_frames=8)
-    with pytest.raises(ValueError, match=r"something else \(composition.window_frames: 8 then, 17 now\): delete it"):
+    with pytest.raises(ValueError, match=r"other parts \(composition.window_frames was 8, now 17\); delete it"):
         base(llm_dir, window_frames=17)
     other = LlamaForCausalLM.from_pretrained(llm_dir)
     other.lm_head.weight.data += 1
     other.save_pretrained(tmp_path / "llm")
-    with pytest.raises(ValueError, match=r"something else \(text: sha256:\w+ then, sha256:\w+ now\)"):
+    with pytest.raises(ValueError, match=r"other parts \(text was sha256:\w+, now sha256:\w+\)"):
         base(tmp_path / "llm", window_frames=8)
 
 
