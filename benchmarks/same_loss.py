@@ -88,7 +88,7 @@ def train(quickstart: Quickstart, output: Path, steps: int, batch: int, seed: in
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     parser = TrlParser((LsmScriptArguments, LsmTrainingArguments, ModelConfig))
     with contextlib.nullcontext() if levers else without_levers():
-        recipes.sft.main(*parser.parse_args_and_config(flags))
+        recipes.sft.train(*parser.parse_args_and_config(flags))
     return [line["loss"] for line in read_lines(output / LOG) if "loss" in line]
 
 

@@ -57,7 +57,7 @@ BEFORE = {
 def workplace(lsm_dir, tmp_path, monkeypatch):
     """A folder where the repository's own files and the quickstart's results are where the pages say."""
     monkeypatch.chdir(tmp_path)
-    for name in ("assets", "recipes"):
+    for name in ("assets", "dataset_builders", "recipes"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "reference").symlink_to(ROOT / "tests" / "reference")
     write_qwen2_audio(tmp_path / "qwen2_audio")

@@ -192,7 +192,7 @@ def test_a_clip_of_another_format_is_refused(data):
 
 
 def test_an_example_that_lacks_something_is_refused():
-    with pytest.raises(ValueError, match="an example has instruction, transcript, audio; expected 'answers'"):
+    with pytest.raises(ValueError, match="an example has instruction, transcript, audio; expected also 'answers'"):
         Examples([{"instruction": "", "transcript": "", "audio": None}])
 
 

@@ -98,7 +98,7 @@ def run(aligned_dir, words_dir, tmp_path, parts_of):
         defaults |= {"align_batch_size": 4, "align_steps": 2, "logging_steps": 1, "save_steps": 1, "disable_tqdm": True}
         options = {**defaults, **options}
         _, training_args, model_args = parts_of(options | {"dataset_name": "-"})
-        command.main(command.AlignArguments(corpus=str(words_dir)), training_args, model_args)
+        command.run(command.AlignArguments(corpus=str(words_dir)), training_args, model_args)
         return Path(options["output_dir"])
 
     return go
