@@ -13,6 +13,7 @@ from peers import write_audio_flamingo, write_qwen2_audio
 from dataset_builders.building import build
 from dataset_builders.corpora.opening import open_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
+from dataset_builders.nano.tasks import POOL_PATH
 from dataset_builders.responders.exchange import Reply
 from dataset_builders.responders.local import LocalResponder
 from recipes.listening.speech_llm import load
@@ -24,7 +25,7 @@ def set_dir(lsm_dir, corpus_dir, tmp_path_factory):
     responder, weights = LocalResponder(lsm_dir), {**dict.fromkeys(SELF_POWERED_TASKS, 1.0), TRANSCRIPTION: math.inf}
     responder.respond = lambda requests: [Reply(f"So {request.transcript[:12].strip()}.") for request in requests]
     output = tmp_path_factory.mktemp("sets") / "self_powered"
-    return build(open_corpus(corpus_dir, "train"), responder, output, Draw(load_pool(), weights, 2))
+    return build(open_corpus(corpus_dir, "train"), responder, output, Draw(load_pool(POOL_PATH), weights, 2))
 
 
 @pytest.fixture
