@@ -454,9 +454,12 @@ class LsmModel(LsmPreTrainedModel):
             f"{way_out}, or take an LLM with more positions or longer windows."
         )
 
-    def _embed(self, input_ids: torch.Tensor, past_key_values, speech: torch.Tensor | None) -> torch.Tensor:
+    def _embed(self, input_ids: torch.Tensor, past_key_values, *audio: torch.Tensor | None) -> torch.Tensor:
         """Embed the prompt, with the speech embeddings in place of the audio placeholders."""
+        # The text comes first, as it does where there is no speech: processes that hold parts of the weights must ask
+        # for them in the same order.
         inputs_embeds = self.get_input_embeddings()(input_ids)
+        speech = self._speech(*audio)
         # Generated tokens hold no placeholders, and counting them would wait for the device at every step.
         generating = past_key_values is not None and (input_ids.shape[1] == 1 or past_key_values.get_seq_length() > 0)
         if generating and speech is None:
@@ -499,8 +502,8 @@ class LsmModel(LsmPreTrainedModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         self._check_length(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, past_key_values)
         if inputs_embeds is None:
-            speech = self._speech(input_features, input_features_mask, audio_hidden_states, audio_embeds)
-            inputs_embeds = self._embed(input_ids, past_key_values, speech)
+            audio = (input_features, input_features_mask, audio_hidden_states, audio_embeds)
+            inputs_embeds = self._embed(input_ids, past_key_values, *audio)
         elif any(audio is not None for audio in (input_features, audio_hidden_states, audio_embeds)):
             raise ValueError(
                 "Audio needs `input_ids`, whose placeholder tokens say where it goes; `inputs_embeds` hold their own."

@@ -46,10 +46,11 @@ SHORT = {
 }
 # What a page begins with that another page, or the quickstart, has made.
 BEFORE = {
+    "data.md": ["recipes.compose --audio assets/nano/encoder --text assets/nano/llm --output checkpoints/base"],
     "fine-tuning.md": [
         "recipes.compose --audio assets/nano/encoder --text assets/nano/llm --output checkpoints/base",
         "dataset_builders.self_powered build --llm assets/nano/llm --corpus librispeech --output data/self_powered",
-    ]
+    ],
 }
 
 

@@ -23,11 +23,13 @@ def build_nano(output: str, rank: int, world_size: int) -> None:
     """What `python -m dataset_builders.self_powered build` does, in a process that has its imports already."""
     import torch
 
+    from dataset_builders.nano.tasks import POOL_PATH
     from dataset_builders.self_powered import BuildArguments
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    BuildArguments("nano", str(ROOT / "assets/nano/llm"), limit=ROWS, shard_size=4, tasks_per_utterance=2).build(output)
+    settings = {"limit": ROWS, "shard_size": 4, "tasks_per_utterance": 2, "pool": str(POOL_PATH)}
+    BuildArguments("nano", str(ROOT / "assets/nano/llm"), **settings).build(output)
 
 
 @pytest.fixture(scope="module")
