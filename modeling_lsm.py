@@ -130,7 +130,8 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
 
     A window has many frames and few queries. So the key matrix is applied to the queries, qᵀ(Kx) = (Kᵀq)ᵀx, and the
     value matrix to what the attention has summed up, Σ p(Vx) = V Σ px, as DeepSeek-V2 does when it decodes (arXiv
-    2405.04434, section 2.1.2): once per query each, instead of once per frame.
+    2405.04434, section 2.1.2): once per query each, instead of once per frame. A step of the alignment, in which the
+    LLM is not run, takes twice as long without (`docs/speed.md`).
     """
 
     def forward(
@@ -427,12 +428,15 @@ class LsmModel(LsmPreTrainedModel):
         return self.get_audio_features(input_features, input_features_mask, audio_hidden_states).pooler_output
 
     def _check_length(self, prompt: torch.Tensor, attention_mask, past_key_values) -> None:
-        """Refuse a prompt (ids or embeddings) that the LLM has too few positions for, as it would answer all the same.
+        """Refuse a prompt (ids or embeddings) that is empty, or that the LLM has too few positions for, as it would
+        answer all the same.
 
         Raises:
             ValueError: says how long it is, how long it may be, and how much speech fits.
         """
         batch, length = prompt.shape[:2]
+        if prompt.numel() == 0:
+            raise ValueError(f"The prompt is empty: it has the shape {tuple(prompt.shape)}.")
         positions = num_positions(self.config.text_config)
         past = 0 if past_key_values is None or length == 1 else past_key_values.get_seq_length()
         if positions is None or past + length <= positions:
@@ -450,10 +454,9 @@ class LsmModel(LsmPreTrainedModel):
             f"{way_out}, or take an LLM with more positions or longer windows."
         )
 
-    def _embed(self, input_ids: torch.Tensor, past_key_values, **audio) -> torch.Tensor:
+    def _embed(self, input_ids: torch.Tensor, past_key_values, speech: torch.Tensor | None) -> torch.Tensor:
         """Embed the prompt, with the speech embeddings in place of the audio placeholders."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
-        speech = self._speech(**audio)
         # Generated tokens hold no placeholders, and counting them would wait for the device at every step.
         generating = past_key_values is not None and (input_ids.shape[1] == 1 or past_key_values.get_seq_length() > 0)
         if generating and speech is None:
@@ -489,38 +492,22 @@ class LsmModel(LsmPreTrainedModel):
         input_features_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
         audio_embeds: torch.Tensor | None = None,
-        shared_prefix: int = 0,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """The LLM's last hidden states `(batch, length, hidden)`; arguments as in [`LsmForConditionalGeneration`]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        self._check_length(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, past_key_values)
         if inputs_embeds is None:
-            if input_ids.numel() == 0:
-                raise ValueError(f"The prompt is empty: `input_ids` has the shape {tuple(input_ids.shape)}.")
-            self._check_length(input_ids, attention_mask, past_key_values)
-            inputs_embeds = self._embed(
-                input_ids,
-                past_key_values,
-                input_features=input_features,
-                input_features_mask=input_features_mask,
-                audio_hidden_states=audio_hidden_states,
-                audio_embeds=audio_embeds,
-            )
+            speech = self._speech(input_features, input_features_mask, audio_hidden_states, audio_embeds)
+            inputs_embeds = self._embed(input_ids, past_key_values, speech)
         elif any(audio is not None for audio in (input_features, audio_hidden_states, audio_embeds)):
             raise ValueError(
                 "Audio needs `input_ids`, whose placeholder tokens say where it goes; `inputs_embeds` hold their own."
             )
-        else:
-            self._check_length(inputs_embeds, attention_mask, past_key_values)
         if position_ids is None and past_key_values is None and attention_mask is not None and attention_mask.ndim == 2:
             # As `generate` counts them: padding on the left must not shift a prompt that does without it.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        if shared_prefix:
-            if past_key_values is not None or use_cache:
-                raise ValueError("A `shared_prefix` is read into a cache of its own: leave the cache out.")
-            self._check_prefix(shared_prefix, input_ids, inputs_embeds, attention_mask)
-            return self._read_prefix_once(inputs_embeds, attention_mask, position_ids, shared_prefix, **kwargs)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -529,50 +516,6 @@ class LsmModel(LsmPreTrainedModel):
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
-        )
-
-    @staticmethod
-    def _check_prefix(length: int, input_ids, inputs_embeds, attention_mask) -> None:
-        if not 0 < length < inputs_embeds.shape[1]:
-            raise ValueError(
-                f"`shared_prefix` must be between 0 and the {inputs_embeds.shape[1]} tokens, got {length}."
-            )
-        beginning = inputs_embeds[:, :length] if input_ids is None else input_ids[:, :length]
-        padded = attention_mask is not None and not attention_mask[:, :length].all()
-        if padded or not (beginning == beginning[:1]).all():
-            raise ValueError(
-                f"The rows do not share their first {length} tokens, or are padded there: `shared_prefix` is for rows "
-                "that begin alike and are padded on the right."
-            )
-
-    def _read_prefix_once(self, inputs_embeds, attention_mask, position_ids, length: int, **kwargs):
-        """Read what all rows begin with in one row; the others find it in the cache, gradients included."""
-        layers = self.language_model.modules()
-        if self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
-            raise ValueError("A `shared_prefix` needs a cache, which gradient checkpointing has not: switch one off.")
-        if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        read = {"use_cache": True, "return_dict": True, **kwargs}
-        prefix = self.language_model(
-            inputs_embeds=inputs_embeds[:1, :length], position_ids=position_ids[:1, :length], **read
-        )
-        cache = prefix.past_key_values
-        cache.batch_repeat_interleave(inputs_embeds.shape[0])
-        rest = self.language_model(
-            inputs_embeds=inputs_embeds[:, length:],
-            attention_mask=attention_mask,
-            position_ids=position_ids[:, length:],
-            past_key_values=cache,
-            **read,
-        )
-
-        def whole(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-            return torch.cat([first.expand(second.shape[0], -1, -1), second], dim=1)
-
-        layers = zip(prefix.hidden_states or (), rest.hidden_states or (), strict=True)
-        return BaseModelOutputWithPast(
-            last_hidden_state=whole(prefix.last_hidden_state, rest.last_hidden_state),
-            hidden_states=tuple(whole(*layer) for layer in layers) or None,
         )
 
 
@@ -631,7 +574,6 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         input_features_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
         audio_embeds: torch.Tensor | None = None,
-        shared_prefix: int = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -648,9 +590,6 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             audio_hidden_states: `(chunks, encoder_frames, d_audio)` float, precomputed output of the audio tower,
                 instead of `input_features` and with the same mask.
             audio_embeds: `(total_tokens, hidden)` float, precomputed speech embeddings, instead of both.
-            shared_prefix: how many tokens all rows begin with, the same ones and none of them speech or padding. They
-                are read once, not once per row: the same result for less work. For training and scoring, without a
-                cache and without gradient checkpointing.
 
         Raises:
             ValueError: if the audio gives another number of embeddings than the prompt has placeholders, or the prompt
@@ -667,17 +606,9 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             input_features_mask=input_features_mask,
             audio_hidden_states=audio_hidden_states,
             audio_embeds=audio_embeds,
-            shared_prefix=shared_prefix,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if isinstance(logits_to_keep, int):
-            hidden_states = hidden_states[:, -logits_to_keep:]
-        elif logits_to_keep.dtype == torch.bool:
-            hidden_states = hidden_states[logits_to_keep]
-        else:
-            hidden_states = hidden_states[:, logits_to_keep]
-        logits = self._scale_logits(self.lm_head(hidden_states))
+        logits = self._logits(outputs.last_hidden_state, logits_to_keep)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
@@ -689,10 +620,17 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """What some LLMs do after their head: Cohere and Granite scale, Gemma caps."""
+    def _logits(self, hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """Logits at the positions to keep, with what some LLMs do after their head: Cohere and Granite scale, Gemma
+        caps."""
+        if isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        elif logits_to_keep.dtype == torch.bool:
+            hidden_states = hidden_states[logits_to_keep]
+        else:
+            hidden_states = hidden_states[:, logits_to_keep]
         config = self.config.text_config
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+        logits = self.lm_head(hidden_states) * (getattr(config, "logit_scale", None) or 1.0)
         logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits

@@ -23,7 +23,6 @@ import urllib.request
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from tokenizers import pre_tokenizers
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
@@ -48,56 +47,11 @@ URL_TIMEOUT = 60  # seconds
 # 16-bit scale are far above unless they are silence.
 LOUDEST = 16.0
 
-# For LLMs whose tokenizer has no chat template: Vicuna v1.1, which base models have seen most often in the wild.
-DEFAULT_CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ ' USER: ' + message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
-
-# For LLMs whose template takes no system message (Gemma, early Mistrals): it opens the user's first message instead.
-FOLD_SYSTEM = (
-    "{%- if messages[0]['role'] == 'system' and messages[1] is defined and messages[1]['role'] == 'user' -%}"
-    "{%- set opening = messages[0]['content'] + '\\n\\n' + messages[1]['content'] -%}"
-    "{%- set messages = [dict(messages[1], content=opening)] + messages[2:] -%}"
-    "{%- endif %}\n"
-)
-
 # What templates ask for beyond the messages. Nobody reads a prompt of the day on which it happens to be rendered: a set
 # is built, learned from and asked about on different ones. Llama's own default day.
 TEMPLATE_SETTINGS = {"enable_thinking": False, "date": "2024-07-26"}
 _PINNED = "{#- template settings, as LsmProcessor has them -#}\n"
 _STRFTIME = ("%-d", "%-m", *(f"%{code}" for code in "aAbBdeFHIjmMpSTyY"))
-
-# Prepended to the LLM's own template, which then sees plain strings: parts joined by newlines, audio as its token.
-# The newline at the end is eaten by Jinja's `trim_blocks`, which transformers sets.
-_PRELUDE = """\
-{%- set lsm = namespace(messages=[], parts=[]) -%}
-{%- for message in messages -%}
-{%- if message['content'] is defined and message['content'] is not string and message['content'] is iterable -%}
-{%- set lsm.parts = [] -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'audio' -%}
-{%- set lsm.parts = lsm.parts + ['AUDIO_TOKEN'] -%}
-{%- elif part['type'] == 'text' -%}
-{%- set lsm.parts = lsm.parts + [part['text']] -%}
-{%- else -%}
-{{- raise_exception('An LSM takes text and audio, not ' + part['type']) -}}
-{%- endif -%}
-{%- endfor -%}
-{%- set lsm.messages = lsm.messages + [dict(message, content=lsm.parts | join('\\n'))] -%}
-{%- else -%}
-{%- set lsm.messages = lsm.messages + [message] -%}
-{%- endif -%}
-{%- endfor -%}
-{%- set messages = lsm.messages %}
-"""
 
 
 def load_audio(source, sampling_rate: int | None = None, target_rate: int = 16_000) -> np.ndarray:
@@ -286,9 +240,8 @@ class LsmProcessor(ProcessorMixin):
     Args:
         feature_extractor (`WhisperFeatureExtractor`): its `chunk_length` (30 s) is the longest row of audio.
         tokenizer (`PreTrainedTokenizerBase`): the LLM's, with `audio_token` added to it.
-        chat_template (`str`, *optional*): the LLM's own if absent, and [`DEFAULT_CHAT_TEMPLATE`] if it has none.
-            A prelude that flattens text and audio parts is put in front, with [`FOLD_SYSTEM`] where the LLM takes no
-            system message. A template that names `audio_token` is taken to render audio parts by itself.
+        chat_template (`str`, *optional*): renders text and audio parts, each audio part as `audio_token`; the
+            tokenizer's if absent. `language_models.tokenizers.speech_processor` makes one of an LLM's own template.
         audio_token (`str`): the placeholder of one clip in the text; repeated once per speech token.
         window_frames, window_mode, queries_per_window, audio_padding: as in [`LsmConfig`].
         instruction_first (`bool`): whether the instruction stands before or after the speech.
@@ -298,8 +251,8 @@ class LsmProcessor(ProcessorMixin):
             template, so that whoever renders it has them; keywords of `apply_chat_template` go before them.
 
     Raises:
-        ValueError: if the tokenizer lacks `audio_token` or an EOS token, or a setting cannot be used, such as one that
-            the template does not ask for.
+        ValueError: if the tokenizer lacks `audio_token` or an EOS token, or the template names no `audio_token`, or a
+            setting cannot be used, such as one that the template does not ask for.
     """
 
     valid_processor_kwargs = LsmProcessorKwargs
@@ -331,7 +284,12 @@ class LsmProcessor(ProcessorMixin):
         self.instruction_first = instruction_first
         for key in ("is_local", "local_files_only", "name_or_path"):  # of this machine, and saved with the tokenizer
             tokenizer.init_kwargs.pop(key, None)
-        template = _with_prelude(chat_template or tokenizer.chat_template, tokenizer, audio_token)
+        template = chat_template or tokenizer.chat_template or ""
+        if audio_token not in template:
+            raise ValueError(
+                f"The chat template does not say where {audio_token} goes. language_models.tokenizers.speech_processor "
+                "makes a processor of an LLM's own template."
+            )
         template, self.template_settings = _pin(template, template_settings)
         tokenizer.chat_template = template
         leave_out_breaks(tokenizer)
@@ -582,14 +540,6 @@ def _listed(names) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names))
 
 
-def _with_prelude(template: str | dict | None, tokenizer, audio_token: str) -> str:
-    text: str = (template["default"] if isinstance(template, dict) else template) or DEFAULT_CHAT_TEMPLATE
-    if audio_token in text:
-        return text
-    fold = "" if _takes_system(text, tokenizer) else FOLD_SYSTEM
-    return _PRELUDE.replace("AUDIO_TOKEN", audio_token) + fold + text
-
-
 def _pin(template: str, settings: dict | None) -> tuple[str, dict]:
     """The template with the settings that it asks for written before it, and these settings."""
     *_, template = template.rpartition(_PINNED)
@@ -615,15 +565,6 @@ def _today(date: str) -> str:
         raise ValueError(f"`date` of `template_settings` is {date!r}; expected a day such as '2026-11-28'.") from error
     written = "".join(f" | replace('{code}', '{day.strftime(code)}')" for code in _STRFTIME)
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{written} }}}}{{%- endmacro -%}}\n"
-
-
-def _takes_system(template: str, tokenizer) -> bool:
-    """Whether a system message gets into the prompt; some templates raise an error, some drop it silently."""
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
-    try:
-        return "Be brief." in tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-    except TemplateError:
-        return False
 
 
 def _is_heard(clip) -> bool:

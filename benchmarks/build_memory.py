@@ -14,7 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-COMMAND = [sys.executable, "-m", "dataset_builders.self_powered", "build", "--corpus", "nano"]
+from dataset_builders.nano.tasks import POOL_PATH
+
+COMMAND = [sys.executable, "-m", "dataset_builders.self_powered", "build", "--corpus", "nano", "--pool", str(POOL_PATH)]
 
 
 def peak_memory(llm: str, rows: int, threads: int) -> float:

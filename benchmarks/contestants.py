@@ -30,7 +30,6 @@ from transformers import (
 from benchmarks.workloads import (
     MELS,
     SIZES,
-    TEMPLATE,
     Row,
     draw_rows,
     grouped_batches,
@@ -158,7 +157,6 @@ class Ours(Contestant):
 
     batches = staticmethod(grouped_batches)
     settings: ClassVar = {}  # of the configuration
-    shares = True
 
     def make(self) -> nn.Module:
         return LsmForConditionalGeneration(
@@ -189,19 +187,19 @@ class Ours(Contestant):
         return {"input_features": features, "input_features_mask": mask}, counts
 
     def loss(self, batch: dict) -> torch.Tensor:
-        labels, shared = batch["labels"], TEMPLATE if self.shares and len(batch["input_ids"]) > 1 else 0
+        labels = batch["labels"]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = self.model(**inputs, logits_to_keep=predicts(labels), use_cache=False, shared_prefix=shared).logits
+        logits = self.model(**inputs, logits_to_keep=predicts(labels), use_cache=False).logits
         tokens = labels[:, 1:][labels[:, 1:] != -100]
         return response_loss(logits, tokens) / len(tokens)
 
     def flops(self, rows: Sequence[Row]) -> float:
-        """Of a training step: unpadded frames and tokens and labelled logits, what all rows begin with once."""
+        """Of a training step: unpadded frames and tokens, and labelled logits."""
         costs, (_, counts) = Costs.of(self.model, "full"), self.audio(rows)
         frames, speech = torch.tensor([float(row.encoder_frames) for row in rows]), torch.tensor(counts)
         before, after, response = rows[0].tokens(self.vocabulary)
         tokens = speech.float() + len(before) + len(after) + len(response)
-        return costs.row(frames, speech, tokens, len(response)).sum().item() - costs.not_read_again(TEMPLATE, len(rows))
+        return costs.row(frames, speech, tokens, len(response)).sum().item()
 
 
 class ProjectsFrames(LsmWindowAttention):
@@ -231,12 +229,6 @@ class Original(Ours):
     loss = Contestant.loss
 
 
-class WithoutSharedPrefix(Ours):
-    """Ours, reading every row's beginning."""
-
-    shares = False
-
-
 class WithoutWindowAttention(Ours):
     """Ours, projecting every frame for the Q-Former."""
 
@@ -249,9 +241,7 @@ class WithoutWindowAttention(Ours):
 class WithoutLabelledLogits(Ours):
     """Ours, with the logits of all positions."""
 
-    def loss(self, batch: dict) -> torch.Tensor:
-        shared = TEMPLATE if len(batch["input_ids"]) > 1 else 0
-        return self.model(**batch, use_cache=False, shared_prefix=shared).loss
+    loss = Contestant.loss
 
 
 class WithoutReader(Ours):
@@ -403,7 +393,6 @@ PEERS: dict[str, type[Contestant]] = {
 }
 # What each of our levers is worth, and what the reader costs: ours without it (or, of the store, with it).
 LEVERS: dict[str, type[Contestant]] = {
-    "without_shared_prefix": WithoutSharedPrefix,
     "without_window_attention": WithoutWindowAttention,
     "without_labelled_logits": WithoutLabelledLogits,
     "without_grouping": WithoutGrouping,

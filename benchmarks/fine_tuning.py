@@ -37,11 +37,12 @@ from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
 )
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from benchmarks.machine import describe, free_memory
 from configuration_lsm import LsmConfig
 from language_models.generation import context_of
+from language_models.tokenizers import speech_processor
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
 from recipes.listening.collator import SpeechResponseCollator
@@ -166,7 +167,7 @@ def make_processor() -> LsmProcessor:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
-    return LsmProcessor(WhisperFeatureExtractor(feature_size=80), fast)
+    return speech_processor(WhisperFeatureExtractor(feature_size=80), fast)
 
 
 def make_config(preset: str, processor: LsmProcessor) -> LsmConfig:
@@ -238,7 +239,7 @@ class Bench:
         self.processor = make_processor()
         with torch.device("meta"):
             self.shapes = LsmForConditionalGeneration(make_config(sweep.preset, self.processor))
-        self.ruler = RowSizes(self.processor, context_of(self.shapes.config))
+        self.row_sizes = RowSizes(self.processor, context_of(self.shapes.config))
         self.memory = free_memory(self.device)
         self.peak = None
         half = self._arguments(next(sweep.settings()))[1].bf16  # as the recipe decides
@@ -306,7 +307,7 @@ class Bench:
 
     def _measure(self, rows: list[dict]) -> dict[str, int]:
         """Frames, tokens and labels of a row; all rows are alike."""
-        sizes = self.ruler.measure({name: [row[name] for row in rows[:1]] for name in rows[0]})
+        sizes = self.row_sizes.measure({name: [row[name] for row in rows[:1]] for name in rows[0]})
         return {name: int(values[0]) for name, values in sizes.items()}
 
     def _model(self, dtype: str | torch.dtype) -> LsmForConditionalGeneration:
@@ -332,16 +333,14 @@ class Bench:
         model = self._model(self.sweep.dtype)
         prepare(model, setting.llm, model_args)
         trainer = LsmTrainer(
-            model=model,
-            args=training_args,
-            train_dataset=Dataset.from_list(rows),
-            data_collator=collate,
-            peft_config=get_peft_config(model_args),
-            callbacks=[Clock()],
-            processor=self.processor,
-            costs=Costs.of(model, setting.llm, distill=setting.objective == "distill"),
+            model,
+            training_args,
+            Dataset.from_list(rows),
+            self.processor,
+            model_args,
+            Costs.of(model, setting.llm, distill=setting.objective == "distill"),
             teacher=self._teacher(setting),
-            card={},
+            callbacks=[Clock()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

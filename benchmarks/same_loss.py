@@ -3,7 +3,7 @@
     python -m benchmarks.same_loss --steps 200 --seeds 0 1 2 --json same_loss.json --plot same_loss.png
 
 The nano base learns from a self-powered set through `recipes/sft.py`. Without levers, rows come in random order, clips
-are padded to 30 s, every frame is projected for the Q-Former, every row reads its own beginning, and TRL's fused head
+are padded to 30 s, every frame is projected for the Q-Former, and TRL's fused head
 computes the logits of all positions. Compared is the loss over the last quarter of the steps. Two seeds differ in the
 order of rows and in the projector's first weights; what the levers change must be lost in that.
 """
@@ -25,11 +25,11 @@ from trl import ModelConfig, TrlParser
 import recipes.sft
 from benchmarks.contestants import CHUNK, project_frames
 from benchmarks.machine import describe
-from dataset_builders.files import read_yaml
+from dataset_builders.files import read_lines, read_yaml
 from recipes.listening.collator import SpeechResponseCollator
 from recipes.nano.quickstart import CONFIGS, Quickstart
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
-from recipes.training.callbacks import LOG, read_lines
+from recipes.training.callbacks import LOG
 from recipes.training.trainer import LsmTrainer
 
 ALL, ORDER, NONE = ARMS = ("all levers", "grouping alone", "none")
@@ -83,7 +83,6 @@ def train(quickstart: Quickstart, output: Path, steps: int, batch: int, seed: in
         "save_strategy": "no",
         "seed": seed,
         "use_cpu": not torch.cuda.is_available(),
-        "share_prefix": levers,
         "train_sampling_strategy": "group_by_length" if grouped else "random",
     }
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]

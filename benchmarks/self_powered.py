@@ -27,11 +27,12 @@ from dataset_builders.building import build, draw_rows
 from dataset_builders.corpora.corpus import FEATURES
 from dataset_builders.corpora.opening import open_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, Draw, load_pool
+from dataset_builders.nano.tasks import POOL_PATH
 from dataset_builders.responders.local import LocalResponder
 from dataset_builders.shards import Worker
 
 BATCH = 32
-DRAW = Draw(load_pool(), dict.fromkeys(SELF_POWERED_TASKS, 1.0))
+DRAW = Draw(load_pool(POOL_PATH), dict.fromkeys(SELF_POWERED_TASKS, 1.0))
 RESPONDER: LocalResponder  # of this process
 
 

@@ -3,13 +3,14 @@
     python -m benchmarks.training --threads 1 --json training.json --plot training.png
     python -m benchmarks.training --threads 1 --only ours,original --workload librispeech   # under five minutes
     python -m benchmarks.training --threads 1 --levers                                      # what each of ours is worth
+    python -m benchmarks.training --threads 1 --alignment --only ours,without_window_attention
 
 A step is forwards and backwards of a batch of 8 rows, in float32 on a CPU: with the paper's global batch of 384, the
 optimizer's step comes once in 48 of them. The encoder is frozen, all else learns. Everyone is given the same 400 rows
 in batches of its own making, and timed on some that stand for all: the middle ones of as many classes of length.
 
 For ours, what was reached of the machine's limit is given, stage by stage, on the middle batch: FLOPs of the useful
-work (unpadded encoder frames, unpadded tokens, labelled logits, nothing twice) over the time and over what a large
+work (unpadded encoder frames, unpadded tokens, labelled logits) over the time and over what a large
 matrix product reaches.
 """
 
@@ -17,7 +18,8 @@ import torch
 
 from benchmarks.comparing import Found, Setup, arguments, name_of, take_turns
 from benchmarks.contestants import Contestant, Ours
-from benchmarks.workloads import TEMPLATE, WORKLOADS, Row
+from benchmarks.workloads import WORKLOADS, Row
+from recipes.training.alignment import OTHER_PIECES, AlignmentModel
 from recipes.training.costs import Costs
 from recipes.training.objectives import predicts, response_loss
 from recipes.training.throughput import GIB, matmul_rate, seconds_of
@@ -40,7 +42,7 @@ def stages(ours: Ours, rows: list[Row], repeats: int) -> dict[str, tuple[float, 
 
     def llm():
         given = embeds.detach().requires_grad_(True)
-        settings = {"attention_mask": batch["attention_mask"], "shared_prefix": TEMPLATE, "use_cache": False}
+        settings = {"attention_mask": batch["attention_mask"], "use_cache": False}
         model.model(inputs_embeds=given, **settings).last_hidden_state.sum().backward()
 
     def head():
@@ -55,7 +57,7 @@ def stages(ours: Ours, rows: list[Row], repeats: int) -> dict[str, tuple[float, 
             stored.row(frames, speech, 0, 0).sum(),
             lambda: model.model.projector(heard, lengths).sum().backward(),
         ),
-        "LLM": (costs.row(0 * frames, 0, tokens, 0).sum() - costs.not_read_again(TEMPLATE, len(rows)), llm),
+        "LLM": (costs.row(0 * frames, 0, tokens, 0).sum(), llm),
         "head": (costs.row(0 * frames, 0, 0, (labels != -100).sum(1).cpu()).sum(), head),
         "step": (ours.flops(rows), lambda: ours.step(batch)),
     }
@@ -78,17 +80,49 @@ def steps(contestant: Contestant, workload: str, batch_size: int, count: int) ->
     return [lambda batch=batch: contestant.step(batch) for batch in made]
 
 
+def alignment_steps(contestant: Ours, workload: str, batch_size: int, count: int) -> list:
+    """Steps of the alignment, the tower's output read from where it was kept, with one word piece per second."""
+    aligning, jobs = AlignmentModel(contestant.model, torch.arange(0)), []
+    for rows in contestant.some_batches(workload, batch_size, count):
+        frames = torch.tensor([row.encoder_frames for row in rows])
+        lengths = (frames // 50).clamp(min=1)
+        batch = {
+            "labels": torch.cat([torch.arange(1, length + 1) for length in lengths]),
+            "label_lengths": lengths,
+            "chunks": torch.ones_like(lengths),
+            "pieces": torch.arange(OTHER_PIECES),
+            "audio_hidden_states": torch.randn(len(rows), frames.max(), contestant.whisper.d_model),
+            "input_features_mask": (torch.arange(2 * frames.max()) < 2 * frames[:, None]).long(),
+        }
+        batch = {name: value.to(contestant.device) for name, value in batch.items()}
+
+        def step(batch=batch):
+            aligning(**batch)["loss"].backward()
+            contestant.model.zero_grad()
+
+        jobs.append(step)
+    return jobs
+
+
 def main() -> None:
     parser = arguments(__doc__, WORKLOADS)
+    parser.add_argument(
+        "--alignment",
+        action="store_true",
+        help="steps of the alignment, which is ours alone, instead of training steps",
+    )
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--batches", type=int, default=2, help="that stand for all batches of a workload")
     options = parser.parse_args()
     setup = Setup(options, WORKLOADS)
-    found = Found(setup.describe(), f"{options.batches} training steps of {options.batch} rows")
+    if options.alignment and not set(options.only) <= {"ours", "without_window_attention"}:
+        raise ValueError(f"--alignment --only {','.join(options.only)}: expected ours,without_window_attention.")
+    kind, make = ("alignment", alignment_steps) if options.alignment else ("training", steps)
+    found = Found(setup.describe(), f"{options.batches} {kind} steps of {options.batch} rows")
     memory, reached = {}, {}
     for group in setup.contestants():
         for workload in options.workload:
-            jobs = {name_of(one): steps(one, workload, options.batch, options.batches) for one in group}
+            jobs = {name_of(one): make(one, workload, options.batch, options.batches) for one in group}
             if setup.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             for name, seconds in take_turns(jobs, options.rounds, setup.device).items():
@@ -96,7 +130,7 @@ def main() -> None:
                 if setup.device.type == "cuda":
                     memory.setdefault(name, {})[workload] = torch.cuda.max_memory_allocated() / GIB
         for one in group:
-            if type(one) is Ours:
+            if type(one) is Ours and not options.alignment:
                 reached = {name: limits(one, name, options.batch, options.rounds) for name in options.workload}
     found.more |= {"limit": reached} | ({"peak_memory_gib": memory} if memory else {})
     found.notes += [

@@ -1,7 +1,7 @@
-"""From a corpus to the rows of a set: what is asked of which utterance, what is kept, shard by shard.
+"""Build a self-powered set from an ASR corpus, shard by shard.
 
-Follow one utterance: `read` takes it from the corpus, `draw_rows` gives it its tasks and wordings, `answer` its
-responses, and `shards.BuildFolder` writes it with those of its shard.
+`read` takes utterances from the corpus, `draw_rows` gives them tasks and instructions, `answer` adds the responses, and
+`shards.BuildFolder` writes the rows of a shard.
 """
 
 import collections
@@ -32,7 +32,7 @@ T = TypeVar("T")
 FEATURES = Features(
     {
         "id": Value("string"),
-        "audio": Audio(16_000, decode=False),  # to be read without torchcodec
+        "audio": Audio(16_000, decode=False),  # not decoded, so that reading does not need torchcodec
         "transcript": Value("string"),
         "task": Value("string"),
         "instruction": Value("string"),
@@ -47,11 +47,11 @@ SHARD_ROWS = 1000
 
 
 def draw_rows(utterances: list[dict], draw: Draw) -> list[dict]:
-    """Rows as they will be but for their responses: every utterance with each of its tasks, in order.
+    """Return the rows without their responses, in order: one row for each utterance and task.
 
     Args:
-        utterances: `id`, `transcript`, `source`, and whatever else the rows are to have.
-        draw: what is asked of an utterance.
+        utterances: dicts with `id`, `transcript`, `source` and any other columns that the rows need.
+        draw: decides the tasks and instructions of an utterance.
     """
     return [
         utterance | {"id": f"{utterance['source']}/{utterance['id']}/{task}", "task": task, "instruction": instruction}
@@ -63,8 +63,8 @@ def draw_rows(utterances: list[dict], draw: Draw) -> list[dict]:
 def read(
     corpus: Corpus, lines: list[tuple[str, dict]], trust_headers: bool = False
 ) -> tuple[list[dict], list[RefusedRowError]]:
-    """The utterances of a shard, and those that cannot be used. What their headers say of their audio is found true by
-    decoding it, in several threads, unless headers are trusted."""
+    """Return the usable utterances of a shard, and an error for each line that cannot be used. Unless `trust_headers`,
+    each clip is decoded once, in several threads, to check its header."""
 
     def read_line(where: str, line: dict) -> dict | RefusedRowError:
         try:
@@ -99,9 +99,9 @@ def read(
 def answer(
     rows: list[dict], responder: Responder, draw: Draw, filters_off: Collection[str], judge_below: int | None
 ) -> tuple[list[dict], collections.Counter]:
-    """Add `response` and `responder` to the rows; returns those kept, and (task, reason) counts of the dropped.
+    """Add `response` and `responder` to the rows. Returns the kept rows, and counts of dropped rows by (task, reason).
 
-    Transcription is not asked of the LLM: its response is the transcript.
+    The LLM does not answer transcription rows: their response is the transcript.
     """
     requests = [Request(row["instruction"], row["transcript"], row["task"]) for row in rows]
     written = iter(responder.respond([request for request in requests if request.task != TRANSCRIPTION]))
@@ -129,13 +129,13 @@ def answer(
 
 
 def to_tables(rows: list[dict]) -> Iterator[tuple[str, pa.Table]]:
-    """Every task and its rows, as Parquet has them; one after the other, since each holds the audio of its rows."""
+    """Yield each task and a table of its rows; one table at a time, because a table holds the audio of its rows."""
     for task in sorted({row["task"] for row in rows}):
         yield task, pa.Table.from_pylist([row for row in rows if row["task"] == task], FEATURES.arrow_schema)
 
 
 def report(lines: int, refused: list[RefusedRowError], asked: list[dict], kept: list[dict], dropped) -> dict:
-    """What became of a shard, in counts that `data_card.Summary` adds up."""
+    """Return the counts of a shard, such as its kept and dropped rows; `data_card.Summary` adds them up."""
     words = [(row["task"], len(row["response"].split())) for row in kept]
     seconds, total_words = collections.Counter(), collections.Counter()
     for row, (task, count) in zip(kept, words, strict=True):
@@ -166,24 +166,27 @@ def build(
     trust_headers: bool = False,
     worker: Worker | None = None,
 ) -> Path:
-    """Build one split of a set, or go on with it: shards that are there are kept as they are.
+    """Build one split of a set, or continue a build. Shards that are already written are kept.
 
     Args:
-        corpus: as `open_corpus` returns it.
-        responder: who answers.
-        output: folder of the set; the corpus's split names the set's.
-        draw: what is asked; the pool's tasks and transcription, evenly, one per utterance, if None.
-        limit: the first so many rows, refused and dropped ones included; all if None.
-        shard_size: utterances per shard: what a kill can lose; two shards are in memory at a time. If None, those of
-            1000 rows, or of fewer where a limit would leave few shards for several processes to share.
-        filters_off: names in `FILTERS` that drop nothing.
-        judge_below: drop responses to which the LLM itself gives less than this, of 1 to 5; not asked if None.
-        trust_headers: whether audio is taken for what its header says, without decoding it once.
-        worker: which of the processes this is; the environment says so if None.
+        corpus: the corpus, from `open_corpus`.
+        responder: the LLM that answers.
+        output: folder of the set. The split of the set gets the name of the corpus's split.
+        draw: decides the tasks and instructions. If None, every utterance gets one of `TASKS`, all equally likely.
+        limit: number of rows to ask for, counted before any are refused or dropped. If None, the corpus decides; most
+            corpora have no limit.
+        shard_size: utterances per shard. If the build is killed, the shards being written are lost. Two shards are in
+            memory at a time. If None, a shard has 1000 rows, or fewer with a small `limit`, so that several processes
+            can share the shards.
+        filters_off: names in `FILTERS` to switch off.
+        judge_below: drop responses to which the LLM itself gives a lower score than this, from 1 to 5. If None, the LLM
+            gives no scores.
+        trust_headers: trust the headers of audio files, and do not decode each file once to check it.
+        worker: rank of this process and number of processes; read from the environment if None.
 
     Raises:
-        ValueError: bad settings, others than the build was begun with, or no row is left.
-        OSError: the disk is full, or the responder's server fails; the shards written so far are whole.
+        ValueError: a setting is invalid or differs from those that the build was started with, or no row is left.
+        OSError: the disk is full, or the responder's server fails. The shards written so far are complete.
     """
     draw = draw or Draw(load_pool(), dict.fromkeys(TASKS, 1.0))
     _check(draw, limit, shard_size, filters_off, judge_below)
@@ -204,7 +207,7 @@ def build(
             "filters_off": sorted(filters_off),
             "judge_below": judge_below,
             "trust_headers": trust_headers,
-            # With a limit the corpus counts as one file: which rows are the first must not depend on the processes.
+            # With a limit the corpus counts as one file: the rows must not depend on the number of processes.
             "num_files": corpus.num_files if limit is None else 1,
         }
     )
@@ -212,7 +215,7 @@ def build(
     shards = _my_shards(corpus, folder, worker or Worker.from_environment(), utterances, trust_headers)
     for shard, lines, found, refused in ahead(shards):
         rows = draw_rows(found, draw)
-        if limit is not None:  # the last utterance may be asked less than the others
+        if limit is not None:  # the last utterance may get fewer tasks than the others
             rows = rows[: limit - shard.chunk * shard_size * draw.tasks_per_utterance]
         kept, dropped = answer(rows, responder, draw, filters_off, judge_below)
         folder.commit(shard, to_tables(kept), report(lines, refused, rows, kept, dropped))
@@ -223,7 +226,7 @@ def build(
 def _check(
     draw: Draw, limit: int | None, shard_size: int | None, filters_off: Collection[str], judge_below: int | None
 ) -> None:
-    """Raises ValueError for settings that cannot be."""
+    """Raise ValueError if a setting is invalid."""
     check_names(filters_off)
     for name, value in {"limit": limit, "shard_size": shard_size}.items():
         if value is not None and value < 1:
@@ -232,15 +235,15 @@ def _check(
         raise ValueError(f"{judge_below=} must be 1 to 5.")
     for task in draw.weights:
         if draw.pool[task].held_out_task:
-            raise ValueError(f"task {task!r} is held out of training (held_out_task in the pool); leave it out.")
+            raise ValueError(f"task {task!r} is held out of training (held_out_task in the pool); do not ask for it.")
 
 
 def _my_shards(
     corpus: Corpus, folder: BuildFolder, worker: Worker, limit: int | None, trust_headers: bool
 ) -> Iterator[tuple[Shard, int, list[dict], list[RefusedRowError]]]:
-    """This process's shards that are still to be written: how many lines they have, the utterances, and those refused.
+    """Yield the shards that this process still has to write: shard, number of lines, utterances, refused lines.
 
-    `limit` counts utterances.
+    `limit` is a number of utterances.
     """
     num_files, shard_size = folder.settings["num_files"], folder.settings["shard_size"]
     for file in worker.files(num_files):
@@ -262,7 +265,7 @@ def _my_shards(
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, each made in a thread while the one before is worked on: reading must not keep an LLM waiting."""
+    """Yield the items, and prepare the next one in a thread meanwhile, so that the LLM does not wait for reading."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, items, None)
         while (item := coming.result()) is not None:
@@ -271,12 +274,12 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def finish(folder: BuildFolder, pool: Mapping[str, Task]) -> Path:
-    """Write the card if this process was the last; tells what was lost on the way."""
+    """Write the card if all shards are written, and log how many utterances and rows were lost."""
     missing = list(folder.missing())
     if missing:
         logger.warning(
-            "%s: %d shards are still to be written by other processes (%s ...); if none is running, give the same "
-            "command again.",
+            "%s: %d shards are not written yet, such as %s. Wait for the other processes, or run the same command "
+            "again if none is running.",
             folder.folder,
             len(missing),
             missing[0],
@@ -287,5 +290,5 @@ def finish(folder: BuildFolder, pool: Mapping[str, Task]) -> Path:
     summary = Summary.of(folder.reports())
     for line in summary.lines():
         logger.warning("%s", line)
-    logger.info("%s: %d rows of %d asked", folder.folder, summary.rows.total(), summary.asked.total())
+    logger.info("%s: kept %d of the %d rows asked for", folder.folder, summary.rows.total(), summary.asked.total())
     return folder.folder

@@ -1,4 +1,4 @@
-"""The card of a set: what `load_dataset` must know, and what whoever trains on it should."""
+"""The dataset card: the configurations that `load_dataset` reads, and what a user should know before training."""
 
 import collections
 import hashlib
@@ -9,31 +9,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub import DatasetCardData
 
+from dataset_builders.files import write_whole
 from dataset_builders.filters import FILTERS
+from dataset_builders.instructions import digest_of, load_pool
 from dataset_builders.shards import BuildFolder
 
-REPOSITORY = "THIS_REPOSITORY"  # until the set is published
+REPOSITORY = "THIS_REPOSITORY"  # `push_to_hub` replaces it
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 _COLUMNS = """\
 | column | meaning |
 |---|---|
 | `id` | source, utterance and task |
-| `audio` | the corpus's own file, byte for byte, not decoded; `cast_column("audio", Audio(16_000))` has it decoded |
+| `audio` | the corpus's own file, byte for byte; `cast_column("audio", Audio(16_000))` decodes it |
 | `transcript` | what was said, as the LLM read it |
-| `task` | what kind of instruction |
-| `instruction` | the wording |
+| `task` | kind of instruction |
+| `instruction` | the instruction, in one of the wordings below |
 | `response` | what the LLM answered; for `transcription`, the transcript |
 | `duration` | seconds of audio |
 | `source` | corpus and split |
-| `responder` | who answered: LLM and revision, hash of the prompt template, decoding |
+| `responder` | LLM that answered: name, revision, hash of the prompt template, decoding settings |
 """
 
 
 @dataclass
 class Summary:
-    """Counts over the shards of a split."""
+    """Counts of all shards of a split."""
 
     utterances: int = 0
     refused: collections.Counter = field(default_factory=collections.Counter)  # by reason
@@ -47,7 +49,7 @@ class Summary:
 
     @classmethod
     def of(cls, reports: Iterable[dict]) -> "Summary":
-        """Add up what `building.report` counts."""
+        """Add up the counts of `building.report`."""
         total, content = cls(), hashlib.sha256()
         for report in reports:
             content.update(json.dumps(report["sha256"], sort_keys=True).encode())
@@ -62,21 +64,21 @@ class Summary:
         return total
 
     def lines(self) -> list[str]:
-        """What was lost and why, a line for each reason."""
+        """Return a line for each reason why utterances were refused or rows dropped."""
         refused = [f"utterances refused: {count} × {reason}" for reason, count in sorted(self.refused.items())]
         dropped = [f"{task}: dropped {count} × {reason}" for (task, reason), count in sorted(self.dropped.items())]
         return refused + dropped
 
 
 def write_card(folder: Path, pool: Mapping) -> None:
-    """Write `FOLDER/README.md` for all splits built there.
+    """Write `FOLDER/README.md`, which describes all splits of the set.
 
     Args:
-        folder: of the set.
-        pool: the instruction pool, for its wordings.
+        folder: folder of the set.
+        pool: the instruction pool, whose wordings the card lists.
 
     Raises:
-        ValueError: no row is left, so there is nothing to load.
+        ValueError: no row is left.
     """
     builds = BuildFolder.splits(folder)
     summaries = {build.split: Summary.of(build.reports()) for build in builds}
@@ -92,9 +94,7 @@ def write_card(folder: Path, pool: Mapping) -> None:
             *_settings(builds, pool),
         ]
     )
-    partial = folder / "README.md.partial"
-    DatasetCard(text).save(partial)
-    partial.replace(folder / "README.md")
+    write_whole(folder / "README.md", text)
 
 
 def _metadata(builds: list[BuildFolder], summaries: Mapping[str, Summary]) -> DatasetCardData:
@@ -105,8 +105,8 @@ def _metadata(builds: list[BuildFolder], summaries: Mapping[str, Summary]) -> Da
         name: [split for split, summary in summaries.items() if any(summary.rows[task] for task in of)]
         for name, of in {"all": tasks, **{task: [task] for task in tasks}}.items()
     }
-    # Says which rows these are: datasets 5.2 keys its cache on the name of a folder and its configurations, and would
-    # return the rows of another folder of that name.
+    # A hash of the rows goes into the description: datasets 5.2 keys its cache on the folder's name and its
+    # configurations, and would otherwise return the rows of another folder of the same name.
     content = ", ".join(f"{split} {summary.content}" for split, summary in summaries.items())
     folders = {"all": "data/*", **{task: f"data/{task}" for task in tasks}}
     on_hub = sorted({corpus["origin"] for corpus in corpora if _commit(corpus)})
@@ -135,9 +135,9 @@ def _introduction(settings: dict) -> list[str]:
     responder = settings["responder"]
     return [
         "# Self-powered speech instructions\n",
-        f"An LLM, `{responder['model']}`, answered instructions over the transcripts of an ASR corpus. A speech LLM "
-        'made of that very LLM learns to give these answers from the speech ("Self-Powered LLM Modality Expansion", '
-        "arXiv 2410.03798): what it learns is to hear, not to speak otherwise.\n",
+        f"An LLM, `{responder['model']}`, answered instructions about the transcripts of an ASR corpus. A speech LLM "
+        "made from the same LLM learns to give these answers from the speech, so it learns to listen and keeps its way "
+        'of answering ("Self-Powered LLM Modality Expansion", arXiv 2410.03798).\n',
         f'```python\nfrom datasets import load_dataset\n\nrows = load_dataset("{REPOSITORY}", "all", split='
         f'"{settings["corpus"]["split"]}", streaming=True)\n```\n',
         _COLUMNS,
@@ -145,7 +145,7 @@ def _introduction(settings: dict) -> list[str]:
 
 
 def _commit(corpus: dict) -> str | None:
-    """The corpus's commit on the Hub; None of what is in files here."""
+    """Return the corpus's commit on the Hub; None if the corpus is in local files."""
     of_files = (corpus["revision"] or "").startswith("sha256:")
     return corpus["revision"] if corpus["kind"] == "HubCorpus" and not of_files else None
 
@@ -162,8 +162,8 @@ def _split(build: BuildFolder, summary: Summary) -> list[str]:
     return [
         f"## Split `{build.split}`\n",
         f"Source: `{corpus['name']}`, split `{corpus['split']}`{revision}; licence: "
-        f"{corpus['license'] or 'see the corpus, whose terms hold for its audio and transcripts'}. Transcripts by the "
-        f"rule `{corpus['normalizer']}`. {summary.utterances} utterances read.\n",
+        f"{corpus['license'] or 'see the corpus, whose terms hold for its audio and transcripts'}. Rule for the "
+        f"transcripts: `{corpus['normalizer']}`. Utterances read: {summary.utterances}.\n",
         "| task | asked | rows | hours | words per response | longest |\n|---|---|---|---|---|---|",
         *table,
         f"| all | {sum(summary.asked.values())} | {sum(summary.rows.values())} | {seconds / 3600:.2f} | | |\n",
@@ -174,7 +174,7 @@ def _split(build: BuildFolder, summary: Summary) -> list[str]:
 
 
 def _examples(folder: Path, summaries: Mapping[str, Summary]) -> list[str]:
-    """One row per task, without its audio."""
+    """Return a table with one row of each task, without its audio."""
     lines = ["## Examples\n", "| task | instruction | transcript | response |", "|---|---|---|---|"]
     for task in sorted({task for summary in summaries.values() for task in summary.rows}):
         file = next(iter(sorted((folder / "data" / task).glob("*.parquet"))))
@@ -185,7 +185,7 @@ def _examples(folder: Path, summaries: Mapping[str, Summary]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text that stays in its cell of a Markdown table, and is no markup there."""
+    """Escape a text for a cell of a Markdown table."""
     for mark in "\\`*_<>[]|":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())
@@ -197,7 +197,7 @@ def _settings(builds: list[BuildFolder], pool: Mapping) -> list[str]:
     if draw is None:
         return [
             "## How it was made\n",
-            "Imported from JSONL of the original project, which does not say who answered.\n",
+            "Imported from JSONL of the original project, which does not say which LLM answered.\n",
         ]
     filters = [f"- `{name}`: {what}" for name, what in FILTERS.items() if _is_on(name, settings)]
     wordings = [f"- {task}: " + " / ".join(pool[task].seen) for task in draw["weights"]]
@@ -207,13 +207,13 @@ def _settings(builds: list[BuildFolder], pool: Mapping) -> list[str]:
         f"- template settings: `{json.dumps(responder.get('template_settings', {}), sort_keys=True)}`",
         f"- decoding: `{json.dumps(responder['decoding'], sort_keys=True)}`",
         f"- tasks and weights: {draw['weights']}; {draw['tasks_per_utterance']} per utterance; seed {draw['seed']}",
-        f"- instruction pool `{draw['pool']}`, its `{draw['paraphrases']}` wordings:\n",
+        f"- instruction pool: `{draw['pool']}`; wordings marked `{draw['paraphrases']}`:\n",
         "<details><summary>wordings</summary>\n",
         *wordings,
         "\n</details>\n",
         "Filters:\n",
         *(filters or ["- none"]),
-        "\nTo build it again:\n",
+        "\nTo build it again (`POOL`, if it is there, is the YAML file with the wordings above):\n",
         "```bash",
         *(rebuild_command(build.settings) for build in builds),
         "```\n",
@@ -225,7 +225,7 @@ def _is_on(name: str, settings: dict) -> bool:
 
 
 def rebuild_command(settings: dict) -> str:
-    """The command line of a build; local files by their names alone."""
+    """Return the command that repeats a build. Local files appear without their folders, and another pool as POOL."""
     corpus, draw, responder = settings["corpus"], settings["draw"], settings["responder"]
     options = {
         "corpus": corpus["origin"],
@@ -251,6 +251,8 @@ def rebuild_command(settings: dict) -> str:
     parts += ["--tasks", *(f"{task}={weight}" for task, weight in draw["weights"].items())]
     if draw["languages"]:
         parts += ["--languages", *draw["languages"]]
+    if draw["pool"] != digest_of(load_pool(slots={"language": draw["languages"]} if draw["languages"] else None)):
+        parts += ["--pool", "POOL"]
     if settings.get("trust_headers"):
         parts.append("--trust-headers")
     if settings["filters_off"]:

@@ -1,35 +1,39 @@
-"""Files as all commands read and write them: what they hold, as a fingerprint; YAML that loses no key; written whole.
+"""Fingerprints of files, YAML without duplicate keys, JSON lines, and atomic writes, for all commands.
 
-Whatever is kept and reused carries the fingerprint of what it was made from, since a path says nothing about what is
-there by now.
+A result that is kept and reused carries the fingerprint of its inputs, because the content at a path may change.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import yaml
 from huggingface_hub import snapshot_download
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-WHOLE, PIECE, PIECES, TAIL = 2**20, 2**12, 64, 2**16  # bytes, and pieces of larger files
+# Files of up to WHOLE bytes are hashed completely; of others, PIECES pieces of PIECE bytes and the last TAIL bytes.
+WHOLE, PIECE, PIECES, TAIL = 2**20, 2**12, 64, 2**16
 ADAPTER = "adapter_config.json"
-# What loading a checkpoint reads; beside it, trainings write logs, cards and checkpoints.
+PARTIAL = ".partial"  # the end of the name of a file or folder that is not whole yet
+# The files that loading a checkpoint reads. Trainings write logs, cards and checkpoints beside them.
 MODEL_FILES = ("*.safetensors", "*model*.bin", "*config.json", "tokenizer*", "vocab*", "merges.txt", "*.model")
 MODEL_FILES += ("*.jinja", "*tokens*.json")
 
 
 def fingerprint(path: str | Path) -> str | None:
-    """What a file or folder holds: `"sha256:"` and 16 hex digits of its files' names, sizes and content. None if there
-    is nothing.
+    """Return `"sha256:"` and 16 hex digits of the names, sizes and content of the files at `path`; None if it does not
+    exist.
 
-    Of files of more than 1 MiB pieces are read, of `.safetensors` some of every tensor: cheap for checkpoints on a
-    network's disk, and no training leaves all of them as they were. Of a checkpoint those files count that loading
-    reads, and what an adapter is for; elsewhere cards and hidden files do not.
+    Only some pieces of files over 1 MiB are read, and some of every tensor of `.safetensors` files: this is cheap for
+    checkpoints on a network disk, and every training changes some of them. For a checkpoint, only the files that
+    loading reads count, and the base model of an adapter. In other folders, README.md and hidden files do not count.
     """
-    if not os.path.exists(path):  # no error for a text that is too long to be a path
+    if not os.path.exists(path):  # Path.exists would raise if the text is too long for a path
         return None
     path = Path(path)
     digest = hashlib.sha256()
@@ -44,7 +48,7 @@ def fingerprint(path: str | Path) -> str | None:
 
 
 def content_of(source: str | Path | None, revision: str | None = None, repo_type: str = "model") -> str | None:
-    """The `fingerprint` of what is here, the commit of what is on the Hub; None of what is nowhere."""
+    """Return the `fingerprint` of a local path or the commit of a Hub repository; None if neither exists."""
     if source is None or os.path.exists(source):
         return source and fingerprint(source)
     try:
@@ -55,7 +59,7 @@ def content_of(source: str | Path | None, revision: str | None = None, repo_type
 
 
 def middle(file: Path) -> bytes:
-    """A file's size and 4 KiB of it: tells one of very many small files from another in its place."""
+    """Return a file's size and 4 KiB from its middle: a cheap check that none of very many small files has changed."""
     size = file.stat().st_size
     with file.open("rb") as content:
         content.seek(max(0, size // 2 - PIECE // 2))
@@ -89,19 +93,19 @@ def _pieces(file: Path) -> Iterator[bytes]:
 
 
 def _tensors(content: BinaryIO, size: int) -> list[int]:
-    """Where tensors begin, are half over and end, in the format's own order; none of a file that is not of it."""
+    """Return the positions of each tensor's start, middle and end, in order; empty if the file is not safetensors."""
     length = int.from_bytes(content.read(8), "little")
     try:
         header = json.loads(content.read(min(length, size)))
         places = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, TypeError, KeyError, AttributeError):  # whoever loads it will say so
+    except (ValueError, TypeError, KeyError, AttributeError):  # loading the file will raise
         return []
     return [8 + length + place for start, end in places for place in (start, (start + end) // 2, end - PIECE)]
 
 
 def differences(before: Mapping, now: Mapping) -> dict[str, tuple]:
-    """What differs between two dictionaries of settings: names, with dots for those inside, and the values `(before,
-    now)`, None for one that is missing."""
+    """Return the settings that differ, as `{name: (before, now)}`. Nested names are joined with dots, and a missing
+    value is None."""
     found = {}
     for name in sorted(before.keys() | now.keys()):
         pair = before.get(name), now.get(name)
@@ -113,7 +117,7 @@ def differences(before: Mapping, now: Mapping) -> dict[str, tuple]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no key may stand twice: the first would be lost in silence."""
+    """A YAML loader that refuses duplicate keys; the standard one silently drops the first."""
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
@@ -124,10 +128,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path, kind: str = "YAML") -> object:
-    """What a YAML file says; `kind` is what it should be.
+    """Return the content of a YAML file. `kind` describes the file in errors.
 
     Raises:
-        ValueError: it cannot be read, is no YAML, or has a key twice; names the file, the line and the key.
+        ValueError: the file cannot be read, is not valid YAML, or has a duplicate key. Names the file, line and key.
     """
     try:
         return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
@@ -137,8 +141,71 @@ def read_yaml(path: str | Path, kind: str = "YAML") -> object:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+def read_template(path: Path, **filters: Callable) -> Template:
+    """The Jinja template of an HTML page: what is filled in is escaped, and a variable that is missing is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(path.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= filters
+    return environment.get_template(path.name)
+
+
+def partial_of(target: str | Path) -> Path:
+    """Where `target` is written until it is whole."""
+    target = Path(target)
+    return target.with_name(target.name + PARTIAL)
+
+
+@contextlib.contextmanager
+def whole(target: str | Path, resume: bool = False) -> Iterator[Path]:
+    """Write a file or a folder that is never seen half written: the block writes to the path that it is given, which
+    becomes `target` when the block ends without an error.
+
+    What an interrupted block wrote stays at that path (`partial_of`). The next one begins without it, or with it if
+    `resume`.
+    """
+    partial = partial_of(target)
+    if partial.is_dir() and not resume:
+        shutil.rmtree(partial)
+    elif not resume:
+        partial.unlink(missing_ok=True)
+    yield partial
+    os.replace(partial, target)
+
+
+def write_whole(file: str | Path, text: str) -> None:
+    """Write a text file that is never seen half written; its folder is made.
+
+    Half a surrogate pair, which an LLM's answer may hold and UTF-8 may not, is written as `?`.
+    """
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with whole(file) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The records of a file of JSON lines, none if it is not there. A last line without its end was torn by a kill and
+    is no record."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]  # texts may hold what `splitlines` splits
+
+
+def append_lines(file: Path, records: Iterable[dict | list]) -> None:
+    """Append records to a file of JSON lines, and have the disk hold them; its folder is made. A last line that a kill
+    tore is cut off."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+b") as lines:
+        if lines.tell():
+            lines.seek(-1, os.SEEK_END)
+            if lines.read() != b"\n":
+                lines.seek(0)
+                lines.truncate(lines.read().rfind(b"\n") + 1)
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        lines.write(text.encode("utf-8", "surrogatepass"))  # as `json.loads` reads it
+        lines.flush()
+        os.fsync(lines.fileno())

@@ -1,4 +1,4 @@
-"""Which responses are kept, and the reasons why others are not."""
+"""Filters that drop bad responses."""
 
 from collections.abc import Callable, Collection
 
@@ -7,23 +7,24 @@ import regex
 from dataset_builders.instructions import TRANSCRIPTION, Task
 from dataset_builders.responders.exchange import Reply, Request
 
-# Every reason to drop a response, in the order of looking. Each can be turned off by its name but the first, which
-# `max_prompt_tokens` sets: what an LLM has no room for cannot be asked.
+# The reasons to drop a response, in the order of the checks. Each can be switched off by its name, except the first:
+# the LLM cannot answer a prompt that is longer than its context.
 FILTERS = {
-    "prompt_too_long": "the prompt was longer than the limit, so it was not asked",
-    "special_token": "the prompt names a special token, which a server that is sent text would take for one",
+    "prompt_too_long": "the prompt was longer than the limit, so it was not sent to the LLM",
+    "special_token": "the prompt has the text of a special token, which a server that takes text would read as one",
     "truncated": "the response was cut at the token limit",
     "empty": "the response has no text",
-    "unfinished": "the response does not end like a sentence (tasks that ask for labels or lists excepted)",
-    "copy": "the response is the bare transcript (repetition excepted)",
+    "unfinished": "the response does not end like a sentence (except for tasks that ask for labels or lists)",
+    "copy": "the response is only the transcript (except for repetition)",
     "refusal": "the response begins with a refusal, or asks for the speech",
     "duplicate": "an earlier row of the shard has the same instruction, transcript and response",
     "judged": "the LLM gave its own response a low score, or none",
 }
 
-# A full stop or its like, perhaps within quotes or markup; Greek asks with a semicolon; Thai and Lao write none.
+# A full stop or similar, perhaps within quotes or markup. Greek questions end with a semicolon; Thai and Lao have no
+# full stops.
 _END = regex.compile(r"""([\p{Sentence_Terminal}…]|\p{Greek}[;\u037E]|\p{Thai}|\p{Lao})[\p{Pe}\p{Pf}\p{Pi}"'*_`\s]*$""")
-# Looked for at the beginning alone: a speaker in a story may well be sorry.
+# Matched only at the beginning of a response, because a character in a story may say that they are sorry.
 _REFUSAL = regex.compile(
     r"""\s*(
         (i(['’]?\s?m|\s+am)\s+((very|so|truly)\s+)?(sorry|afraid)|sorry|apologies|unfortunately|i\s+apologi[sz]e)\b
@@ -46,21 +47,21 @@ _JUDGE = (
     "How well does the answer do what the instruction asks, and how true is it to the speech? "
     "Answer with one number only, from 1 (not at all) to 5 (perfectly)."
 )
-_SCALE = regex.compile(r"\b1\s*(to|-|–)\s*5\b")  # what some repeat before they answer
+_SCALE = regex.compile(r"\b1\s*(to|-|–)\s*5\b")  # some LLMs repeat the scale before they answer
 
 
 def check_names(names: Collection[str]) -> None:
-    """Raises ValueError for a name that no filter has, or of one that cannot be off."""
+    """Raise ValueError for an unknown filter, or for a filter that cannot be switched off."""
     if "prompt_too_long" in names:
-        raise ValueError("the filter 'prompt_too_long' cannot be off; raise max_prompt_tokens, or leave it out")
+        raise ValueError("the filter 'prompt_too_long' cannot be switched off; set a larger max_prompt_tokens instead")
     if unknown := sorted(set(names) - set(FILTERS)):
-        raise ValueError(f"unknown filter {unknown[0]!r}; there are {list(FILTERS)}")
+        raise ValueError(f"unknown filter {unknown[0]!r}; expected one of {list(FILTERS)}")
 
 
 def reason_to_drop(task: Task, transcript: str, reply: Reply, off: Collection[str] = ()) -> str | None:
-    """The first reason, a name in `FILTERS`, why a reply to `task` is not kept, or None. `off`: reasons that do not
-    count. Duplicates and scores are for those who see more than one reply."""
-    if task.name == TRANSCRIPTION:  # written without the LLM
+    """Return the first reason to drop a reply, a name in `FILTERS`, or None. The filters in `off` are skipped.
+    `duplicate` and `judged` are not checked here, because they need more than one reply."""
+    if task.name == TRANSCRIPTION:  # the LLM did not write it
         return None
     reasons = {
         "prompt_too_long": reply.finish == "prompt_too_long",
@@ -77,7 +78,7 @@ def reason_to_drop(task: Task, transcript: str, reply: Reply, off: Collection[st
 def judge(
     respond: Callable[[list[Request]], list[Reply]], requests: list[Request], responses: list[str]
 ) -> list[int | None]:
-    """The LLM's scores, 1 to 5, for its own responses; None where it gave none. `respond` is a responder's."""
+    """Ask the LLM to score its own responses from 1 to 5; None if it gives no score. `respond` is a responder's."""
     questions = [
         Request(_JUDGE.format(instruction=request.instruction, response=response), request.transcript, "judge")
         for request, response in zip(requests, responses, strict=True)
@@ -88,5 +89,5 @@ def judge(
 
 
 def _fold(text: str) -> str:
-    """Letters and digits alone: what is left when case and punctuation do not count."""
+    """Remove case and punctuation, so that only letters and digits are compared."""
     return regex.sub(r"[^\p{L}\p{M}\p{N}]+", " ", text).strip().casefold()

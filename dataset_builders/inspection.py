@@ -1,7 +1,7 @@
-"""Look at a self-powered set before training on it: counts, histograms, and a few rows to read and to hear.
+"""Inspect a self-powered set before training on it: counts, histograms, and a few rows to read and listen to.
 
-`survey` counts, `draw_samples` draws, `render_text` and `render_html` show both; `inspect_set` does all of it. The same
-set gives the same text and page, byte for byte. Words are what white space separates.
+`survey` counts, `draw_samples` draws rows, `render_text` and `render_html` show them; `inspect_set` does it all. The
+same set gives the same text and page, byte for byte. Words are separated by white space.
 """
 
 import base64
@@ -23,7 +23,6 @@ import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -32,17 +31,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dataset_builders.files import read_template, write_whole
+
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("id", "audio", "transcript", "task", "instruction", "response", "duration", "source", "responder")
 _TEXTS = ("transcript", "task", "instruction", "response", "source", "responder")
 _COUNTED = pa.schema([*((name, pa.string()) for name in _TEXTS), ("duration", pa.float64())])
-_INK = "#010203"  # stands for the page's text colour, which matplotlib cannot name
+_INK = "#010203"  # placeholder for the page's text colour, which matplotlib does not know
 
 
 @dataclass
 class Histogram:
-    """Counts in `limit` bins of `width` from `start` on, and one more bin for all that is larger."""
+    """Counts in `limit` bins of `width` that begin at `start`, and in one more bin for all larger values."""
 
     start: float
     width: float
@@ -59,14 +60,14 @@ class Histogram:
         return self.total / max(1, int(self.counts.sum()))
 
     def add(self, values: np.ndarray) -> None:
-        """Count `values`, shape (rows,), none below `start`."""
+        """Count `values` of shape (rows,), which must not be below `start`."""
         bins = np.minimum((values - self.start) / self.width, self.limit).astype(np.int64)
         self.counts += np.bincount(bins, minlength=self.limit + 1)
         self.total += float(values.sum())
         self.largest = max(self.largest, float(values.max(initial=0.0)))
 
     def bars(self) -> tuple[np.ndarray, np.ndarray]:
-        """At most 12 wider bins, to draw, without the one beyond the limit: edges (bars + 1,), counts (bars,)."""
+        """Return at most 12 wider bins to draw, as edges (bars + 1,) and counts (bars,), without the last, open bin."""
         used = max(1, int(np.flatnonzero(self.counts[:-1]).max(initial=0)) + 1)
         step = next(step for step in (1, 2, 5, 10, 20, 50) if used <= 12 * step)
         firsts = np.arange(0, used, step)
@@ -76,17 +77,17 @@ class Histogram:
 
 @dataclass
 class Tally:
-    """What is counted of one task, or of all."""
+    """Counts of one task, or of all tasks."""
 
     rows: int = 0
     duration: Histogram = field(default_factory=partial(Histogram, 0.0, 0.5, 120))  # seconds
-    # From -0.5, so that a bar stands over its whole numbers.
+    # The bins begin at -0.5, so that each is centred on a whole number.
     transcript_words: Histogram = field(default_factory=partial(Histogram, -0.5, 1.0, 400))
     response_words: Histogram = field(default_factory=partial(Histogram, -0.5, 1.0, 400))
-    instructions: set[str] = field(default_factory=set)
+    instructions: dict[str, None] = field(default_factory=dict)  # a set that keeps the order
 
-    def summary(self) -> dict[str, int | float]:
-        """The numbers of a table's row: counts, hours, words, and the share of instructions that are distinct."""
+    def summary(self) -> dict[str, int | float | str]:
+        """Return the values of a table row; `instructions_share` is the number of distinct instructions per row."""
         return {
             "rows": self.rows,
             "hours": self.duration.total / 3600,
@@ -96,12 +97,13 @@ class Tally:
             "response_words_max": int(self.response_words.largest),
             "instructions": len(self.instructions),
             "instructions_share": len(self.instructions) / max(1, self.rows),
+            "example": next(iter(self.instructions), ""),
         }
 
 
 @dataclass
 class Survey:
-    """Counts of a set: per task, of all tasks, and rows per source and per responder (JSON)."""
+    """Counts of a set: per task, for all tasks, and the rows per source and per responder (JSON)."""
 
     name: str
     tasks: dict[str, Tally] = field(default_factory=dict)
@@ -116,11 +118,11 @@ def survey(folder: str | Path) -> Survey:
     Memory grows with the number of distinct instructions, sources and responders, not with the number of rows.
 
     Args:
-        folder: with `data/TASK/*.parquet`, as `self_powered.py` writes it.
+        folder: folder of the set, with `data/TASK/*.parquet`, as `self_powered.py` writes it.
 
     Raises:
-        ValueError: no such files; or, naming the file, it cannot be read, lacks a column, or has a row with a value
-            missing, a duration that is none, or another task than its folder.
+        ValueError: there are no such files; or a file cannot be read, lacks a column, or has a row with a missing
+            value, an invalid duration or another task than its folder. Names the file.
     """
     found = Survey(Path(folder).resolve().name)
     for task, paths in _files(folder).items():
@@ -133,16 +135,17 @@ def survey(folder: str | Path) -> Survey:
 
 
 def draw_samples(folder: str | Path, per_task: int, seed: int) -> list[dict]:
-    """Draw up to `per_task` rows of every task, audio included; only their row groups are read.
+    """Draw up to `per_task` rows of every task, with their audio. Only the row groups of these rows are read.
 
     Returns:
-        Rows as dicts of `COLUMNS`, by task, in the set's order; a function of the set, `per_task` and `seed`.
+        Rows as dicts of `COLUMNS`, sorted by task, then in the set's order. They depend only on the set, `per_task` and
+        `seed`.
 
     Raises:
-        ValueError: `per_task` is negative, or a file as in `survey`.
+        ValueError: `per_task` is negative, or the set is invalid as in `survey`.
     """
     if per_task < 0:
-        raise ValueError(f"{per_task} samples of a task; expected 0 or more.")
+        raise ValueError(f"the number of samples per task is {per_task}; expected 0 or more.")
     samples = []
     for task, paths in _files(folder).items():
         groups = []  # (path, row group, rows)
@@ -161,19 +164,21 @@ def draw_samples(folder: str | Path, per_task: int, seed: int) -> list[dict]:
 
 
 def render_text(survey: Survey) -> str:
-    """The survey for a terminal: a row per task and a total, then who answered and the sources."""
+    """Render the survey for a terminal: a row per task and a total, then a wording of every task, the responders and
+    the sources."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("task", overflow="fold")
     for of in ("rows", "hours", "transcript words\nmean (max)", "response words\nmean (max)", "wordings\n(of rows)"):
         table.add_column(of, justify="right")
     *tasks, total = _table(survey)
     for task, *cells in tasks:
-        table.add_row(Text(task), *cells)  # as Text, so that brackets are not markup
+        table.add_row(Text(task), *cells)  # rich reads brackets in a plain string as markup
     table.add_section()
     table.add_row(*total)
     console = Console(file=io.StringIO(), width=100, color_system=None)
     console.print(table)
     lines = [line.rstrip() for line in console.file.getvalue().strip("\n").splitlines()]
+    lines += [f"  a wording of {task}: {_example(tally)}" for task, tally in survey.tasks.items()]
     for responder in _responders(survey):
         who = ", ".join(f"{key} {value}" for key, value in responder.items() if key != "rows")
         lines.append(f"  answered by {who} ({responder['rows']:,} rows)")
@@ -182,16 +187,13 @@ def render_text(survey: Survey) -> str:
 
 
 def render_html(survey: Survey, samples: list[dict]) -> str:
-    """One page that needs nothing else: the survey with histograms, and under each task its samples with their audio.
+    """Render the survey, histograms and samples with their audio as one self-contained page.
 
     Args:
-        samples: rows of `draw_samples`.
+        survey: what `survey` returned.
+        samples: what `draw_samples` returned.
     """
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("inspection.html").render(
+    return read_template(Path(__file__).with_name("inspection.html")).render(
         survey=survey,
         table=_table(survey),
         largest_task=max(tally.rows for tally in survey.tasks.values()),
@@ -199,22 +201,23 @@ def render_html(survey: Survey, samples: list[dict]) -> str:
         sources=survey.sources.most_common(),
         histograms={task: _histograms(f"t{i}", tally) for i, (task, tally) in enumerate(survey.tasks.items())},
         samples={task: [row for row in samples if row["task"] == task] for task in survey.tasks},
+        example=_example,
         audio_url=_audio_url,
     )
 
 
 def inspect_set(folder: str | Path, html: str | Path | None = None, samples: int = 3, seed: int = 0) -> dict:
-    """Survey a set and, if asked, write the page.
+    """Survey a set and, if `html` is given, write the page.
 
     Args:
-        folder: the set, as in `survey`.
-        html: where to write the page; its folder is made.
-        samples: rows of every task on the page.
-        seed: that decides which rows are drawn.
+        folder: folder of the set, as in `survey`.
+        html: file of the page; its folder is created. If None, no page is written.
+        samples: number of rows per task on the page.
+        seed: seed that decides which rows are drawn.
 
     Returns:
-        `total` and `tasks` (name to numbers, as in `Tally.summary`), `sources` (name to rows), `responders` (a list of
-        dicts), `text` for the terminal, and `html`: the page's path or None. All of it can go into JSON.
+        A dict for JSON: `total` and `tasks` (name to numbers, as in `Tally.summary`), `sources` (name to rows),
+        `responders` (a list of dicts), `text` for the terminal, and `html`, the page's path or None.
 
     Raises:
         ValueError: as in `survey` and `draw_samples`.
@@ -222,8 +225,7 @@ def inspect_set(folder: str | Path, html: str | Path | None = None, samples: int
     found = survey(folder)
     if html is not None:
         page = render_html(found, draw_samples(folder, samples, seed))
-        Path(html).parent.mkdir(parents=True, exist_ok=True)
-        Path(html).write_text(page, encoding="utf-8")
+        write_whole(html, page)
         logger.info("%s: %.1f MB", html, len(page) / 1e6)
     return {
         "total": found.total.summary(),
@@ -236,7 +238,7 @@ def inspect_set(folder: str | Path, html: str | Path | None = None, samples: int
 
 
 def _files(folder: str | Path) -> dict[str, list[Path]]:
-    """The set's files by task, both in order; raises ValueError if there are none."""
+    """Return the files of the set by task, sorted. Raises ValueError if there are none."""
     paths = sorted(Path(folder).glob("data/*/*.parquet"))
     if not paths:
         raise ValueError(
@@ -248,7 +250,7 @@ def _files(folder: str | Path) -> dict[str, list[Path]]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[pq.ParquetFile]:
-    """Open a file of the set; what goes wrong inside the block becomes a ValueError that names the file."""
+    """Open a file of the set. Errors of reading inside the block become a ValueError that names the file."""
     try:
         with pq.ParquetFile(path) as file:
             if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
@@ -259,11 +261,11 @@ def _open(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _count(found: Survey, task: str, path: Path, batch: pa.RecordBatch) -> None:
-    """Add a batch of `path` to the survey; raises ValueError."""
+    """Add a batch of `path` to the survey. Raises ValueError if a row is invalid."""
     table = pa.table(batch).select(_COUNTED.names).cast(_COUNTED)
     for name in _COUNTED.names:
         if table[name].null_count:
-            raise ValueError(f"{path}: a row has no {name}; expected one in every row.")
+            raise ValueError(f"{path}: a row has no {name}; expected a value in every row.")
     columns, seconds = table.to_pydict(), table["duration"].to_numpy()
     if not ((seconds >= 0) & (seconds < np.inf)).all():
         raise ValueError(f"{path}: a duration is negative or not a number; expected seconds.")
@@ -277,13 +279,13 @@ def _count(found: Survey, task: str, path: Path, batch: pa.RecordBatch) -> None:
         tally.duration.add(seconds)
         tally.transcript_words.add(transcript_words)
         tally.response_words.add(response_words)
-        tally.instructions.update(columns["instruction"])
+        tally.instructions |= dict.fromkeys(columns["instruction"])
     found.sources.update(columns["source"])
     found.responders.update(columns["responder"])
 
 
 def _table(survey: Survey) -> list[list[str]]:
-    """Cells per task, the total last: name, rows, hours, transcript words, response words, distinct instructions."""
+    """Return the cells of each task, then the total: name, rows, hours, transcript words, response words, wordings."""
     table = []
     for name, tally in (*survey.tasks.items(), ("total", survey.total)):
         of = tally.summary()
@@ -293,13 +295,18 @@ def _table(survey: Survey) -> list[list[str]]:
     return table
 
 
+def _example(tally: Tally) -> str:
+    """One of the wordings on one line; a task that asks nothing has none."""
+    return " ".join(tally.summary()["example"].split()) or "(no instruction)"
+
+
 def _responders(survey: Survey) -> list[dict]:
-    """Who answered, most rows first: `model`, `revision`, `template`, `decoding` as text, and `rows`."""
+    """Return the responders, most rows first: `model`, `revision`, `template`, `decoding` as text, and `rows`."""
     responders = []
     for text, rows in survey.responders.most_common():
         try:
             of = dict(json.loads(text))
-        except (TypeError, ValueError):  # another program's column
+        except (TypeError, ValueError):  # not JSON: another program wrote it
             of = {"model": text}
         said = {key: of.get(key, "unknown") for key in ("model", "revision", "template", "decoding")}
         said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
@@ -308,7 +315,7 @@ def _responders(survey: Survey) -> list[dict]:
 
 
 def _histograms(name: str, tally: Tally) -> list[Markup]:
-    """A task's three histograms as SVG elements; `name` begins their ids, which must be unique in a page."""
+    """Return a task's three histograms as SVG elements. `name` is the prefix of their ids, to be unique on the page."""
     return [
         _svg(f"{name}d", tally.duration, "duration", "seconds"),
         _svg(f"{name}t", tally.transcript_words, "transcript", "words"),
@@ -317,11 +324,11 @@ def _histograms(name: str, tally: Tally) -> list[Markup]:
 
 
 def _svg(name: str, histogram: Histogram, what: str, unit: str) -> Markup:
-    """A histogram as an SVG element for a page, in the page's text colour; no text of it comes from the data."""
+    """Return a histogram as an SVG element in the page's text colour. It has no text from the data to be escaped."""
     alt = f"Histogram of the {what} in {unit}: mean {histogram.mean:.1f}, largest {round(histogram.largest, 1):g}."
     with matplotlib.rc_context({"svg.hashsalt": "lsm", "svg.fonttype": "none", "font.size": 9, "hatch.color": _INK}):
         svg = _draw(histogram, what, unit)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])  # HTML knows them
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])  # HTML does not need them
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg).replace(_INK, "currentColor")
     return Markup(re.sub(r"<svg([^>]*)>", rf'<svg\1 role="img" aria-label="{alt}"><title>{alt}</title>', svg, count=1))
 
@@ -352,20 +359,20 @@ def _draw(histogram: Histogram, what: str, unit: str) -> str:
 
 
 def _audio_url(audio: dict | None) -> str | None:
-    """A clip (`{"bytes", "path"}`) as a `data:` URL, or None if the set does not hold its bytes."""
+    """Return a clip (`{"bytes", "path"}`) as a `data:` URL, or None if the set does not hold its bytes."""
     data = (audio or {}).get("bytes")
     return data and f"data:{_mime_type(data)};base64,{base64.b64encode(data).decode()}"
 
 
 def _mime_type(data: bytes) -> str:
-    """What a browser calls the format of an audio file, from its first bytes."""
+    """Return the MIME type of an audio file, from its first bytes."""
     if data.startswith(b"fLaC"):
         return "audio/flac"
     if data.startswith(b"RIFF") and data[8:12] == b"WAVE":
         return "audio/wav"
     if data.startswith(b"OggS"):
         return "audio/ogg"
-    # An MPEG frame begins with eleven ones; its layer is never 0, which AAC's is.
+    # An MPEG frame begins with eleven one bits; its layer is never 0, unlike that of AAC.
     if data.startswith(b"ID3") or (data[:1] == b"\xff" and data[1:2] >= b"\xe0" and data[1] & 0b110):
         return "audio/mpeg"
     return "application/octet-stream"

@@ -14,20 +14,20 @@ from pathlib import Path
 
 from dataset_builders.files import read_yaml
 
-POOL_PATH = Path(__file__).with_name("instructions.yaml")
+POOL_PATH = Path(__file__).with_name("instructions.yaml")  # the pool that is meant where none is named
 
 TRANSCRIPTION = "transcription"
 SELF_POWERED_TASKS = ("continuation", "repetition", "keyword", "intent", "sentiment", "translation")
 
-LINES = {"seen", "held_out"}
-REQUIRED_KEYS = {"description", *LINES}
+SPLITS = ("seen", "held_out")
+REQUIRED_KEYS = {"description", "seen"}
 SWITCHES = {
     "held_out_task": False,
     "ends_like_a_sentence": True,
     "may_copy_transcript": False,
     "without_instruction": False,
 }
-OPTIONAL_KEYS = {*SWITCHES, "slots"}
+OPTIONAL_KEYS = {*SWITCHES, "held_out", "slots"}
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Task:
     slots: tuple[tuple[str, tuple[str, ...]], ...] = ()  # names and values, which the paraphrases were filled with
 
 
-def load_pool(path: str | Path = POOL_PATH, slots: Mapping[str, Sequence[str]] | None = None) -> dict[str, Task]:
-    """Read and check the pool at `path`; returns the tasks by name, in the file's order.
+def load_pool(path: str | Path | None = None, slots: Mapping[str, Sequence[str]] | None = None) -> dict[str, Task]:
+    """Read and check a pool; returns the tasks by name, in the file's order.
 
     Args:
-        path: the pool.
+        path: YAML file of the pool; `POOL_PATH` if None.
         slots: values that replace those of the file, such as `{"language": ["German", "French"]}`. Every paraphrase
             is repeated for every value of its task's slots.
 
@@ -59,6 +59,7 @@ def load_pool(path: str | Path = POOL_PATH, slots: Mapping[str, Sequence[str]] |
             paraphrase that occurs twice in the pool (within a split, in both splits, or in two tasks), or `slots` that
             no task has. Names the file and the task.
     """
+    path = POOL_PATH if path is None else path
     content = read_yaml(path, "a pool of instructions")
     if not isinstance(content, dict) or set(content) != {"tasks"} or not isinstance(content["tasks"], dict):
         raise ValueError(f"{path}: expected one top-level key `tasks`, a mapping from task name to task")
@@ -91,9 +92,10 @@ def _read_task(name: str, fields: object, slots: Mapping[str, Sequence[str]], pa
         raise ValueError(f"{path}: task {name!r}: {trouble}")
     values = {slot: slots.get(slot, given) for slot, given in fields.get("slots", {}).items()}
     fillings = [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
+    written = {split: [""] for split in SPLITS} if fields.get("without_instruction") else fields
     lines = {
-        split: tuple(line.strip().format(**filling) for line in fields.get(split, [""]) for filling in fillings)
-        for split in ("seen", "held_out")
+        split: tuple(line.strip().format(**filling) for line in written.get(split, ()) for filling in fillings)
+        for split in SPLITS
     }
     switches = {key: fields.get(key, default) for key, default in SWITCHES.items()}
     return Task(
@@ -110,9 +112,9 @@ def _trouble(fields: object) -> str | None:
     if not isinstance(fields, dict):
         return f"expected a mapping with the keys {sorted(REQUIRED_KEYS)}, got {fields!r}"
     silent = fields.get("without_instruction") is True
-    if silent and (named := sorted(set(fields) & {*LINES, "slots"})):
+    if silent and (named := sorted(set(fields) & {*SPLITS, "slots"})):
         return f"`without_instruction` is true, so `{named[0]}` has no meaning; leave one of them out"
-    if missing := sorted(REQUIRED_KEYS - set(fields) - (LINES if silent else set())):
+    if missing := sorted(REQUIRED_KEYS - set(fields) - (set(SPLITS) if silent else set())):
         return f"missing key {missing[0]!r}; a task needs {sorted(REQUIRED_KEYS)}"
     if unknown := sorted(map(str, set(fields) - REQUIRED_KEYS - OPTIONAL_KEYS)):
         return f"unknown key {unknown[0]!r}; known: {sorted(REQUIRED_KEYS | OPTIONAL_KEYS)}"
@@ -124,7 +126,7 @@ def _trouble(fields: object) -> str | None:
     slots = fields.get("slots", {})
     if trouble := _trouble_in_slots(slots):
         return trouble
-    written = [split for split in ("seen", "held_out") if split in fields]
+    written = [split for split in SPLITS if split in fields]
     return next(filter(None, (_trouble_in_lines(split, fields[split], slots) for split in written)), None)
 
 
@@ -169,13 +171,15 @@ def draw_fraction(seed: int, *parts: str) -> float:
 def draw_instruction(pool: Mapping[str, Task], task: str, id: str, seed: int, split: str = "seen") -> str:
     """The paraphrase of `task` for utterance `id`: a function of (seed, id, task). `split` is `seen` or `held_out`.
 
-    Raises ValueError for a task that the pool lacks, or another split.
+    Raises ValueError for a task that the pool lacks or that has no such wordings, or another split.
     """
     if task not in pool:
-        raise ValueError(f"unknown task {task!r}; the pool has {sorted(pool)}; add a block to {POOL_PATH.name}")
-    if split not in ("seen", "held_out"):
+        raise ValueError(f"unknown task {task!r}; the pool has {sorted(pool)}; add a block to its file")
+    if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; expected 'seen' or 'held_out'")
     lines = getattr(pool[task], split)
+    if not lines:
+        raise ValueError(f"task {task!r} of the pool has no {split} wordings to ask with; add `{split}` to its block")
     return lines[int(draw_fraction(seed, "instruction", id, task) * len(lines))]
 
 
@@ -212,6 +216,12 @@ def _draw_one(weights: Mapping[str, float], fraction: float) -> str:
     return task  # rounding can leave a hair over the last weight
 
 
+def digest_of(pool: Mapping[str, Task]) -> str:
+    """What a pool says, as 16 hex digits: its tasks with their wordings, slots filled and switches."""
+    content = repr([pool[task] for task in sorted(pool)])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Draw:
     """What will be asked of utterances: tasks by weight, wordings from the pool.
@@ -239,11 +249,11 @@ class Draw:
             draw_instruction(self.pool, task, "any utterance", self.seed, self.paraphrases)
 
     def describe(self) -> dict:
-        """What it is, as JSON takes it; the pool by 16 hex digits of what it says."""
-        content = repr([self.pool[task] for task in sorted(self.pool)])
+        """What it is, as JSON takes it; the pool by its digest."""
+        languages = (name for task in self.pool.values() for name in dict(task.slots).get("language", ()))
         return {
-            "pool": hashlib.sha256(content.encode()).hexdigest()[:16],
-            "languages": sorted({name for task in self.pool.values() for name in dict(task.slots).get("language", ())}),
+            "pool": digest_of(self.pool),
+            "languages": list(dict.fromkeys(languages)),  # in this order: another one draws other lines
             "weights": {task: str(weight) for task, weight in self.weights.items()},
             "tasks_per_utterance": self.tasks_per_utterance,
             "seed": self.seed,

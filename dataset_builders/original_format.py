@@ -1,15 +1,14 @@
-"""Sets exchanged with the original project, whose training data is JSONL with `instruction`, `audio` and `text`.
+"""Import and export sets in the original project's format, JSONL with `instruction`, `audio` and `text`.
 
-There `audio` is a path and `text` the response; the transcript lies in another JSONL, of `audio` and `text`, which is a
-manifest like any other (`corpora/opening.py`). Task and responder are nowhere: rows that come from there say `unknown`,
-and `recipes/sft.py` takes them for foreign until told otherwise.
+`audio` is a path and `text` is the response. The transcripts are in another JSONL with `audio` and `text`, an ordinary
+manifest (`corpora/opening.py`). Neither names the task or the responder, so imported rows say `unknown`, and
+`recipes/sft.py` refuses them as rows of another LLM unless told otherwise.
 """
 
 import itertools
 import json
 import logging
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from dataset_builders.building import SHARD_ROWS, finish, read, report, to_tables
 from dataset_builders.corpora.corpus import RefusedRowError
 from dataset_builders.corpora.local import ManifestCorpus
-from dataset_builders.files import fingerprint
+from dataset_builders.files import fingerprint, whole
 from dataset_builders.shards import BuildFolder, Shard
 
 logger = logging.getLogger(__name__)
@@ -28,14 +27,14 @@ UNKNOWN = {"model": "unknown", "revision": "unknown", "template": "unknown", "de
 
 
 class OriginalRows(ManifestCorpus):
-    """The original's training JSONL as a corpus whose texts are responses: its rows have `instruction` and `response`.
+    """The original project's training JSONL as a corpus, whose rows also have `instruction` and `response`.
 
     Args:
         path: the JSONL.
-        task: what its instructions ask for, if all ask for the same.
-        split: of the set.
+        task: task of all rows, if they have the same one.
+        split: name of the set's split.
         data_root: folder that the audio must be in; the JSONL's own by default.
-        transcripts: the original's other JSONL, of `audio` and `text`; without it the transcripts stay empty.
+        transcripts: JSONL with `audio` and `text`, the transcripts. Without it, the transcripts stay empty.
     """
 
     def __init__(
@@ -54,11 +53,11 @@ class OriginalRows(ManifestCorpus):
                 if isinstance(line, dict) and isinstance(line.get("text"), str) and isinstance(line.get("audio"), str):
                     self.transcripts[line["audio"]] = line["text"]
                 else:
-                    logger.warning("%s is no transcript: %s; expected audio and text", where, line)
+                    logger.warning("%s is not a transcript: %s; expected `audio` and `text`", where, line)
 
     def utterance(self, where: str, line: dict | RefusedRowError) -> dict:
-        """A row of the set. Raises RefusedRowError, also for a row without an instruction, or whose audio has no
-        transcript where transcripts were given."""
+        """Return a row of the set. Raises RefusedRowError as in `Corpus`, and if the row has no instruction or, where
+        transcripts were given, its audio has none."""
         row = super().utterance(where, line)
         if not isinstance(line.get("instruction"), str) or not line["instruction"].strip():
             raise RefusedRowError(where, "no instruction", f"it is {line.get('instruction')!r}")
@@ -75,10 +74,10 @@ class OriginalRows(ManifestCorpus):
 
 
 def import_original(rows: OriginalRows, output: str | Path, shard_size: int = SHARD_ROWS) -> Path:
-    """Write the original's rows as a set, or go on with it.
+    """Write the original project's rows as a set, or continue an import.
 
     Raises:
-        ValueError: `output` was begun with other settings, or no row can be used.
+        ValueError: `output` was started with other settings, or no row can be used.
     """
     folder = BuildFolder(output, rows.split)
     folder.agree(
@@ -107,11 +106,11 @@ def import_original(rows: OriginalRows, output: str | Path, shard_size: int = SH
 
 
 def export_original(folder: str | Path, output: str | Path, split: str = "train") -> Path:
-    """Write a set as the original project reads it: `OUTPUT/SPLIT.jsonl`, `OUTPUT/SPLIT_transcripts.jsonl` and the
-    audio under `OUTPUT/audio/`, byte for byte. Returns the first.
+    """Write a set in the original project's format: `OUTPUT/SPLIT.jsonl`, `OUTPUT/SPLIT_transcripts.jsonl` and the
+    audio under `OUTPUT/audio/`, byte for byte. Returns the path of `SPLIT.jsonl`.
 
     Raises:
-        ValueError: the set has no such split, or `output` is there.
+        ValueError: the set has no such split, or `output` exists.
     """
     files = sorted(Path(folder).glob(f"data/*/{split}-*.parquet"))
     if not files:
@@ -119,20 +118,22 @@ def export_original(folder: str | Path, output: str | Path, split: str = "train"
     output = Path(output)
     if output.exists():
         raise ValueError(f"{output} exists; delete it or name another output.")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "audio").mkdir(parents=True)
+    with whole(output) as partial:
+        (partial / "audio").mkdir(parents=True)
+        _write_rows(_rows(files), partial, split)
+    return output / f"{split}.jsonl"
+
+
+def _write_rows(rows: Iterable[dict], folder: Path, split: str) -> None:
     with (
-        open(partial / f"{split}.jsonl", "w", encoding="utf-8") as responses,
-        open(partial / f"{split}_transcripts.jsonl", "w", encoding="utf-8") as transcripts,
+        open(folder / f"{split}.jsonl", "w", encoding="utf-8") as responses,
+        open(folder / f"{split}_transcripts.jsonl", "w", encoding="utf-8") as transcripts,
     ):
-        for row in tqdm(_rows(files), unit="row", desc="export"):
-            audio = _write_audio(partial, row)
+        for row in tqdm(rows, unit="row", desc="export"):
+            audio = _write_audio(folder, row)
             line = {"instruction": row["instruction"], "audio": audio, "text": row["response"]}
             responses.write(json.dumps(line, ensure_ascii=False) + "\n")
             transcripts.write(json.dumps({"audio": audio, "text": row["transcript"]}, ensure_ascii=False) + "\n")
-    partial.rename(output)
-    return output / f"{split}.jsonl"
 
 
 def _rows(files: list[Path]) -> Iterator[dict]:
@@ -142,7 +143,7 @@ def _rows(files: list[Path]) -> Iterator[dict]:
 
 
 def _write_audio(folder: Path, row: dict) -> str:
-    """Write a row's clip under its id, and return its path in the folder."""
+    """Write a row's clip under the row's id, and return its path in the folder."""
     id = row["id"].rpartition(f"/{row['task']}")[0]
     parts = [part for part in id.split("/") if part not in ("", ".", "..")]
     file = Path("audio", *parts).with_name(parts[-1] + (Path(row["audio"]["path"] or "").suffix or ".audio"))

@@ -1,4 +1,4 @@
-"""A finished set: checked, pushed to the Hub, and opened again."""
+"""Check a finished set, push it to the Hub, and load it."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,27 +14,28 @@ from dataset_builders.shards import BuildFolder
 
 
 def check(folder: str | Path) -> int:
-    """Whether a set is fit to be published: whole, and every id once. Returns its number of rows.
+    """Check that a set is complete and its ids are unique. Returns its number of rows.
 
     Raises:
-        ValueError: says what is missing, or which id comes twice.
+        ValueError: names what is missing, or the duplicate id.
     """
     folder = Path(folder)
     builds = BuildFolder.splits(folder)
     if not builds or not (folder / "README.md").is_file():
-        raise ValueError(f"{folder} is no finished set; expected what `build` wrote, with its README.md.")
+        raise ValueError(f"{folder} is not a finished set; expected a folder with README.md that `build` wrote.")
     for split in builds:
         if missing := list(split.missing()):
             raise ValueError(
-                f"{folder} lacks {len(missing)} shards of {split.split!r} ({missing[0]} ...); build it to its end."
+                f"{folder} lacks {len(missing)} shards of split {split.split!r}, such as {missing[0]}; run its `build` "
+                "again to finish it."
             )
         split.settle()
-    # 8 bytes an id, not the id: a set may have millions of rows
+    # Hashes of 8 bytes instead of the ids, because a set may have millions of rows.
     hashes = np.fromiter((_hash(id) for _, id in _ids(folder)), np.uint64)
     values, counts = np.unique(hashes, return_counts=True)
     if twice := set(values[counts > 1].tolist()):
         file, id = next((file, id) for file, id in _ids(folder) if _hash(id) in twice)
-        raise ValueError(f"{file} has the id {id!r}, which another row has too; ids of a corpus must differ.")
+        raise ValueError(f"{file} has the id {id!r}, which another row also has; the ids of a corpus must be unique.")
     return len(hashes)
 
 
@@ -50,12 +51,12 @@ def _hash(id: str) -> int:
 def push_to_hub(
     folder: str | Path, repo_id: str, revision: str | None = None, private: bool | None = None, token: str | None = None
 ) -> str:
-    """Publish a finished set; what the repository has under `data/` and the folder has not goes away.
+    """Push a finished set to the Hub. Files under `data/` in the repository that the folder does not have are deleted.
 
     Args:
-        folder: of the set.
-        repo_id: `ORGANISATION/NAME`, made if it is not there.
-        revision: a branch, made if it is not there; `main` if None.
+        folder: folder of the set.
+        repo_id: `ORGANISATION/NAME` of the repository, created if it does not exist.
+        revision: branch of the repository, created if it does not exist; `main` if None.
         private, token: as in `huggingface_hub`.
 
     Returns:
@@ -84,14 +85,14 @@ def push_to_hub(
 def load_self_powered(
     name: str | Path, config: str = "all", split: str = "train", streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """Open a self-powered set, folder or Hub id: one task's rows, or all of them; audio not decoded.
+    """Load a self-powered set from a folder or the Hub, without decoding its audio. `config` is a task, or `all`.
 
     Raises:
-        ValueError: the folder holds no finished set, or the set has no such configuration or split.
+        ValueError: the folder is not a finished set, or the set has no such configuration or split.
     """
     if Path(name).is_dir() and not (Path(name) / "README.md").is_file():
         raise ValueError(f"{name} has no README.md; expected a folder that `build` has finished.")
     dataset = load_dataset(str(name), config, split=split, streaming=streaming)
     if "audio" not in (dataset.features or ()):
-        raise ValueError(f"{name} has no column 'audio'; expected a self-powered set, it has {list(dataset.features)}.")
+        raise ValueError(f"{name} has no column 'audio' but {list(dataset.features)}; expected a self-powered set.")
     return dataset.cast_column("audio", Audio(16_000, decode=False))

@@ -4,13 +4,13 @@
     python -m dataset_builders.self_powered inspect DIR
     python -m dataset_builders.self_powered publish DIR --repo ORGANISATION/NAME
 
-Every utterance is given a task, drawn by weight, in one wording from the pool, and the LLM answers it from the
-transcript ("Self-Powered LLM Modality Expansion", arXiv 2410.03798, section 3.2); a `transcription` row keeps the
-transcript itself. Draws are a function of (seed, utterance). Rows lie in `DIR/data/TASK/`, and
-`load_dataset(DIR, TASK)` or `load_dataset(DIR, "all")` reads them, from the Hub too.
+Every utterance gets a task, drawn by weight, and an instruction from the pool, and the LLM answers it from the
+transcript ("Self-Powered LLM Modality Expansion", arXiv 2410.03798, section 3.2). The response of a `transcription` row
+is the transcript itself. The draws depend only on the seed and the utterance. The rows are in `DIR/data/TASK/`;
+`load_dataset(DIR, TASK)` and `load_dataset(DIR, "all")` read them, also from the Hub.
 
-A build that was killed goes on with the same command, in any number of processes (torchrun, accelerate, srun, SLURM
-arrays): see `shards.py`. An LLM behind a server answers with `--server URL`: see `responders/server.py`.
+To continue a build that was killed, run the same command again, with any number of processes (torchrun, accelerate,
+srun, SLURM arrays): see `shards.py`. `--server URL` uses an LLM on a server: see `responders/server.py`.
 
 `import` and `export` exchange sets with the original project, whose JSONL has `instruction`, `audio` and `text`.
 """
@@ -40,7 +40,7 @@ from dataset_builders.corpora.corpus import Corpus
 from dataset_builders.corpora.opening import OF_FILES, PRESETS, open_corpus
 from dataset_builders.corpora.transcripts import NORMALIZERS
 from dataset_builders.filters import FILTERS
-from dataset_builders.instructions import POOL_PATH, Draw, load_pool, parse_weights
+from dataset_builders.instructions import Draw, load_pool, parse_weights
 from dataset_builders.original_format import OriginalRows, export_original, import_original
 from dataset_builders.publishing import push_to_hub
 from dataset_builders.responders.local import MAX_NEW_TOKENS, LocalResponder, Responder
@@ -55,7 +55,7 @@ def _option(default, help: str):
 
 @dataclass
 class BuildArguments:
-    """What a build can be told, on the command line and by [`SelfPoweredBuilder`]."""
+    """The options of a build, for the command line and for [`SelfPoweredBuilder`]."""
 
     corpus: str = field(
         metadata={"help": "A Hub id, a manifest (.jsonl, .csv, .tsv), a folder, or one of " + ", ".join(PRESETS)}
@@ -84,9 +84,11 @@ class BuildArguments:
     )
     tasks_per_utterance: int = _option(1, "Number of tasks that an utterance gets.")
     languages: list[str] | None = field(
-        default=None, metadata={"help": "Languages to translate into; by default those of the pool."}
+        default=None, metadata={"help": "Languages to translate into and to answer in; by default those of the pool."}
     )
-    pool: str = _option(str(POOL_PATH), "YAML file of instructions: tasks and their wordings.")
+    pool: str | None = _option(
+        None, "YAML file of instructions, tasks and their wordings; by default dataset_builders/instructions.yaml."
+    )
     seed: int = _option(0, "Seed of the draws.")
     # Who answers
     max_new_tokens: int = _option(MAX_NEW_TOKENS, "Longest response, in tokens.")
@@ -145,7 +147,7 @@ class BuildArguments:
         return ServerResponder(self.llm, self.server, **{name: getattr(self, name) for name in names}, **limits)
 
     def build(self, output: str | Path) -> Path:
-        """Build the set in `output`, or go on with it. What is cheap to get wrong is looked at first.
+        """Build the set in `output`, or continue a build. The corpus and the pool are checked before the LLM is loaded.
 
         Raises:
             ValueError, OSError: as in `building.build`.
@@ -166,19 +168,19 @@ class BuildArguments:
 
 @dataclass
 class SelfPoweredConfig(BuilderConfig, BuildArguments):
-    """`BuildArguments` as `datasets` takes them, and `output`: where the set is built (by default in the cache)."""
+    """`BuildArguments` for `datasets`, and `output`, the folder of the set (by default in the cache)."""
 
     output: str | None = None
 
 
 class SelfPoweredBuilder(GeneratorBasedBuilder):
     """A self-powered set as a `datasets` builder: `SelfPoweredBuilder(corpus="nano", llm="assets/nano/llm")`, then
-    `download_and_prepare()` and `as_dataset("train")`. Goes on with a build that was killed."""
+    `download_and_prepare()` and `as_dataset("train")`. It continues a build that was killed."""
 
     BUILDER_CONFIG_CLASS = SelfPoweredConfig
 
     def _info(self) -> DatasetInfo:
-        # Bytes, not Audio: encoding that needs torchcodec even when there is nothing to encode
+        # Bytes instead of Audio, because encoding Audio needs torchcodec even if there is nothing to encode.
         stored = {"bytes": Value("binary"), "path": Value("string")}
         return DatasetInfo(features=Features({**FEATURES, "audio": stored}))
 
@@ -199,10 +201,10 @@ class SelfPoweredBuilder(GeneratorBasedBuilder):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=HfArgumentParser)
-    building = commands.add_parser("build", dataclass_types=BuildArguments, help="build a set, or go on with it")
+    building = commands.add_parser("build", dataclass_types=BuildArguments, help="build a set, or continue a build")
     building.add_argument("--output", required=True, help="Folder of the set.")
     looking = commands.add_parser(
-        "inspect", dataclass_types=[], help="print a table and write a page with samples to read and to hear"
+        "inspect", dataclass_types=[], help="print a table and write a page with samples to read and listen to"
     )
     looking.add_argument("folder", help="folder of the set")
     looking.add_argument("--html", help="file of the page; FOLDER/inspect.html by default")
@@ -213,14 +215,14 @@ def main() -> None:
     pushing.add_argument("--repo", required=True, help="ORGANISATION/NAME")
     pushing.add_argument("--revision", help="branch of the repository, created if it does not exist")
     pushing.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    importing = commands.add_parser("import", dataclass_types=[], help="make a set of the original project's JSONL")
-    importing.add_argument("rows", help="JSONL of instruction, audio and text")
+    importing = commands.add_parser("import", dataclass_types=[], help="make a set from the original project's JSONL")
+    importing.add_argument("rows", help="JSONL with instruction, audio and text")
     importing.add_argument("--output", required=True, help="folder of the set")
-    importing.add_argument("--transcripts", help="JSONL of audio and text: what is said")
-    importing.add_argument("--task", default="unknown", help="the task of all rows, if they have the same one")
-    importing.add_argument("--split", default="train", help="the set's only split")
+    importing.add_argument("--transcripts", help="JSONL with audio and text, the transcripts")
+    importing.add_argument("--task", default="unknown", help="task of all rows, if they have the same one")
+    importing.add_argument("--split", default="train", help="name of the set's split")
     importing.add_argument("--data-root", help="folder that the audio must be in; the JSONL's own by default")
-    exporting = commands.add_parser("export", dataclass_types=[], help="write a set as the original project's JSONL")
+    exporting = commands.add_parser("export", dataclass_types=[], help="write a set in the original project's format")
     exporting.add_argument("folder", help="folder of the set")
     exporting.add_argument("--output", required=True, help="folder for the JSONL and the audio")
     exporting.add_argument("--split", default="train", help="split to write")
@@ -237,7 +239,7 @@ def _build(output: str, **arguments) -> None:
 
 
 def _inspect(folder: str, html: str | None, samples: int, seed: int) -> None:
-    from dataset_builders.inspection import inspect_set  # a second of imports that no other command needs
+    from dataset_builders.inspection import inspect_set  # imported late: it takes a second, and only this needs it
 
     found = inspect_set(folder, html or Path(folder) / "inspect.html", samples, seed)
     print(found["text"])

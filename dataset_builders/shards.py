@@ -1,16 +1,16 @@
-"""The work of a build, cut into shards that are written whole or not at all, by any number of processes.
+"""The shards of a build: any number of processes write them, and each shard appears completely or not at all.
 
-A shard is `shard_size` utterances that follow one another in one file of the corpus; it depends on the corpus and the
-settings alone. Its rows and its report appear together, by one rename of a folder:
+A shard is `shard_size` consecutive utterances of one file of the corpus; it depends only on the corpus and the
+settings. Its rows and its report appear together, because one rename of a folder commits both:
 
-    DIR/.build/SPLIT/settings.json              what every process of this build, now and later, must agree on
-    DIR/.build/SPLIT/staging/SHARD.HOST.PID/    being written
-    DIR/.build/SPLIT/shards/SHARD/              committed: report.json, and Parquet files on their way to data/
-    DIR/.build/SPLIT/ends/FILE-SHARDS           a file of the corpus was read to its end, and has so many shards
+    DIR/.build/SPLIT/settings.json              the settings, which must be the same for every process of the build
+    DIR/.build/SPLIT/staging/SHARD.HOST.PID/    a shard that is being written
+    DIR/.build/SPLIT/shards/SHARD/              a committed shard: report.json, and Parquet files to be moved to data/
+    DIR/.build/SPLIT/ends/FILE-SHARDS           the number of shards of a file of the corpus that was read to its end
     DIR/data/TASK/SPLIT-SHARD.parquet           the rows
 
-So a kill at any moment loses the shards being written and nothing else, a committed shard is never written again, and
-two processes that write the same shard end with one.
+A build that is killed loses only the shards being written. A committed shard is never written again. If two processes
+write the same shard, one copy is kept.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ from dataset_builders.files import differences
 
 logger = logging.getLogger(__name__)
 
-ROW_GROUP = 100  # rows: what a viewer reads to show one
+ROW_GROUP = 100  # rows that a viewer must read to show one row
 _INDICES = (
     ("RANK", "WORLD_SIZE"),  # torchrun and accelerate
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # srun; not SLURM_NTASKS: a batch script has it without any srun
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # srun; SLURM_NTASKS is also set in a batch script without srun
 )
 
 
@@ -45,11 +45,11 @@ class Worker(NamedTuple):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Worker":
-        """Rank and number of processes as torchrun, accelerate, srun or a SLURM array set them; tasks of an array may
-        each have several processes.
+        """Read rank and number of processes as torchrun, accelerate, srun or a SLURM array set them. Each task of an
+        array may have several processes.
 
         Raises:
-            ValueError: what is set is no number, or no rank of its world.
+            ValueError: a variable is not an integer, or the rank is not below the number of processes.
         """
         rank, world_size = 0, 1
         for names in _INDICES:
@@ -65,15 +65,17 @@ class Worker(NamedTuple):
                 world_size * _integer(environment, "SLURM_ARRAY_TASK_COUNT"),
             )
         if not 0 <= rank < world_size:
-            raise ValueError(f"the environment says process {rank} of {world_size}; expected 0 to {world_size - 1}.")
+            raise ValueError(
+                f"the environment says rank {rank} of {world_size} processes; expected 0 to {world_size - 1}."
+            )
         return cls(rank, world_size)
 
     def files(self, num_files: int) -> range:
-        """The files of the corpus that this process reads: all of them where there are fewer than processes."""
+        """Return the files of the corpus that this process reads: all files if there are fewer files than processes."""
         return range(self.rank, num_files, self.world_size) if num_files >= self.world_size else range(num_files)
 
     def has(self, file: int, chunk: int, num_files: int) -> bool:
-        """Whether shard `chunk` of a file that it reads is its own."""
+        """Whether this process writes shard `chunk` of a file that it reads."""
         return num_files >= self.world_size or (file + chunk) % self.world_size == self.rank
 
 
@@ -86,7 +88,7 @@ class Shard(NamedTuple):
 
 
 class BuildFolder:
-    """The folder of a set of which one split is being built, and what of it is done."""
+    """The folder of a set, and the state of the build of one split."""
 
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
@@ -94,7 +96,7 @@ class BuildFolder:
 
     @classmethod
     def splits(cls, folder: str | Path) -> "list[BuildFolder]":
-        """All splits that were built, or begun, in a folder."""
+        """Return all splits of a folder whose build was started."""
         return [cls(folder, settings.parent.name) for settings in sorted(Path(folder).glob(".build/*/settings.json"))]
 
     @property
@@ -102,32 +104,32 @@ class BuildFolder:
         return json.loads((self.state / "settings.json").read_text(encoding="utf-8"))
 
     def agree(self, settings: dict) -> None:
-        """Note the settings, or compare them with those that the build was begun with.
+        """Write the settings, or compare them with those that the build was started with.
 
         Raises:
-            ValueError: they differ, or the folder holds something else.
+            ValueError: the settings differ, or the folder holds something else.
         """
         file = self.state / "settings.json"
         if not self.state.parent.exists() and self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} holds something that is no build; name a new or an empty folder.")
+            raise ValueError(f"{self.folder} is not empty and holds no build; name a new or an empty folder.")
         for name in ("staging", "shards", "ends"):
             (self.state / name).mkdir(parents=True, exist_ok=True)
         mine = self.state / f"settings.{_process()}"
         mine.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
         try:
-            os.link(mine, file)  # fails if another process was first, and is never half written
+            os.link(mine, file)  # atomic; fails if another process was first
         except FileExistsError:
             begun, given = self.settings, json.loads(mine.read_text(encoding="utf-8"))
             if differing := differences(begun, given):
                 changes = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in differing.items())
                 raise ValueError(
-                    f"{self.folder} was begun with other settings: {changes}. Go on with those, or name another output."
+                    f"{self.folder} was started with other settings: {changes}. Use those, or name another output."
                 ) from None
         finally:
             mine.unlink()
 
     def settle(self) -> None:
-        """Finish what killed processes of this machine left: committed rows go to their place, half shards go away."""
+        """Clean up after killed processes of this machine: move committed rows to `data/`, delete unfinished shards."""
         for shard in sorted((self.state / "shards").iterdir()):
             self._move_rows(shard)
         for staging in (self.state / "staging").iterdir():
@@ -139,10 +141,10 @@ class BuildFolder:
         return (self.state / "shards" / str(shard)).exists()
 
     def commit(self, shard: Shard, tables: Iterable[tuple[str, pa.Table]], report: dict) -> None:
-        """Write a shard's rows, a table per task, and its report: all of it is there afterwards, or nothing.
+        """Write a shard's rows, a table per task, and its report, atomically.
 
         Raises:
-            OSError: the disk is full, or the like; what was committed before is whole.
+            OSError: writing fails, for example because the disk is full. Shards committed before are complete.
         """
         staging, target = self.state / "staging" / f"{shard}.{_process()}", self.state / "shards" / str(shard)
         shutil.rmtree(staging, ignore_errors=True)
@@ -154,7 +156,7 @@ class BuildFolder:
                 table,
                 file,
                 row_group_size=ROW_GROUP,
-                use_content_defined_chunking=True,  # the Hub then stores again only what changed
+                use_content_defined_chunking=True,  # so that the Hub stores only what changed
                 write_page_index=True,
             )
             hashes[task] = _hash(file)
@@ -167,22 +169,22 @@ class BuildFolder:
         except OSError:
             if not target.exists():
                 raise
-            logger.warning("%s: another process wrote it too; its rows stay", target)
+            logger.warning("%s: another process has already written this shard; its rows are kept", target)
             shutil.rmtree(staging)
         _sync(target.parent)
         self._move_rows(target)
 
     def end(self, file: int, chunks: int) -> None:
-        """Note that a file of the corpus has so many shards."""
+        """Record the number of shards of a file of the corpus."""
         (self.state / "ends" / f"{file:05d}-{chunks:05d}").touch()
 
     def shards_of(self, file: int) -> int | None:
-        """How many shards a file of the corpus has, None if nobody has read it to its end."""
+        """Return the number of shards of a file of the corpus, None if no process has read it to its end."""
         found = next((self.state / "ends").glob(f"{file:05d}-*"), None)
         return None if found is None else int(found.name.partition("-")[2])
 
     def missing(self) -> Iterator[str]:
-        """Shards that are still to be written, by name; a file not yet read to its end counts as one."""
+        """Yield the names of shards that are not written yet. A file not yet read to its end counts as one."""
         for file in range(self.settings["num_files"]):
             chunks = self.shards_of(file)
             if chunks is None:
@@ -191,7 +193,7 @@ class BuildFolder:
                 yield from (str(Shard(file, c)) for c in range(chunks) if not self.is_done(Shard(file, c)))
 
     def reports(self) -> Iterator[dict]:
-        """The reports of the committed shards, in order."""
+        """Yield the reports of the committed shards, in order."""
         for shard in sorted((self.state / "shards").iterdir()):
             yield json.loads((shard / "report.json").read_text(encoding="utf-8"))
 
@@ -230,7 +232,7 @@ def _hash(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk write a file or folder, so that a power cut loses no committed shard."""
+    """Flush a file or folder to disk, so that a power cut does not lose a committed shard."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

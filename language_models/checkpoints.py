@@ -1,4 +1,4 @@
-"""Checkpoints of any model, and adapters with what they are for: opened whole, or refused by name."""
+"""Load checkpoints of any model, and adapters merged into their base models."""
 
 import contextlib
 import json
@@ -21,19 +21,19 @@ from transformers.utils import (
 
 
 def adapter_of(source: str | Path, revision: str | None = None) -> dict | None:
-    """The `adapter_config.json` of an adapter, folder or Hub id; None for any other checkpoint."""
+    """Return the `adapter_config.json` of an adapter (folder or Hub id); None for any other checkpoint."""
     file = find_adapter_config_file(str(source), revision=revision)
     return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def base_of(source: str | Path, revision: str | None = None) -> str:
-    """What an adapter is for, folder or Hub id; any other checkpoint itself.
+    """Return the folder or Hub id of an adapter's base model; for any other checkpoint, return the checkpoint itself.
 
-    A base that is not where the adapter says is looked for in and beside the adapter's folder, since folders are moved
-    together.
+    If the base is not at the path that the adapter names, it is searched in and beside the adapter's folder, because
+    both are often moved together.
 
     Raises:
-        ValueError: the adapter names nothing, or a folder that is not here, or is of a type that cannot be merged.
+        ValueError: the adapter names no base, the named folder does not exist, or its type cannot be merged.
     """
     adapter = adapter_of(source, revision)
     if adapter is None:
@@ -54,7 +54,7 @@ def base_of(source: str | Path, revision: str | None = None) -> str:
         validate_repo_id(base)
     except HFValidationError as error:
         raise ValueError(
-            f"{source} is an adapter for {base}, which is no folder here: put that folder there or beside the adapter."
+            f"{source} is an adapter for {base}, which does not exist here; put that folder beside the adapter."
         ) from error
     return base
 
@@ -62,17 +62,17 @@ def base_of(source: str | Path, revision: str | None = None) -> str:
 def open_model(
     source: str | Path, auto=AutoModelForCausalLM, *, revision: str | None = None, merge: bool = True, **settings
 ) -> PreTrainedModel:
-    """The model of a checkpoint; an adapter is merged into what it is for.
+    """Load the model of a checkpoint. An adapter is merged into its base model.
 
     Args:
         source: folder or Hub id.
-        auto: class of transformers whose `from_pretrained` opens what is no adapter.
-        revision: of a Hub id.
-        merge: False leaves the low-rank changes of an adapter out, and takes the modules that it saved whole.
-        settings: of `from_pretrained`.
+        auto: class of transformers whose `from_pretrained` loads the model or the base model.
+        revision: branch, tag or commit on the Hub.
+        merge: False leaves out the low-rank weights of an adapter, but takes its `modules_to_save`.
+        settings: further arguments of `from_pretrained`.
 
     Raises:
-        ValueError: as in `base_of`, or weights are missing, or the adapter does not fit what it is for.
+        ValueError: as in `base_of`, or weights are missing, or the adapter does not fit its base model.
     """
     adapter = adapter_of(source, revision)
     if adapter is None:
@@ -101,35 +101,35 @@ def open_model(
 
 @contextlib.contextmanager
 def calling_peft() -> Iterator[None]:
-    """Without the warning of transformers for whoever reads a name that PEFT still reads."""
+    """Suppress the deprecation warning of transformers that PEFT causes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
 def refuse_missing(source: str | Path, missing: set[str]) -> None:
-    """Of a checkpoint, which would otherwise get random weights in their place."""
+    """Raise ValueError if a checkpoint lacks weights, because they would be initialised at random."""
     if missing:
         raise ValueError(f"{source} lacks {len(missing)} of its weights, such as {sorted(missing)[:3]}.")
 
 
-def where(file: str, source: str | Path, revision: str | None = None) -> tuple[str, str | None]:
-    """The checkpoint that has this file, and its revision: `source`, or what that is an adapter for."""
+def checkpoint_with(file: str, source: str | Path, revision: str | None = None) -> tuple[str, str | None]:
+    """Return the checkpoint that has this file, and its revision: `source`, or the base model of the adapter."""
     adapter = adapter_of(source, revision)
     if adapter is None or cached_file(
         str(source), file, revision=revision, _raise_exceptions_for_missing_entries=False
     ):
         return str(source), revision
-    return where(file, base_of(source, revision), adapter.get("revision"))
+    return checkpoint_with(file, base_of(source, revision), adapter.get("revision"))
 
 
 def load_config(source: str | Path, revision: str | None = None, **settings):
-    """The configuration of a checkpoint, or of what an adapter is for; `settings` of `AutoConfig.from_pretrained`."""
-    source, revision = where("config.json", source, revision)
+    """Load the configuration of a checkpoint or of an adapter's base. `settings` go to `AutoConfig.from_pretrained`."""
+    source, revision = checkpoint_with("config.json", source, revision)
     return AutoConfig.from_pretrained(source, revision=revision, **settings)
 
 
 def load_processor(source: str | Path, revision: str | None = None):
-    """The processor of a speech LLM, or of what an adapter is for if it has none of its own."""
-    source, revision = where("processor_config.json", source, revision)
+    """Load the processor of a speech LLM or an adapter; an adapter without a processor uses its base model's."""
+    source, revision = checkpoint_with("processor_config.json", source, revision)
     return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=True)

@@ -1,4 +1,4 @@
-"""Which LLM this is: its name, the commit or content of its weights, and its chat template."""
+"""The identity of an LLM: its name, the commit or hash of its weights, and its chat template."""
 
 import hashlib
 from pathlib import Path
@@ -16,18 +16,18 @@ WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def identify(source: str) -> dict[str, str]:
-    """Which checkpoint this is: `model`, its Hub id or the folder's name, and `revision`, its commit or the hash of
-    its weights (`"sha256:"` and 16 hex digits)."""
+    """Return `model`, the checkpoint's Hub id or folder name, and `revision`, its commit or the hash of its weights
+    (`"sha256:"` and 16 hex digits)."""
     folder = Path(source)
     if not folder.is_dir():
         known = (try_to_load_from_cache(source, name) for name in ("config.json", "adapter_config.json"))
         cached = next((file for file in known if isinstance(file, str)), None)
         if cached is None:
-            raise ValueError(f"{source} is neither a folder nor in the Hub cache, so its commit cannot be told.")
+            raise ValueError(f"{source} is neither a folder nor in the Hub cache, so its commit is unknown.")
         return {"model": source, "revision": Path(cached).parent.name}
     files = sorted(file for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern))
     if not files:
-        raise ValueError(f"{folder.name} holds no weights ({', '.join(WEIGHT_PATTERNS)}).")
+        raise ValueError(f"{folder.name} holds no weights; expected {' or '.join(WEIGHT_PATTERNS)}.")
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -36,24 +36,25 @@ def identify(source: str) -> dict[str, str]:
 
 
 def load_identity(llm: str | Path, template_settings: dict | None = None) -> tuple[LsmProcessor, dict, AutoConfig]:
-    """Processor, identity and configuration of an LLM or of the LLM in an LSM.
+    """Load processor, identity and configuration of an LLM or of the LLM in an LSM.
 
-    The identity is `model`, `revision` and `template`, and `template_settings` where the template asks for some.
+    The identity has `model`, `revision` and `template`, and `template_settings` if there are any.
 
     Args:
-        template_settings: as in [`LsmProcessor`], of an LLM; an LSM has its own.
+        llm: folder or Hub id.
+        template_settings: as in [`LsmProcessor`], for an LLM. An LSM has its own.
 
     Raises:
-        ValueError: an LSM that does not say which LLM is inside, or that is to have other template settings.
+        ValueError: an LSM does not name the LLM inside, or template settings were given for an LSM.
     """
     config = load_config(llm, trust_remote_code=True)
     if config.model_type != "lsm":
         processor = text_processor(llm, template_settings)
         return processor, identify(str(llm)) | _template_of(processor), config
     if template_settings is not None:
-        raise ValueError(f"{llm} is an LSM, which has its own template settings: compose it with those that you want.")
+        raise ValueError(f"{llm} is an LSM, which has its own template settings; compose it again to change them.")
     if config.responder is None:
-        raise ValueError(f"{llm} does not say which LLM is inside; compose it with recipes/compose.py.")
+        raise ValueError(f"{llm} does not name the LLM inside; compose it again with recipes/compose.py.")
     processor = load_processor(llm)
     return processor, config.responder | _template_of(processor), config
 

@@ -1,4 +1,4 @@
-"""The tokenizer of an LLM, with room for speech among its tokens, and the processor that lays out its prompts."""
+"""The tokenizer of an LLM with the audio placeholder, and the processor that writes its prompts."""
 
 import json
 from pathlib import Path
@@ -17,31 +17,32 @@ from transformers.utils import (
     is_sentencepiece_available,
 )
 
-from language_models.checkpoints import where
+from language_models.checkpoints import checkpoint_with
 from language_models.generation import never_write
+from language_models.templates import speech_template
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The LLM's tokenizer with the audio placeholder, and with EOS as pad token if it has none.
+    """Load the LLM's tokenizer and add the audio placeholder, and EOS as pad token if there is none.
 
     Raises:
-        ImportError: it is a sentencepiece model, which takes packages that are not installed.
-        ValueError: if it has no EOS token.
+        ImportError: the tokenizer is a sentencepiece model, whose packages are not installed.
+        ValueError: the tokenizer has no EOS token.
     """
-    # Batches are padded where generation wants it; a training collator pads on the right by asking for it.
-    source, revision = where("tokenizer_config.json", source)
+    # Left padding is for generation. The training collator asks for right padding.
+    source, revision = checkpoint_with("tokenizer_config.json", source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
-    except (ImportError, ValueError) as error:  # which would name tiktoken, whatever is missing
+    except (ImportError, ValueError) as error:  # this error names tiktoken, whatever is missing
         model = cached_file(source, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False)
         if model is None or (is_sentencepiece_available() and is_protobuf_available()):
             raise
         raise ImportError(
-            f"the tokenizer of {source} is a sentencepiece model alone; pip install sentencepiece protobuf"
+            f"the tokenizer of {source} is a sentencepiece model; pip install sentencepiece protobuf"
         ) from error
     if tokenizer.eos_token is None:
-        raise ValueError(f"The tokenizer of {source} has no EOS token, so no answer could end; set its `eos_token`.")
+        raise ValueError(f"the tokenizer of {source} has no EOS token to end an answer; set its `eos_token`.")
     tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -49,12 +50,12 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def make_room(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give the placeholder an embedding, a new one only if the LLM has no spare ones. Returns its id."""
+    """Make sure that the placeholder has an embedding; add one only if the LLM has none to spare. Returns its id."""
     audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
     if audio_token_id >= llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        # The new row is never read (speech replaces it) nor written (suppressed), but it has a share in every
-        # likelihood: none that differs from one loading to the next.
+        # The new row is never read (speech replaces it) or written (it is suppressed), but its logit affects every
+        # likelihood. Zeros make the likelihoods the same each time the model is loaded.
         with torch.no_grad():
             for embeddings in (llm.get_input_embeddings(), llm.get_output_embeddings()):
                 embeddings.weight[audio_token_id:].zero_()
@@ -63,22 +64,39 @@ def make_room(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def non_text_token_ids(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> list[int]:
-    """The ids that stand for no text: those of special tokens, and those that no token has."""
+    """Return the ids without text: those of special tokens, and those that no token uses."""
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     text = set(tokenizer.get_vocab().values()) - special - set(tokenizer.all_special_ids)
     return [id for id in range(embeddings) if id not in text]
 
 
+def speech_processor(
+    feature_extractor: WhisperFeatureExtractor,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    **settings,
+) -> LsmProcessor:
+    """The processor of an LSM with this tokenizer, which has the audio placeholder. Its chat template is the LLM's own,
+    made to take audio (`speech_template`).
+
+    Args:
+        chat_template: instead of the tokenizer's.
+        settings: of [`LsmProcessor`].
+    """
+    template = speech_template(chat_template or tokenizer.chat_template, tokenizer)
+    return LsmProcessor(feature_extractor, tokenizer, chat_template=template, **settings)
+
+
 def text_processor(llm: str | Path, template_settings: dict | None = None) -> LsmProcessor:
-    """The processor that an LSM composed of this LLM would have: it lays out the very same prompts."""
-    return LsmProcessor(WhisperFeatureExtractor(), load_tokenizer(str(llm)), template_settings=template_settings)
+    """Return the processor that an LSM composed of this LLM would have, which writes the same prompts."""
+    return speech_processor(WhisperFeatureExtractor(), load_tokenizer(str(llm)), template_settings=template_settings)
 
 
 def parse_template_settings(text: str | None) -> dict | None:
-    """The `template_settings` of [`LsmProcessor`] as a command line has them.
+    """Parse the `template_settings` of [`LsmProcessor`] from the command line.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: the text is not a JSON object.
     """
     try:
         found = None if text is None else json.loads(text)
@@ -86,5 +104,5 @@ def parse_template_settings(text: str | None) -> dict | None:
         found = text
     if not isinstance(found, dict | None):
         example = '{"enable_thinking": true}'
-        raise ValueError(f"--template-settings {text} is no JSON object; expected one such as '{example}'.")
+        raise ValueError(f"--template-settings {text} is not a JSON object; expected one such as '{example}'.")
     return found

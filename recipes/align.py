@@ -19,6 +19,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dataset_builders.files import read_lines
+
 # `accelerate launch recipes/align.py` puts this file's folder on the path, not the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,7 +36,7 @@ from recipes.reporting.model_card import base_models_of
 from recipes.reporting.training_card import write_trained_card
 from recipes.training.alignment import FOLDER, STEPS, align, needs_alignment, validation_rows
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
-from recipes.training.callbacks import LOG, read_lines
+from recipes.training.callbacks import LOG
 from recipes.training.checkpoints import contents_of
 from recipes.training.command_line import parse
 from recipes.training.models import check_model, compose_base, load_model

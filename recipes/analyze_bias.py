@@ -1,9 +1,10 @@
 """Where an answer comes from: layer by layer, the share that the instruction and the speech have in it.
 
     python -m recipes.analyze_bias --model runs/quickstart/checkpoint --data runs/quickstart/corpus --split test \
-        --output runs/bias/self_powered
+        --pool dataset_builders/nano/instructions.yaml --output runs/bias/self_powered
     python -m recipes.analyze_bias --model runs/quickstart/base --slot transcript --data runs/quickstart/corpus \
-        --split test --output runs/bias/text_llm --beside "self-powered LSM=runs/bias/self_powered/bias.json"
+        --split test --pool dataset_builders/nano/instructions.yaml --output runs/bias/text_llm \
+        --beside "self-powered LSM=runs/bias/self_powered/bias.json"
 
 `--model` is an LSM, another speech LLM of transformers or, with `--slot transcript`, a text LLM. `--data` is a
 self-powered set or an ASR corpus. Writes `bias.json`, the pictures and `report.html`.
@@ -14,7 +15,7 @@ import json
 import logging
 from pathlib import Path
 
-from dataset_builders.instructions import SELF_POWERED_TASKS
+from dataset_builders.instructions import SELF_POWERED_TASKS, load_pool
 from recipes.bias.analysis import analyze, behave, write
 from recipes.bias.rows import TARGETS, load_rows, with_targets
 from recipes.evaluation.following import BY_FORM
@@ -34,6 +35,11 @@ def main() -> None:
     )
     parser.add_argument("--target", choices=TARGETS, default="response", help="which response is traced")
     parser.add_argument("--tasks", nargs="+", default=list(SELF_POWERED_TASKS))
+    parser.add_argument(
+        "--pool",
+        help="YAML file of tasks and their wordings, of which the held-out ones are asked about an ASR corpus; by "
+        "default dataset_builders/instructions.yaml",
+    )
     parser.add_argument("--limit", type=int, default=120, help="rows at most")
     parser.add_argument(
         "--checker",
@@ -58,7 +64,7 @@ def main() -> None:
         if name in beside:
             parser.error(f"--beside names {name!r} twice.")
         beside[name] = json.loads(Path(file).read_text(encoding="utf-8"))
-    rows = load_rows(args.data, args.split, args.limit, args.tasks, args.seed)
+    rows = load_rows(args.data, args.split, args.limit, args.tasks, args.seed, load_pool(args.pool))
     llm = load(args.model)
     options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     answers = [reply.text for reply in llm.respond(rows, args.slot, **options)]

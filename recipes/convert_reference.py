@@ -26,7 +26,7 @@ from language_models.identity import identify
 from language_models.tokenizers import load_tokenizer
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
-from recipes.listening.composing import whole_folder
+from recipes.listening.composing import whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def convert(checkpoint: str, output: str, tokenizer: str | None = None, qformer_
     if words is not None:
         processor = _processor(config, words)
         model.config.responder = {**identify(checkpoint), "template": processor.template_hash}
-    with whole_folder(output) as partial:
+    with whole_checkpoint(output) as partial:
         if words is not None:
             processor.save_pretrained(partial)
         model.save_pretrained(partial)

@@ -28,7 +28,6 @@ from trl import ModelConfig
 
 from language_models.checkpoints import base_of
 from language_models.generation import context_of
-from recipes.listening.collator import SpeechResponseCollator
 from recipes.listening.features import store_features
 from recipes.reporting.model_card import base_models_of
 from recipes.training.alignment import align, needs_alignment, validation_rows
@@ -37,7 +36,7 @@ from recipes.training.callbacks import FollowingCallback, LogCallback
 from recipes.training.checkpoints import contents_of, find_checkpoint, naming_last_checkpoint, settings_of
 from recipes.training.command_line import parse
 from recipes.training.costs import Costs
-from recipes.training.models import adapter_settings, check_model, compose_base, go_on_from, load_model, load_teacher
+from recipes.training.models import check_model, compose_base, go_on_from, load_model, load_teacher
 from recipes.training.preflight import preflight
 from recipes.training.rows import RowSizes, check_response_tasks, count_tasks, load_rows, stream_rows
 from recipes.training.trainer import LsmTrainer
@@ -114,16 +113,16 @@ def train(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, 
         )
     model.config.projector_trained = True
     trainer = LsmTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=dataset,
-        data_collator=SpeechResponseCollator(processor, store, teacher=training_args.objective == "distill"),
-        peft_config=adapter_settings(model_args),
+        model,
+        training_args,
+        dataset,
+        processor,
+        model_args,
+        costs,
+        row_costs,
+        store,
+        teacher,
         callbacks=[LogCallback()],
-        processor=processor,
-        costs=costs,
-        row_costs=row_costs,
-        teacher=teacher,
         card=card_of(script_args, training_args, model_args, dataset),
     )
     if model_args.use_peft:

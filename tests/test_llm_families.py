@@ -18,8 +18,10 @@ from transformers import (
     SmolLM3Config,
 )
 
+from language_models.templates import DEFAULT_CHAT_TEMPLATE
+from language_models.tokenizers import speech_processor
 from modeling_lsm import LsmForConditionalGeneration
-from processing_lsm import AUDIO_TOKEN, DEFAULT_CHAT_TEMPLATE, LsmProcessor
+from processing_lsm import AUDIO_TOKEN, LsmProcessor
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
@@ -124,40 +126,6 @@ def test_what_is_heard_is_answered(family, clip):
     assert (first - second).abs().max() > 1e-3
 
 
-def loss_and_gradients(lsm, inputs, **kwargs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    lsm.zero_grad()
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    labels[:, :20] = -100
-    loss = lsm(**inputs, labels=labels, use_cache=False, **kwargs).loss
-    loss.backward()
-    found = {name: weight.grad.clone() for name, weight in lsm.named_parameters() if weight.grad is not None}
-    lsm.zero_grad()
-    return loss.detach(), found
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_what_all_rows_begin_with_may_be_read_once(family, clip, mode):
-    """The same loss and the same gradients; a sliding window may have passed the beginning by."""
-    _, lsm, processor = family
-    beginning = "a system message that is said to every one of them before they hear" * 2
-    texts = [f"{beginning} {AUDIO_TOKEN} and {word}" for word in ("then", "now they write", "never")]
-    inputs = processor(
-        text=texts, audio=[clip(0.3, 1), clip(5, 2), clip(2, 3)], return_tensors="pt", padding_side="right"
-    )
-    shared = int((inputs["input_ids"] == inputs["input_ids"][:1]).all(0).long().cumprod(0).sum())
-    shared = min(shared, int((inputs["input_ids"][0] == processor.audio_token_id).nonzero()[0]))
-    assert shared >= 18  # more than the sliding windows of 16
-    getattr(lsm, mode)()
-    expected, expected_gradients = loss_and_gradients(lsm, inputs)
-    loss, gradients = loss_and_gradients(lsm, inputs, shared_prefix=shared)
-    lsm.eval()
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    assert gradients.keys() == expected_gradients.keys()
-    for name, gradient in gradients.items():
-        scale = expected_gradients[name].abs().max().clamp(min=1e-3)
-        torch.testing.assert_close(gradient / scale, expected_gradients[name] / scale, atol=2e-4, rtol=0, msg=name)
-
-
 # What tokenizers lack
 
 GEMMA = (
@@ -173,7 +141,7 @@ SILENT = "{% for m in messages if m['role'] != 'system' %}[{{ m['content'] }}]{%
 def test_a_system_message_opens_the_first_question_of_llms_that_take_none(processor, llm_dir, template):
     tokenizer = AutoTokenizer.from_pretrained(llm_dir, extra_special_tokens=[AUDIO_TOKEN])
     tokenizer.chat_template = template
-    own = LsmProcessor(processor.feature_extractor, tokenizer)
+    own = speech_processor(processor.feature_extractor, tokenizer)
     system = {"role": "system", "content": "Be brief."}
     chat = own.conversation("What is said?", audio=True, response="Hello.")
     as_one = [{"role": "user", "content": f"Be brief.\n\nWhat is said?\n{AUDIO_TOKEN}"}, chat[1]]
@@ -200,7 +168,7 @@ def test_a_tokenizer_without_eos_is_refused(compose_tiny, whisper_dir, llm_dir, 
     tokenizer = AutoTokenizer.from_pretrained(llm_dir, extra_special_tokens=[AUDIO_TOKEN])
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS token"):
-        LsmProcessor(processor.feature_extractor, tokenizer)
+        speech_processor(processor.feature_extractor, tokenizer)
     AutoModelForCausalLM.from_pretrained(llm_dir).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no EOS token"):

@@ -424,36 +424,3 @@ def test_the_body_is_a_model_of_its_own(lsm, processor, clip):
     inputs = prompt(processor, [clip(1)])
     assert isinstance(lsm.model, LsmModel)
     assert lsm.model(**inputs).last_hidden_state.shape == (*inputs["input_ids"].shape, 48)
-
-
-# What rows begin with, read once
-
-
-@pytest.mark.parametrize(
-    ("shared", "change", "message"),
-    [
-        (4, {}, "do not share their first 4 tokens"),
-        (
-            2,
-            {"attention_mask": torch.tensor([[1] * 6, [0] + [1] * 5])},
-            "do not share their first 2 tokens, or are padded",
-        ),
-        (6, {}, "between 0 and the 6 tokens, got 6"),
-        (-1, {}, "between 0 and the 6 tokens, got -1"),
-        (2, {"use_cache": True}, "leave the cache out"),
-    ],
-)
-def test_a_beginning_that_is_not_shared_is_refused(lsm, shared, change, message):
-    ids = torch.tensor([[5, 6, 7, 8, 9, 10], [5, 6, 7, 9, 9, 10]])
-    with pytest.raises(ValueError, match=message):
-        lsm(ids, shared_prefix=shared, **change)
-
-
-def test_a_shared_beginning_and_gradient_checkpointing_do_not_go_together(lsm_dir):
-    model = LsmForConditionalGeneration.from_pretrained(lsm_dir).train()
-    model.gradient_checkpointing_enable()
-    ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
-    with pytest.raises(ValueError, match="switch one off"):
-        model(ids, shared_prefix=2, use_cache=False)
-    model.eval()
-    close(model(ids, shared_prefix=2).logits, model(ids).logits)

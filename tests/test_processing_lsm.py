@@ -16,7 +16,9 @@ from tiny_tokenizer import CHAT_TEMPLATE, DATED_TEMPLATE, THINKING_TEMPLATE, tin
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, ByT5Tokenizer, WhisperFeatureExtractor
 
-from processing_lsm import AUDIO_TOKEN, BREAK, DEFAULT_CHAT_TEMPLATE, LsmProcessor, load_audio
+from language_models.templates import DEFAULT_CHAT_TEMPLATE
+from language_models.tokenizers import speech_processor
+from processing_lsm import AUDIO_TOKEN, BREAK, LsmProcessor, load_audio
 
 
 @given(
@@ -225,7 +227,7 @@ TEMPLATES = [
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_templates_of_all_kinds_see_plain_messages(processor, template, clip):
     llm = processor.tokenizer
-    own = LsmProcessor(processor.feature_extractor, copy.deepcopy(llm), chat_template=template)
+    own = speech_processor(processor.feature_extractor, copy.deepcopy(llm), chat_template=template)
     messages = [{"role": "user", "content": "Do this.\nhello"}, {"role": "assistant", "content": "Done."}]
     expected = llm.apply_chat_template(messages, chat_template=template, tokenize=False)
     teacher = own.conversation("Do this.", transcript="hello", response="Done.")
@@ -267,7 +269,7 @@ def any_processor(request):
     tokenizer = TOKENIZERS[request.param]()
     tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
     tokenizer.pad_token = tokenizer.eos_token
-    return LsmProcessor(WhisperFeatureExtractor(), tokenizer)
+    return speech_processor(WhisperFeatureExtractor(), tokenizer)
 
 
 def test_a_text_that_names_special_tokens_is_read_as_text(any_processor, clip, tmp_path):
@@ -302,7 +304,7 @@ def test_any_other_text_keeps_its_tokens(name):
     tokenizer = TOKENIZERS[name]()
     before = tokenizer(text).input_ids
     tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
-    assert LsmProcessor(WhisperFeatureExtractor(), tokenizer).tokenizer(text).input_ids == before
+    assert speech_processor(WhisperFeatureExtractor(), tokenizer).tokenizer(text).input_ids == before
 
 
 def test_parts_of_another_kind_are_refused(processor):
@@ -321,7 +323,7 @@ def with_template(template, **settings):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
     tokenizer.pad_token = tokenizer.eos_token
-    return LsmProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=template, **settings)
+    return speech_processor(WhisperFeatureExtractor(), tokenizer, chat_template=template, **settings)
 
 
 def ask(own, **settings):
@@ -396,7 +398,7 @@ def test_the_default_template_serves_tokenizers_without_one(processor, llm_dir):
     tokenizer = AutoTokenizer.from_pretrained(llm_dir)
     tokenizer.chat_template = None
     tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
-    plain = LsmProcessor(processor.feature_extractor, tokenizer)
+    plain = speech_processor(processor.feature_extractor, tokenizer)
     assert plain.chat_template.endswith(DEFAULT_CHAT_TEMPLATE)
     messages = plain.conversation("What is said?", transcript="hello", response="Hello.")
     assert plain.apply_chat_template(messages).endswith("USER: What is said?\nhello ASSISTANT: Hello.</s>")
@@ -405,6 +407,11 @@ def test_the_default_template_serves_tokenizers_without_one(processor, llm_dir):
 def test_a_tokenizer_without_the_placeholder_is_refused(processor, llm_dir):
     with pytest.raises(ValueError, match="no token"):
         LsmProcessor(processor.feature_extractor, AutoTokenizer.from_pretrained(llm_dir))
+
+
+def test_a_chat_template_that_has_no_place_for_audio_is_refused(processor):
+    with pytest.raises(ValueError, match=r"does not say where <\|audio\|> goes.*speech_processor"):
+        LsmProcessor(processor.feature_extractor, copy.deepcopy(processor.tokenizer), DEFAULT_CHAT_TEMPLATE)
 
 
 def test_audio_parts_are_read_by_every_name(processor, clip, tmp_path):

@@ -1,4 +1,4 @@
-"""What a corpus is to those who read it: a stream of utterances, and errors that say where they stand."""
+"""A corpus as a stream of utterances, with errors that name the line of a bad utterance."""
 
 import io
 import logging
@@ -23,21 +23,21 @@ FEATURES = Features(
         "source": Value("string"),  # corpus and split
     }
 )
-# Where a corpus names its columns otherwise than it is told, the first of these that it has is taken.
+# Common names of the columns. If no column is named by the user or a preset, the first of these that exists is used.
 COLUMNS = {
     "audio": ("audio", "audio_filepath", "audio_path", "file_name", "path", "file", "wav"),
     "transcript": ("transcript", "text", "sentence", "transcription", "normalized_text"),
     "id": ("id", "utterance_id", "segment_id", "utt_id"),
 }
-_UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile says of FLAC that was written to a pipe
-_STREAMED = 0x7FFF0000  # bytes and more that the header of a WAV promises if it was written to a pipe
-# In libsndfile's log: bytes of samples that WAV, AIFF and AU headers promise, and those that there are.
+_UNKNOWN_LENGTH = 2**63 - 1  # frames that libsndfile reports for FLAC that was written to a pipe
+_STREAMED = 0x7FFF0000  # a WAV that was written to a pipe states at least this many bytes in its header
+# In libsndfile's log: the bytes of samples that a WAV, AIFF or AU header states, and those that the file has.
 _PROMISE = re.compile(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
-_LOST = 0.1  # seconds of an audio file that may be missing: no word of it
+_LOST = 0.1  # seconds that may be missing from an audio file: too short for a word
 
 
 class RefusedRowError(ValueError):
-    """An utterance that cannot be used: `where` it stands, and the `reason`, few words that can be counted."""
+    """An utterance that cannot be used. `where` names its line or file; `reason` is a short text from a fixed set."""
 
     def __init__(self, where: str, reason: str, details: str = ""):
         self.where, self.reason = _printable(where), reason
@@ -45,44 +45,44 @@ class RefusedRowError(ValueError):
 
 
 class UnusedFileError(RefusedRowError):
-    """A file of a corpus that no utterance is of. Builds count it; whoever reads all utterances goes on."""
+    """A file that belongs to no utterance. A build counts it; reading all utterances skips it with a warning."""
 
 
 class Corpus:
-    """A split of a corpus, to be read file by file.
+    """A split of a corpus, which is read file by file.
 
-    `num_files` files can be read apart; their number, the order of the utterances in them and their ids depend on the
-    corpus alone.
+    The `num_files` files can be read independently. Their number, and the order and the ids of their utterances, depend
+    only on the corpus.
     """
 
     num_files = 1
-    default_limit: int | None = None  # utterances, of a corpus that has no end
-    revision: str | None = None  # commit, or the fingerprint of what its files hold, where there is one
+    default_limit: int | None = None  # utterances; for a corpus without an end
+    revision: str | None = None  # commit, or fingerprint of the files; None if unknown
     config: str | None = None
     license: str | None = None
     language: str | None = None
 
     def __init__(self, name: str, split: str, columns: dict[str, str], normalizer: str = "plain"):
         if normalizer not in NORMALIZERS:
-            raise ValueError(f"unknown normalizer {normalizer!r}; there are {list(NORMALIZERS)}")
+            raise ValueError(f"unknown normalizer {normalizer!r}; expected one of {list(NORMALIZERS)}")
         self.name, self.split, self.columns, self.normalizer = name, split, columns, normalizer
-        self.origin = name  # its Hub id, or its folder's or file's name; `name` is what rows call it
+        self.origin = name  # the Hub id, or the folder's or file's name; `name` is used in the rows
 
     @property
     def source(self) -> str:
         return f"{self.name}/{self.split}"
 
     def describe(self) -> dict:
-        """Which corpus this is, as JSON takes it."""
+        """Return a description of the corpus for JSON."""
         names = ("origin", "name", "split", "config", "revision", "columns", "normalizer", "license", "language")
         return {"kind": type(self).__name__, **{name: getattr(self, name) for name in names}}
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:
-        """Where an utterance stands, and what stands there in the corpus's own columns: cheap, nothing is decoded."""
+        """Yield the place of each utterance and its line, in the corpus's own columns. Cheap: no audio is decoded."""
         raise NotImplementedError
 
     def audio(self, where: str, line: dict) -> dict:
-        """The `{"bytes", "path"}` of an utterance.
+        """Return the audio file of an utterance as `{"bytes", "path"}`.
 
         Raises:
             RefusedRowError: the file cannot be read.
@@ -90,20 +90,20 @@ class Corpus:
         raise NotImplementedError
 
     def utterance(self, where: str, line: dict | RefusedRowError) -> dict:
-        """The row of `FEATURES` for one of the `lines`.
+        """Return one of the `lines` as a row of `FEATURES`.
 
         Raises:
-            RefusedRowError: its audio cannot be read, it has no transcript, or its texts are not UTF-8.
+            RefusedRowError: the audio cannot be read, the transcript is missing, or a text is not UTF-8.
         """
         if isinstance(line, RefusedRowError):
             raise line
         column = self.columns["transcript"]
         if column not in line:
-            raise RefusedRowError(where, "no column", f"{column!r} is missing, there are {sorted(line)}")
+            raise RefusedRowError(where, "no column", f"{column!r} is missing; the columns are {sorted(line)}")
         text = NORMALIZERS[self.normalizer](line[column]) if isinstance(line[column], str) else ""
         if not text:
             given = reprlib.repr(line[column])
-            raise RefusedRowError(where, "no transcript", f"{column!r} is {given}; expected what is said")
+            raise RefusedRowError(where, "no transcript", f"{column!r} is {given}; expected the spoken text")
         audio = self.audio(where, line)
         try:
             duration = duration_of(audio)
@@ -112,7 +112,7 @@ class Corpus:
         id = self.id_of(where, line, audio)
         for value in (id, text, audio["path"] or ""):
             if value != _printable(value):
-                raise RefusedRowError(where, "not UTF-8", f"{value!r}; expected text in that encoding")
+                raise RefusedRowError(where, "not UTF-8", f"{value!r}; convert the text to UTF-8")
         return {
             "id": id,
             "audio": audio,
@@ -122,30 +122,35 @@ class Corpus:
         }
 
     def id_of(self, where: str, line: dict, audio: dict) -> str:
-        """The corpus's own id, or else where the utterance stands."""
+        """Return the corpus's id of the utterance, or its place if there is none."""
         value = line.get(self.columns.get("id", ""))
         return where if value in (None, "") else str(value)
 
     def __iter__(self) -> Iterator[dict]:
-        """All utterances; the first that cannot be used ends it with a `RefusedRowError`."""
+        """Yield all utterances. Raises RefusedRowError at the first that cannot be used."""
         for where, line in self.all_lines():
             yield self.utterance(where, line)
 
     def all_lines(self) -> Iterator[tuple[str, dict | RefusedRowError]]:
-        """The lines of all files, for those who read a corpus as a whole. Files that no utterance is of are told."""
+        """Yield the lines of all files. Logs a warning for each file that belongs to no utterance."""
         for file in range(self.num_files):
             for where, line in self.lines(file):
                 if isinstance(line, UnusedFileError):
-                    logger.warning("not used: %s", line)
+                    logger.warning("file not used: %s", line)
                 else:
                     yield where, line
 
 
 def choose_columns(there: list[str], told: dict[str, str], corpus: str) -> dict[str, str]:
-    """Which column of a corpus is its `audio`, its `transcript` and, if it has one, its `id`.
+    """Return the names of the `audio` column, the `transcript` column and, if there is one, the `id` column.
+
+    Args:
+        there: names of the corpus's columns.
+        told: names given by the user or a preset, by role; common names (`COLUMNS`) are tried for the other roles.
+        corpus: name of the corpus, for errors.
 
     Raises:
-        ValueError: a column that it was told of is not there, or none that could be it; names those there are.
+        ValueError: a given column does not exist, or no column has a common name. Lists the columns.
     """
     chosen = {}
     for role, customary in COLUMNS.items():
@@ -156,17 +161,17 @@ def choose_columns(there: list[str], told: dict[str, str], corpus: str) -> dict[
         elif role in told or role != "id":
             names = " or ".join(map(repr, candidates))
             raise ValueError(
-                f"{corpus} has no column {names} for the {role}; it has {there}. Name its columns: by "
-                "--audio-column, --transcript-column and --id-column of a build."
+                f"{corpus} has no column {names} for the {role}; it has {there}. Name the right ones; a build "
+                "takes --audio-column, --transcript-column and --id-column."
             )
     return chosen
 
 
 def duration_of(audio: dict) -> float:
-    """Seconds of an audio file given as `{"bytes", "path"}`, from its header.
+    """Return the duration in seconds of an audio file, given as `{"bytes", "path"}`, from its header.
 
     Raises:
-        ValueError: the file cannot be read, holds no samples, does not say how many, or is shorter than it says.
+        ValueError: the file cannot be read or has no samples, its header states no length, or the file is shorter.
     """
     import soundfile
 
@@ -177,9 +182,9 @@ def duration_of(audio: dict) -> float:
         reason = getattr(error, "error_string", error)
         raise ValueError(f"cannot read {audio.get('path') or 'the given bytes'} as audio: {reason}") from error
     if info.frames == 0:
-        raise ValueError(f"{audio.get('path') or 'the audio'} has no samples; expected speech.")
+        raise ValueError(f"{audio.get('path') or 'the audio'} has no samples; expected a clip of speech.")
     if info.frames == _UNKNOWN_LENGTH:
-        raise ValueError(f"{audio.get('path') or 'the audio'} does not say how long it is; write it to a file anew.")
+        raise ValueError(f"{audio.get('path') or 'the audio'} has no length in its header; convert the file again.")
     seconds = info.frames / info.samplerate
     if promise := _PROMISE.search(info.extra_info):
         said, there = map(int, promise.groups())
@@ -189,10 +194,10 @@ def duration_of(audio: dict) -> float:
 
 
 def decode(audio: dict, rate: int = 16_000) -> np.ndarray:
-    """The waveform `(samples,)` float32 at `rate` Hz of an audio file given as `{"bytes", "path"}`.
+    """Return the waveform `(samples,)` float32 at `rate` Hz of an audio file, given as `{"bytes", "path"}`.
 
     Raises:
-        ValueError: as in `load_audio`, or the file ends before its header says.
+        ValueError: as in `load_audio`, or the file is shorter than its header states.
     """
     waveform = load_audio(audio, target_rate=rate)
     _check_whole(audio, len(waveform) / rate, duration_of(audio))
@@ -202,9 +207,9 @@ def decode(audio: dict, rate: int = 16_000) -> np.ndarray:
 def _check_whole(audio: dict, seconds: float, promised: float) -> None:
     if seconds < promised - _LOST:
         name = audio.get("path") or "the audio"
-        raise ValueError(f"{name} is cut off: it has {seconds:.2f} of the {promised:.2f} s that its header promises.")
+        raise ValueError(f"{name} is cut off: it has {seconds:.2f} of the {promised:.2f} s that its header states.")
 
 
 def _printable(text: str) -> str:
-    """With what could not be decoded, or not be encoded again, as `\\udc..`."""
+    """Return the text with characters that UTF-8 cannot encode written as `\\udc..`."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Corpora whose audio lies in files of their own: manifests and audio folders."""
+"""Corpora of local audio files: manifests and audio folders."""
 
 import codecs
 import csv
@@ -17,24 +17,24 @@ from dataset_builders.files import middle
 
 MANIFESTS = (".jsonl", ".json", ".csv", ".tsv")
 AUDIO_FILES = (".flac", ".wav", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf", ".sph", ".w64")
-OTHER_AUDIO = (".m4a", ".aac", ".mp4", ".webm", ".wma", ".amr", ".3gp", ".mka")  # which soundfile does not read
-DOCUMENTS = ("readme", "license", "licence", "notice")  # texts of no clip
-FIRST_LINES = 100  # they show which columns there are
+OTHER_AUDIO = (".m4a", ".aac", ".mp4", ".webm", ".wma", ".amr", ".3gp", ".mka")  # soundfile cannot read these
+DOCUMENTS = ("readme", "license", "licence", "notice")  # text files that are not transcripts
+FIRST_LINES = 100  # lines that are read to find the columns
 CUT = "cut the audio into utterances first"
 
 
 def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    """A file of text in UTF-8, or in UTF-16 that says so by its byte order mark. Other bytes are kept as they are, so
-    that their line alone is refused."""
+    """Open a text file in UTF-8, or in UTF-16 with a byte order mark. Invalid bytes are kept, so that only the lines
+    with them are refused."""
     with open(path, "rb") as file:
         utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     return open(path, encoding="utf-16" if utf16 else "utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 class FileCorpus(Corpus):
-    """Utterances whose audio lies in files of their own, under `data_root`."""
+    """Utterances with one audio file each, under `data_root`."""
 
-    expected: str  # what makes it one
+    expected: str  # the format, for errors
 
     def __init__(self, path: Path, split: str, columns: dict[str, str], normalizer: str, data_root: str | Path | None):
         self.path = path
@@ -44,12 +44,12 @@ class FileCorpus(Corpus):
         there = list(dict.fromkeys(column for line in lines if isinstance(line, dict) for column in line))
         if not there:
             trouble = lines[0] if lines else "it is empty"
-            raise ValueError(f"{path} has no utterance that can be read ({trouble}); expected {self.expected}.")
+            raise ValueError(f"{path} has no readable utterance ({trouble}); expected {self.expected}.")
         self.columns = choose_columns(there, columns, str(path))
 
     @cached_property
     def revision(self) -> str:
-        """A hash of all lines, and of the sizes and the middles of the files that they name."""
+        """A hash of all lines, and of the size and the middle of each audio file that they name."""
         digest = hashlib.sha256()
         for where, line in self.lines(0):
             digest.update(repr((where, line if isinstance(line, dict) else str(line))).encode())
@@ -70,24 +70,26 @@ class FileCorpus(Corpus):
         file = self._resolve(where, given)
         try:
             return {"bytes": file.read_bytes(), "path": file.name}
-        except (OSError, ValueError) as error:  # ValueError: a null byte, or what no file's name can have
+        except (OSError, ValueError) as error:  # ValueError: an invalid name, such as one with a null byte
             raise RefusedRowError(where, "unreadable audio", str(error)) from error
 
     def utterance(self, where: str, line: dict | RefusedRowError) -> dict:
-        """As of any corpus; where lines have an offset, one whose `duration` ends before the file does is refused."""
+        """As in `Corpus`; also refuses a line with an `offset` whose `duration` is shorter than its file."""
         row = super().utterance(where, line)
         duration = _number(line.get("duration"))
         if "offset" in line and duration is not None and duration < row["duration"] - 0.5:
-            details = f"duration is {duration} of {row['duration']:.2f} seconds; {CUT}"
+            details = f"duration is {duration} s, but the file has {row['duration']:.2f} s; {CUT}"
             raise RefusedRowError(where, "part of a file", details)
         return row
 
     def _resolve(self, where: str, given: str) -> Path:
-        """The file, which must lie under the data root. Links are followed: whoever made them meant it."""
+        """Return the path of the file, which must be under the data root. Symbolic links may lead out of it."""
         file = Path(os.path.normpath(self.data_root / given))
         if not file.is_relative_to(self.data_root):
             raise RefusedRowError(
-                where, "outside the data root", f"{given} is not under {self.data_root}; see --data-root of a build"
+                where,
+                "outside the data root",
+                f"{given} is not under {self.data_root}; a build takes another --data-root",
             )
         return file
 
@@ -100,9 +102,9 @@ class FileCorpus(Corpus):
 
 
 class ManifestCorpus(FileCorpus):
-    """A `.jsonl`, `.csv` or `.tsv` file with a line per utterance; one that cannot be read is refused by its number."""
+    """A `.jsonl`, `.csv` or `.tsv` file with a line per utterance. Lines that cannot be read are refused."""
 
-    expected = "a line for each, of JSON or below a header"
+    expected = "a line of JSON, or a row below a header, for each utterance"
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:
         with open_text(self.path, newline="") as text:
@@ -110,15 +112,16 @@ class ManifestCorpus(FileCorpus):
 
 
 class AudioFolder(FileCorpus):
-    """A folder of audio files with their texts beside them, in any of the three customs.
+    """A folder of audio files with their transcripts, in one of three formats: metadata.jsonl or metadata.csv,
+    *.trans.txt, or a .txt file for each audio file.
 
-    If it has a folder named like the split, that is what is read: the others are other splits. What is there and no
-    utterance is of, a clip that no line names or a text without a clip, comes last, as `UnusedFileError`s.
+    If the folder has a subfolder with the name of the split, only that is read. Clips that no line names, and texts
+    without a clip, come last, as `UnusedFileError`s.
     """
 
     expected = (
-        "metadata.jsonl, metadata.csv, *.trans.txt or a .txt beside each audio file; if it has a manifest of another "
-        "name, name that"
+        "metadata.jsonl, metadata.csv, *.trans.txt or a .txt beside each audio file; if its manifest has another name, "
+        "pass the path of the manifest"
     )
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:
@@ -136,7 +139,7 @@ class AudioFolder(FileCorpus):
         for file in filter(_is_audio, self._find("*")):
             if os.path.abspath(file) not in named:
                 name = str(file.relative_to(self.path))
-                yield name, UnusedFileError(name, "not listed", f"no line of {tables[0].name} or its like names it")
+                yield name, UnusedFileError(name, "not listed", f"no line of {tables[0].name} or similar names it")
 
     def _find(self, pattern: str) -> list[Path]:
         part = self.path / self.split
@@ -151,13 +154,13 @@ class AudioFolder(FileCorpus):
                 yield where, line
 
     def _chapter_lines(self, transcripts: Path) -> Iterator[tuple[str, dict | RefusedRowError]]:
-        """LibriSpeech's release: `84-121123.trans.txt` with lines `84-121123-0000 GO DO YOU HEAR`, beside the FLACs."""
+        """Read LibriSpeech's format: `84-121123.trans.txt` beside the FLACs, with lines `84-121123-0000 GO DO YOU`."""
         folder = transcripts.parent.relative_to(self.path)
         with open_text(transcripts) as file:
             lines = file.read().split("\n")
         for number, line in enumerate(lines, 1):
             id, _, text = line.partition(" ")
-            if line.strip():  # columns as LibriSpeech has them on the Hub
+            if line.strip():  # the columns have their names in LibriSpeech on the Hub
                 where = f"{transcripts.name} line {number}"
                 yield where, {"id": id, "audio": str(folder / f"{id}.flac"), "text": text}
 
@@ -167,7 +170,7 @@ class AudioFolder(FileCorpus):
         for file in filter(_is_audio, files):
             name, text = str(file.relative_to(self.path)), file.with_suffix(".txt")
             if file.suffix.lower() in OTHER_AUDIO:
-                details = f"{file.suffix} is not read; convert it to one of {', '.join(AUDIO_FILES)}"
+                details = f"{file.suffix} is not supported; convert it to one of {', '.join(AUDIO_FILES)}"
                 yield name, RefusedRowError(name, "unreadable audio", details)
             elif text.is_file():
                 with open_text(text) as opened:
@@ -178,7 +181,7 @@ class AudioFolder(FileCorpus):
             of_clip = file.with_suffix("") in clips or file.stem.lower() in DOCUMENTS
             if file.suffix.lower() == ".txt" and not of_clip:
                 name = str(file.relative_to(self.path))
-                yield name, UnusedFileError(name, "no audio", "there is no audio file of its name beside it")
+                yield name, UnusedFileError(name, "no audio", "there is no audio file with its name beside it")
 
 
 def _is_audio(path: object) -> bool:
@@ -229,6 +232,6 @@ def _json_line(where: str, line: str) -> dict | RefusedRowError:
         row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         return RefusedRowError(where, "not JSON", f"{error.msg}, column {error.colno}")
-    except (ValueError, RecursionError) as error:  # more digits or deeper lists than Python takes
+    except (ValueError, RecursionError) as error:  # too many digits or too deep lists for Python
         return RefusedRowError(where, "not JSON", str(error))
     return row if isinstance(row, dict) else RefusedRowError(where, "not JSON", "expected an object in braces")

@@ -1,16 +1,16 @@
-"""Any ASR corpus as rows of one schema: `id`, `audio`, `transcript`, `duration`, `source`.
+"""Open any ASR corpus as rows of one schema: `id`, `audio`, `transcript`, `duration`, `source`.
 
 A corpus is one of
 
-- the name of a preset (`PRESETS`), some of which are spoken on the fly;
-- a manifest: a `.jsonl`, `.csv` or `.tsv` file with a line per utterance, naming an audio file and its text (NeMo's
-  manifests, Common Voice's release and the original project's JSONL are such);
-- an audio folder: files with a `metadata.jsonl` or `metadata.csv`, with LibriSpeech's `*.trans.txt`, or each with a
-  `.txt` of its name;
-- whatever `load_dataset` opens: a Hub id or a folder of Parquet files.
+- the name of a preset (`PRESETS`), some of which are synthesised on the fly;
+- a manifest: a `.jsonl`, `.csv` or `.tsv` file with an audio file and its text in each line (for example of NeMo, of
+  Common Voice's releases or of the original project);
+- an audio folder: audio files with a `metadata.jsonl` or `metadata.csv`, with LibriSpeech's `*.trans.txt`, or each with
+  a `.txt` of the same name;
+- a Hub id or a folder of Parquet files, which `load_dataset` opens.
 
-All are read as streams, one utterance at a time. Audio is passed on as the bytes of its file, never decoded and encoded
-again. What cannot be used is a `RefusedRowError` that says where it stands and why.
+Corpora are read as streams, one utterance at a time. Audio stays as the bytes of its file, without encoding it again.
+An utterance that cannot be used gives a `RefusedRowError` that says where it is and why.
 """
 
 import itertools
@@ -31,12 +31,12 @@ from dataset_builders.corpora.corpus import FEATURES, Corpus, RefusedRowError, c
 from dataset_builders.corpora.local import MANIFESTS, AudioFolder, ManifestCorpus, is_audio_folder
 from dataset_builders.files import fingerprint
 
-FILE_TYPES = ("string", "large_string", "binary", "large_binary")  # columns of paths, or of the files themselves
+FILE_TYPES = ("string", "large_string", "binary", "large_binary")  # types of columns with paths or file contents
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What is known of a well-known corpus: where it is, its columns, the rule for its transcripts, its licence."""
+    """Settings of a well-known corpus: Hub id, columns, rule for its transcripts, licence and more."""
 
     corpus: str | None
     columns: dict[str, str]
@@ -44,8 +44,8 @@ class Preset:
     license: str | None
     language: str | None = "en"
     config: str | None = None
-    audio_folder: str | None = None  # beside a manifest, where its audio is
-    speaker: str | None = None  # `module:Class` of a corpus that no files hold, made with the split
+    audio_folder: str | None = None  # folder of the audio, beside the manifest
+    speaker: str | None = None  # `module:Class` of a corpus that is synthesised, called with the split
 
 
 PRESETS = {
@@ -56,7 +56,7 @@ PRESETS = {
         "cc-by-4.0",
         config="all",
     ),
-    # Its releases are folders of clips/ and TSV files: name the TSV as the corpus.
+    # A release has TSV files and a folder clips/. The path of a TSV file is passed as the corpus.
     "common_voice": Preset(
         None,
         {"transcript": "sentence", "id": "path"},
@@ -70,11 +70,11 @@ PRESETS = {
     ),
     "nano": Preset(None, {}, "plain", "apache-2.0", speaker="dataset_builders.nano.corpus:NanoCorpus"),
 }
-OF_FILES = [name for name, known in PRESETS.items() if known.speaker is None]  # whose columns and rules are known
+OF_FILES = [name for name, known in PRESETS.items() if known.speaker is None]  # not synthesised
 
 
 class HubCorpus(Corpus):
-    """What `load_dataset` opens, as a stream: a Hub id, or a folder of data files."""
+    """A Hub id or a folder of data files, which `load_dataset` opens as a stream."""
 
     def __init__(
         self,
@@ -121,12 +121,12 @@ class HubCorpus(Corpus):
                 return {"bytes": file.read(), "path": name}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             if self.folder is None and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                raise  # the network's fault: the build can go on later
+                raise  # a network error: the build can be continued later
             raise RefusedRowError(where, "unreadable audio", str(error)) from error
 
     def _resolve(self, where: str, path: str) -> str:
-        """A file of the corpus as `xopen` takes it, perhaps in an archive (`zip://a.wav::FILE`). It may name no
-        other: what it names is read here, and published."""
+        """Return a file of the corpus, perhaps in an archive (`zip://a.wav::FILE`), as `xopen` takes it. Refuses files
+        outside the corpus, because their content would be read and published."""
         *inside, file = path.split("::")
         if self.folder is not None:
             file = os.path.normpath(self.folder / file)
@@ -135,23 +135,25 @@ class HubCorpus(Corpus):
             own = file.startswith((f"hf://datasets/{self.name}@", f"hf://datasets/{self.name}/"))
             own = own and ".." not in file.split("/")
         if not own or not all(hop.startswith("zip://") for hop in inside):
-            root = f"under {self.folder}; see --data-root of a build" if self.folder else f"a file of {self.name}"
+            root = (
+                f"under {self.folder}; a build takes another --data-root" if self.folder else f"a file of {self.name}"
+            )
             raise RefusedRowError(where, "outside the data root", f"{path} is not {root}")
         return "::".join([*inside, file])
 
 
 def _commit(corpus: str, revision: str | None) -> str:
-    """The commit of a data set on the Hub. Raises ValueError if there is none, or the Hub cannot be asked."""
+    """Return the commit of a dataset on the Hub. Raises ValueError if it does not exist or the Hub is not reachable."""
     try:
         return HfApi().dataset_info(corpus, revision=revision).sha
     except (OSError, ValueError) as error:
-        raise ValueError(f"{corpus} does not exist here, and cannot be opened on the Hub: {error}") from error
+        raise ValueError(f"{corpus} is not a local path, and cannot be opened on the Hub: {error}") from error
 
 
 def _columns_of(stream: IterableDataset, columns: dict[str, str], corpus: str) -> dict[str, str]:
-    """As `choose_columns`; raises ValueError also if the audio is not in files."""
+    """As `choose_columns`. Also raises ValueError if the audio column does not hold files or their paths."""
     if stream.features is None:
-        raise ValueError(f"{corpus}: its first rows cannot be read; expected Parquet, JSON Lines, CSV or audio files.")
+        raise ValueError(f"{corpus}: the first rows cannot be read; expected Parquet, JSON Lines, CSV or audio files.")
     chosen = choose_columns(stream.column_names, columns, corpus)
     kind = stream.features[chosen["audio"]]
     files = {"bytes", "path"} & set(kind) if isinstance(kind, dict) else getattr(kind, "dtype", None) in FILE_TYPES
@@ -176,18 +178,18 @@ def open_corpus(
 
     Args:
         corpus: a manifest, an audio folder, a folder or Hub id that `load_dataset` opens, or a preset's name.
-        split: its split, such as `train`: of an audio folder, the folder of that name in it if there is one. Other
-            audio folders and manifests are one split, which gets this name.
-        config: its configuration, if it has several.
-        preset: whose columns and transcript rule are used (`PRESETS`); by default that of its Hub id, or none.
-        columns: names of its `audio`, `transcript` and `id` columns, where neither preset nor custom has them.
-        normalizer: the rule for its transcripts (`transcripts.py`); the preset's or `plain` by default.
-        data_root: folder that audio must be in and paths start from; the manifest's own, or the folder, by default.
+        split: split of the corpus, such as `train`. In an audio folder, this is a subfolder, if there is one of this
+            name. Other audio folders and manifests have one split, which gets this name.
+        config: configuration of the corpus, if it has several.
+        preset: preset whose columns and transcript rule are used (`PRESETS`); by default the one with this Hub id.
+        columns: names of the `audio`, `transcript` and `id` columns that differ from the preset and the common names.
+        normalizer: rule for the transcripts (`transcripts.py`); by default the preset's, or `plain`.
+        data_root: folder that relative paths start from and audio must be in; by default the manifest's, or the corpus.
         revision: branch, tag or commit on the Hub.
-        corpus_name: what rows call it in `source` and in ids, where its own name (Hub id, folder or file) says little.
+        corpus_name: name of the corpus in `source` and in ids; by default its Hub id, folder or file name.
 
     Raises:
-        ValueError: no such corpus, preset, normalizer or column; names those there are.
+        ValueError: the corpus, preset, normalizer or column does not exist. Lists the existing ones.
     """
     name = str(corpus)
     known = _preset(preset, name)
@@ -205,7 +207,7 @@ def _open(name, split, known: Preset, config, columns, normalizer, data_root, re
     if path.is_file():
         if path.suffix not in MANIFESTS:
             raise ValueError(
-                f"{path} is no manifest; expected one of {', '.join(MANIFESTS)}, or a folder of Parquet or audio files."
+                f"{path} is not a manifest; expected {', '.join(MANIFESTS)}, or a folder of Parquet or audio files."
             )
         if data_root is None and known.audio_folder:
             data_root = path.parent / known.audio_folder
@@ -215,41 +217,41 @@ def _open(name, split, known: Preset, config, columns, normalizer, data_root, re
     if path.is_dir():
         return HubCorpus(name, split, columns, normalizer, config, data_root=data_root)
     if path.suffix in MANIFESTS or path.is_absolute() or name.startswith("."):
-        raise ValueError(f"{name} does not exist; expected a manifest, a folder or the id of a data set on the Hub.")
+        raise ValueError(f"{name} does not exist; expected a manifest, a folder or the id of a dataset on the Hub.")
     if data_root is not None:
-        raise ValueError(f"{name} is on the Hub, where audio is not under a {data_root=}; leave that out.")
+        raise ValueError(f"{name} is on the Hub, so {data_root=} has no effect; leave it out.")
     hub_id = PRESETS[name].corpus if name in PRESETS else name
     config = config or (known.config if hub_id == known.corpus else None)
     return HubCorpus(hub_id, split, columns, normalizer, config, revision)
 
 
 def load_corpus(corpus: str | Path, split: str, limit: int | None = None, **settings) -> Dataset:
-    """The first `limit` utterances of a split, in memory: for evaluation. `settings` as in `open_corpus`.
+    """Load the first `limit` utterances of a split into memory, for evaluation. `settings` as in `open_corpus`.
 
     Returns:
         A dataset with the columns `id` (string), `audio` (`{"bytes", "path"}`), `transcript` (string), `duration`
         (float32, seconds) and `source` (string, corpus and split).
 
     Raises:
-        ValueError: as in `open_corpus`, an utterance that cannot be used, or none at all.
+        ValueError: as in `open_corpus`, or an utterance cannot be used, or there are none.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"{limit=} must be 1 or more.")
     opened = open_corpus(corpus, split, **settings)
     rows = list(itertools.islice(opened, opened.default_limit if limit is None else limit))
     if not rows:
-        raise ValueError(f"{opened.source} has no utterance.")
+        raise ValueError(f"{opened.source} has no utterances; choose another corpus or split.")
     dataset = Dataset.from_list(rows, features=FEATURES)
     return dataset.cast_column("audio", Audio(16_000, decode=False))
 
 
 def _preset(preset: str | None, corpus: str) -> Preset:
     if preset is not None and preset not in OF_FILES:
-        raise ValueError(f"unknown preset {preset!r}; there are {OF_FILES}")
+        raise ValueError(f"unknown preset {preset!r}; expected one of {OF_FILES}")
     by_id = {known.corpus: name for name, known in PRESETS.items() if known.corpus}
     name = preset or by_id.get(corpus) or (corpus if corpus in PRESETS else None)
     if name == corpus and PRESETS[name].corpus is None and PRESETS[name].speaker is None:
         raise ValueError(
-            f"{name} is not on the Hub: name its TSV file, or a mirror's id, and --preset {name} of a build."
+            f"{name} is not on the Hub; pass its TSV file, or the Hub id of a copy; a build takes --preset {name}."
         )
     return PRESETS[name] if name else Preset(None, {}, "plain", None, None)

@@ -1,14 +1,14 @@
-"""Transcripts as an LLM would rather read them: what each corpus's own conventions become.
+"""Rules that turn the transcripts of each corpus into ordinary text.
 
-An LLM answers "ARE YOU HURT SHE ASKED" or "yes <COMMA> sir <PERIOD>" worse than plain text. The rules change marks and
-case alone, never a word, and are named in the set's card.
+An LLM answers "ARE YOU HURT SHE ASKED" or "yes <COMMA> sir <PERIOD>" worse than ordinary text. The rules change only
+punctuation and case, never a word. The card of the set names the rule.
 
 | rule | for | does |
 |---|---|---|
-| `plain` | any corpus | joins white space |
-| `librispeech` | LibriSpeech | text in capitals only: lower case, "I" and the first letter excepted |
-| `common_voice` | Common Voice | takes quotation marks off that wrap the whole sentence, as its TSV files have them |
-| `gigaspeech` | GigaSpeech | `<COMMA>` and its like become marks; then as LibriSpeech; "" where noise is tagged |
+| `plain` | any corpus | puts one space between words |
+| `librispeech` | LibriSpeech | changes text in capitals to lower case, except "I" and the first letter |
+| `common_voice` | Common Voice | removes quotation marks around a whole sentence, which its TSV files add |
+| `gigaspeech` | GigaSpeech | `<COMMA>` and the like become punctuation, then as LibriSpeech; noise becomes "" |
 """
 
 import re
@@ -23,20 +23,20 @@ _QUOTES = (('"', '"'), ("“", "”"), ("„", "“"), ("«", "»"))
 
 
 def plain(text: str) -> str:
-    """One space between words, none around."""
+    """Put one space between words and remove it around the text."""
     return " ".join(text.split())
 
 
 def bare_words(text: str) -> str:
-    """Lower case, no punctuation, single spaces; accents stay. For comparing texts, not for showing them."""
+    """Change to lower case, remove punctuation, and put one space between words. For comparing texts; keeps accents."""
     kept = (" " if unicodedata.category(char)[0] in "PSZC" else char for char in unicodedata.normalize("NFC", text))
     return " ".join("".join(kept).lower().split())
 
 
 def sentence_case(text: str) -> str:
-    """Text in capitals only becomes lower case, with a capital at the start and after `.?!`, and "I"; names stay lower.
+    """Change a text in capitals to lower case, except for "I" and the letters at the start and after `.?!`.
 
-    Any other text is returned as it is.
+    Names become lower case, too. Any other text is returned unchanged.
     """
     if not text.isupper():
         return text
@@ -45,7 +45,7 @@ def sentence_case(text: str) -> str:
 
 
 def common_voice(text: str) -> str:
-    """`"He said ""no""."` → `He said "no".`: quotes that wrap the whole sentence go, doubled ones inside become one."""
+    """`"He said ""no""."` → `He said "no".`: remove quotes around the whole sentence, and halve doubled ones inside."""
     text = plain(text)
     for opening, closing in _QUOTES:
         inside = text[1:-1]
@@ -55,7 +55,7 @@ def common_voice(text: str) -> str:
 
 
 def gigaspeech(text: str) -> str:
-    """`YES <COMMA> SIR <PERIOD>` → `Yes, sir.`; `<MUSIC>` and other clips with tagged noise → "". Unknown tags stay."""
+    """`YES <COMMA> SIR <PERIOD>` → `Yes, sir.`; text with `<MUSIC>` or another tag of noise → "". Unknown tags stay."""
     if _NO_SPEECH.search(text):
         return ""
     for tag, mark in _MARKS.items():

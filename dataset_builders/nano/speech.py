@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets import Audio, Dataset, Features, Value
 
+from dataset_builders.files import whole
 from dataset_builders.nano.espeak import SAMPLING_RATE, speak
 from dataset_builders.nano.grammar import SPLITS, sample_sentence
 
@@ -241,9 +242,8 @@ def _build_split(target: Path, split: str, size: int, seed: int, num_proc: int, 
         num_proc=min(num_proc, size),
         cache_dir=str(target.parent / ".cache"),
     )
-    partial = target.with_suffix(".parquet.partial")  # renamed when whole: a killed run leaves no half corpus
-    dataset.cast_column("audio", Audio(SAMPLING_RATE, decode=False)).to_parquet(str(partial))
-    os.replace(partial, target)
+    with whole(target) as partial:
+        dataset.cast_column("audio", Audio(SAMPLING_RATE, decode=False)).to_parquet(str(partial))
     shutil.rmtree(target.parent / ".cache")
 
 

@@ -8,10 +8,12 @@ never right there. The oracle teaches the base LLM and checks answers; it never 
 
 from collections.abc import Callable
 from itertools import permutations
+from pathlib import Path
 
 from dataset_builders.corpora.transcripts import bare_words
 from dataset_builders.nano.grammar import Sentence, lexicon
 
+POOL_PATH = Path(__file__).with_name("instructions.yaml")  # how each task is asked for
 FOLLOWING_TASKS = ("continuation", "repetition", "keyword", "intent", "sentiment", "translation")
 # Kinds that no training row of an LSM has. `spanish_who` asks for an answer in another language, `numbered` for a form.
 UNSEEN_TASKS = ("question_who", "question_what", "question_circumstance", "question_deed", "spanish_who", "numbered")

@@ -1,10 +1,11 @@
-"""What goes to a responder, and what comes back."""
+"""The requests to a responder, and its replies."""
 
 from typing import Literal, NamedTuple
 
 
 class Request(NamedTuple):
-    """What is asked. Requests of one `task` have answers of similar length, so they share batches."""
+    """An instruction about a transcript. Requests of the same `task` share batches, as their answers have similar
+    lengths."""
 
     instruction: str
     transcript: str
@@ -12,8 +13,8 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What was answered, and why it ended: the model's own end of turn, the token limit, or a prompt that cannot be
-    asked (then `text` is empty)."""
+    """An answer and why it ended: the model ended its turn, it reached the token limit, or the prompt could not be sent
+    (then `text` is empty)."""
 
     text: str
     finish: Literal["stop", "length", "prompt_too_long", "special_token"] = "stop"

@@ -1,6 +1,6 @@
-"""Who answers: a responder reads requests (instruction and transcript) and writes the responses.
+"""Responders: LLMs that read requests (instruction and transcript) and write the responses.
 
-It renders the LSM's own prompt, with the transcript in the slot where the LSM will have the speech.
+A responder reads the prompt of the LSM, with the transcript in the place of the speech.
 """
 
 import json
@@ -19,11 +19,11 @@ from language_models.identity import load_identity
 from language_models.tokenizers import make_room
 from processing_lsm import LsmProcessor
 
-# What must agree between a row's responder and the LSM that trains on it, for the row to be self-powered.
+# A row is self-powered if these agree between its responder and the LSM that trains on it.
 IDENTITY = ("model", "revision", "template")
-MAX_NEW_TOKENS = 225  # the paper's
+MAX_NEW_TOKENS = 225  # as in the paper
 KV_CACHE_BYTES = 8 * 2**30
-MOST_ROWS = 256  # of one batch: more do not make it faster
+MOST_ROWS = 256  # per batch; larger batches are not faster
 
 
 class Prompt(NamedTuple):
@@ -35,15 +35,16 @@ class Prompt(NamedTuple):
 
 
 class Responder:
-    """What all responders share: which LLM it is, and the prompts.
+    """Base class of responders, with the identity of the LLM and its prompts.
 
     Args:
-        processor: of the LSM, or `text_processor` of an LLM.
+        processor: the processor of the LSM, or `text_processor` for an LLM.
         identity: `model` and `revision` of the LLM and `template`, as in an LSM's `config.responder`.
-        settings: what the checkpoint's generation settings change in greedy decoding (`changed_decoding`).
-        max_new_tokens: longest response.
-        max_prompt_tokens: longer prompts are not asked; by default those that leave no room for the response.
-        context: positions that the LLM has, None if unknown.
+        settings: the checkpoint's generation settings that change greedy decoding (`changed_decoding`).
+        max_new_tokens: longest response, in tokens.
+        max_prompt_tokens: longest prompt, in tokens; longer ones are not answered. By default, what leaves room for the
+            response.
+        context: number of positions of the LLM, None if unknown.
     """
 
     engine: str
@@ -60,7 +61,7 @@ class Responder:
         if max_new_tokens < 1 or (max_prompt_tokens is not None and max_prompt_tokens < 1):
             raise ValueError(f"{max_new_tokens=} and {max_prompt_tokens=} must be 1 or more.")
         if context is not None and context <= max_new_tokens:
-            raise ValueError(f"{max_new_tokens=} leaves no room for a prompt: the LLM has {context} positions.")
+            raise ValueError(f"{max_new_tokens=} leaves no room for a prompt; the LLM has {context} positions.")
         self.processor = processor
         self.identity = identity
         self.settings = settings
@@ -70,7 +71,7 @@ class Responder:
 
     @property
     def provenance(self) -> str:
-        """JSON for the `responder` column: LLM id and revision, template hash and settings, decoding settings."""
+        """JSON for the `responder` column: id and revision of the LLM, hash and settings of its template, decoding."""
         return json.dumps({**self.identity, "decoding": self.decoding}, sort_keys=True)
 
     @property
@@ -78,11 +79,11 @@ class Responder:
         return {"do_sample": False, "max_new_tokens": self.max_new_tokens, "engine": self.engine, **self.settings}
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """Answer the requests, in their order.
+        """Answer the requests, in order.
 
         Raises:
-            ConnectionError: a server that cannot be reached, or keeps failing.
-            ValueError: a server that refuses a request.
+            ConnectionError: a server cannot be reached, or keeps failing.
+            ValueError: a server refuses a request.
         """
         prompts = self.render(requests)
         replies = [Reply("", self._refusal(prompt) or "stop") for prompt in prompts]
@@ -92,12 +93,12 @@ class Responder:
         return replies
 
     def _refusal(self, prompt: Prompt) -> str | None:
-        """Why a prompt cannot be asked, a name in `filters.FILTERS`."""
+        """Return why a prompt cannot be sent, a name in `filters.FILTERS`, or None."""
         limit = self.max_prompt_tokens
         return "prompt_too_long" if limit is not None and len(prompt.tokens) > limit else None
 
     def render(self, requests: Sequence[Request]) -> list[Prompt]:
-        """The prompts: what the LSM will see, with the transcript in the slot."""
+        """Return the prompts of the LSM, with the transcript in the place of the speech."""
         processor = self.processor
         conversations = [processor.conversation(asked.instruction, transcript=asked.transcript) for asked in requests]
         texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
@@ -105,25 +106,25 @@ class Responder:
         return [Prompt(text, ids, asked.task) for text, ids, asked in zip(texts, tokens, requests, strict=True)]
 
     def _generate(self, prompts: list[Prompt]) -> list[Reply]:
-        """Answer prompts, in their order."""
+        """Answer the prompts, in order."""
         raise NotImplementedError
 
 
 class LocalResponder(Responder):
-    """An LLM run by transformers, answering greedily from text alone.
+    """An LLM that transformers runs here. It reads text only, and decodes greedily.
 
     Args:
-        llm: a causal LLM, or an LSM as `recipes/compose.py` writes it whose LLM has not been trained since, or an
-            adapter for one of them: folder or Hub id.
+        llm: folder or Hub id of a causal LLM, of an LSM from `recipes/compose.py` whose LLM has not been trained, or of
+            an adapter for either.
         max_new_tokens, max_prompt_tokens: as in `Responder`.
-        kv_cache_bytes: what the keys and values of one batch may take; it sets the token budget of a batch (prompts
-            and responses, padding included).
-        dtype: of the LLM; `"auto"` is the checkpoint's.
-        template_settings: as in [`LsmProcessor`], of a causal LLM; an LSM has its own.
+        kv_cache_bytes: most bytes for the keys and values of a batch. They limit its tokens (prompts and responses,
+            including padding).
+        dtype: data type of the LLM; `"auto"` is the checkpoint's.
+        template_settings: as in [`LsmProcessor`], for a causal LLM. An LSM has its own.
 
     Raises:
-        ValueError: an LSM that does not say which LLM is inside (`config.responder`) or that is to have other template
-            settings, or limits that leave no room.
+        ValueError: an LSM does not name the LLM inside (`config.responder`), template settings were given for an LSM,
+            or the limits leave no room.
     """
 
     engine = "transformers"
@@ -138,7 +139,7 @@ class LocalResponder(Responder):
         template_settings: dict | None = None,
     ):
         processor, identity, config = load_identity(llm, template_settings)
-        # An LSM answers as the LLM that it was made of, which an adapter has changed since.
+        # An LSM must answer like the LLM that it was made of, so its adapter is left out.
         source = base_of(llm) if config.model_type == "lsm" else llm
         self.model = open_model(source, trust_remote_code=True, dtype=dtype)
         if config.model_type != "lsm":
@@ -161,7 +162,7 @@ class LocalResponder(Responder):
         return replies
 
     def _batches(self, lengths: list[int], tasks: list[str]) -> list[list[int]]:
-        """Row indices in batches of one task and similar length within the token budget; each task's longest first."""
+        """Group the rows into batches of one task and similar length within the token budget, longest rows first."""
         batches: list[list[int]] = []
         for index in sorted(range(len(lengths)), key=lambda index: (tasks[index], -lengths[index])):
             batch = batches[-1] if batches else []
@@ -184,15 +185,15 @@ class LocalResponder(Responder):
 
 
 def foreign(provenance: str, responder: dict | None) -> list[str]:
-    """What differs between a row's `responder` column and an LSM's `config.responder`: empty if self-powered.
+    """Return the differences between a row's responder and an LSM's; empty if the row is self-powered.
 
     Args:
-        provenance: the row's `responder`, as `Responder.provenance` writes it.
-        responder: `config.responder` of the LSM that would train on it.
+        provenance: `responder` column of the row, as `Responder.provenance` writes it.
+        responder: `config.responder` of the LSM that trains on the row.
     """
     try:
         written = dict(json.loads(provenance))
-    except (TypeError, ValueError):  # another program's column
+    except (TypeError, ValueError):  # not JSON: another program wrote it
         written = {}
     mine = responder or {}
     return [

@@ -1,6 +1,6 @@
-"""A responder for large sets: an LLM behind a server that speaks OpenAI's completions API (vLLM, SGLang, TGI).
+"""A responder for large sets: an LLM on a server with OpenAI's completions API (vLLM, SGLang, TGI).
 
-The server is sent the very prompt that `LocalResponder` reads, already rendered, so its own chat template has no say.
+The server gets the same rendered prompt that `LocalResponder` reads, so the server's chat template is not used.
 """
 
 import asyncio
@@ -26,44 +26,44 @@ from processing_lsm import BREAK
 try:
     import openai
 except ImportError as error:
-    raise ImportError("Asking a server takes the openai package: pip install 'self-powered-lsm[server]'") from error
+    raise ImportError("--server needs the openai package: pip install 'self-powered-lsm[server]'") from error
 
 logger = logging.getLogger(__name__)
-for _transport in ("httpx", "httpx2"):  # at INFO they log a line for every request
+for _transport in ("httpx", "httpx2"):  # they log every request at INFO
     logging.getLogger(_transport).setLevel(logging.WARNING)
 
-TRANSIENT = {408, 409, 424, 425, 429}  # worth another try, as is 500 and above; TGI's 424 is a failed generation
+TRANSIENT = {408, 409, 424, 425, 429}  # retried, like 500 and above; TGI's 424 is a failed generation
 MAX_WAIT = 120.0  # seconds, before a retry
-_jitter = random.Random()  # its own, so that the draws of whoever calls stay what they are
+_jitter = random.Random()  # separate, so that it does not change the caller's random state
 
 
 class MalformedAnswerError(Exception):
-    """An answer of status 200 that is no finished completion."""
+    """A response with status 200 that is not a finished completion."""
 
 
 class ServerResponder(Responder):
-    """An LLM run by an OpenAI-compatible server, answering greedily from text alone.
+    """An LLM on an OpenAI-compatible server. It reads text only, and decodes greedily.
 
-    The server can't prove which weights it runs: that they are those of `llm` is for the caller to see to. A
-    repetition penalty in the checkpoint's generation settings is asked for, since `LocalResponder` has it too.
+    The server cannot prove which weights it runs, so the caller must make sure that they are those of `llm`. A
+    repetition penalty in the checkpoint's generation settings is sent along, because `LocalResponder` applies it, too.
 
     Args:
-        llm: the LLM that the server runs, or an LSM with that LLM inside: folder or Hub id. Tokenizer, chat template
-            and identity come from here; no weights are loaded.
+        llm: folder or Hub id of the LLM that the server runs, or of an LSM with this LLM inside. Tokenizer, chat
+            template and identity are loaded from here, but no weights.
         server: base URL, such as `http://localhost:8000/v1`.
-        served_model: the server's name for the LLM; by default `llm`, or the only one that it serves.
-        max_new_tokens, max_prompt_tokens: as in `Responder`. The server's own context length counts too, if it says.
-        prompt_format: `"tokens"` sends token ids; `"text"` sends text, for servers that take no ids (TGI).
-        concurrency: most requests at a time.
-        max_retries: of one request, after which all is given up.
-        timeout: seconds that the server has for one answer.
-        api_key: by default that in the environment variable `OPENAI_API_KEY`, if any.
-        backoff: seconds before the first retry, doubled for every further one. A server's `Retry-After` comes first.
+        served_model: name of the LLM on the server; by default `llm`, or the only model that the server has.
+        max_new_tokens, max_prompt_tokens: as in `Responder`. The server's context length also limits the prompts.
+        prompt_format: `"tokens"` sends token ids; `"text"` sends text, for servers that take no token ids (TGI).
+        concurrency: most requests at the same time.
+        max_retries: most retries of a request before the build stops with an error.
+        timeout: seconds that the server has for an answer.
+        api_key: key for the server; by default the environment variable `OPENAI_API_KEY`, if it is set.
+        backoff: seconds before the first retry, doubled for each further one. `Retry-After` of the server has priority.
         template_settings: as in `LocalResponder`.
 
     Raises:
-        ValueError: arguments out of range, an LLM that the server doesn't serve, or a server that refuses to say.
-        ConnectionError: a server that can't be reached, or isn't ready.
+        ValueError: an argument is out of range, or the server does not have the LLM or refuses to list its models.
+        ConnectionError: the server cannot be reached or is not ready.
     """
 
     engine = "openai-compatible server"
@@ -86,12 +86,14 @@ class ServerResponder(Responder):
         if prompt_format not in ("tokens", "text"):
             raise ValueError(f"{prompt_format=} must be 'tokens' or 'text'.")
         if concurrency < 1 or max_retries < 0 or timeout <= 0 or backoff < 0:
-            raise ValueError(f"{concurrency=}, {max_retries=}, {timeout=} or {backoff=} is out of range.")
+            raise ValueError(
+                f"{concurrency=} must be 1 or more, {max_retries=} and {backoff=} 0 or more, {timeout=} above 0."
+            )
         self.server = server.rstrip("/")
         self.prompt_format = prompt_format
         self.concurrency, self.max_retries, self.timeout, self.backoff = concurrency, max_retries, timeout, backoff
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
-        self._access = {"base_url": self.server, "api_key": key, "max_retries": 0}  # `_ask` has the retries
+        self._access = {"base_url": self.server, "api_key": key, "max_retries": 0}  # `_ask` does the retries
         served = self._list_served()
         processor, identity, config = load_identity(llm, template_settings)
         self.served_model = self._choose(served, served_model, [str(llm), identity["model"]])
@@ -102,7 +104,7 @@ class ServerResponder(Responder):
         self._special = re.compile("|".join(re.escape(token.content) for token in added if token.special))
 
     def _list_served(self) -> dict[str, dict]:
-        """What the server says of each model that it serves, by id."""
+        """Return the server's descriptions of its models, by id."""
         try:
             with openai.OpenAI(**self._access, timeout=min(self.timeout, 30.0)) as client:
                 body = client.models.with_raw_response.list().http_response.text
@@ -111,7 +113,7 @@ class ServerResponder(Responder):
                 raise ValueError(f"{self.server}/models: {_describe(error)}; is the URL right?") from error
             raise ConnectionError(
                 f"{self.server} is not ready: {_describe(error)}. Start a server (such as `vllm serve LLM`) and wait "
-                "until it has loaded the LLM; or do without, then the LLM runs here."
+                "until it has loaded the LLM, or leave --server out to run the LLM here."
             ) from error
         try:
             return {card["id"]: card for card in json.loads(body)["data"]}
@@ -124,9 +126,9 @@ class ServerResponder(Responder):
                 return name
         if asked is not None or len(served) != 1:
             wanted = asked or names[0]
-            raise ValueError(f"{self.server} serves {sorted(served)} and no {wanted!r}; name one with --served-model.")
+            raise ValueError(f"{self.server} serves {sorted(served)} and not {wanted!r}; name one with --served-model.")
         (only,) = served
-        logger.warning("%s serves %r and not %r; make sure that they are one LLM.", self.server, only, names[0])
+        logger.warning("%s serves %r and not %r; make sure that they are the same LLM.", self.server, only, names[0])
         return only
 
     def _generate(self, prompts: list[Prompt]) -> list[Reply]:
@@ -138,31 +140,33 @@ class ServerResponder(Responder):
             finally:
                 if retries:
                     counts = ", ".join(f"{kind} ({count})" for kind, count in retries.most_common())
-                    logger.warning("%s failed %d times, and was asked again: %s", self.server, retries.total(), counts)
+                    logger.warning(
+                        "%s failed %d times, and the requests were retried: %s", self.server, retries.total(), counts
+                    )
 
     def _refusal(self, prompt: Prompt) -> str | None:
         unsendable = self.prompt_format == "text" and BREAK in prompt.text
         return "special_token" if unsendable else super()._refusal(prompt)
 
     def _as_text(self, prompts: list[Prompt]) -> list[str]:
-        """Texts without the BOS that servers add. Raises ValueError if one would not be read as the same tokens."""
+        """Return the prompts without the BOS that servers add. Raises ValueError if a text gives other tokens."""
         tokenizer = self.processor.tokenizer
         adds_bos = tokenizer.bos_token is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         texts = [prompt.text.removeprefix(tokenizer.bos_token) if adds_bos else prompt.text for prompt in prompts]
         if texts and tokenizer(texts).input_ids != [prompt.tokens for prompt in prompts]:
-            raise ValueError("As text, the LLM's prompts would not be read as they are; use prompt_format='tokens'.")
+            raise ValueError("the prompts sent as text would give other tokens; use prompt_format='tokens'.")
         return texts
 
     async def _ask_all(self, contents: list, retries: Counter, progress: tqdm) -> list[Reply]:
         places = asyncio.Semaphore(self.concurrency)
 
         async def ask(content: str | list[int]) -> Reply:
-            async with places:  # kept while waiting for a retry: a server in trouble gets less to do
+            async with places:  # held while waiting for a retry, so that a failing server gets fewer requests
                 reply = await self._ask(client, content, retries)
             progress.update()
             return reply
 
-        async with openai.AsyncOpenAI(**self._access, timeout=None) as client:  # `_ask` has the time-out
+        async with openai.AsyncOpenAI(**self._access, timeout=None) as client:  # `_ask` has the timeout
             try:
                 async with asyncio.TaskGroup() as group:
                     replies = [group.create_task(ask(content)) for content in contents]
@@ -172,7 +176,7 @@ class ServerResponder(Responder):
         return [reply.result() for reply in replies]
 
     async def _ask(self, client: openai.AsyncOpenAI, content: str | list[int], retries: Counter) -> Reply:
-        """One reply. What is tried again, how often and when, is decided here and nowhere else."""
+        """Send one request, with all its retries, and return the reply."""
         for attempt in range(self.max_retries + 1):
             try:
                 async with asyncio.timeout(self.timeout):
@@ -187,12 +191,12 @@ class ServerResponder(Responder):
                 return self._read(answer.http_response.text)
             except (openai.APIError, TimeoutError, MalformedAnswerError) as error:
                 if not _is_transient(error):
-                    hint = "; servers that take no token ids need prompt_format='text'" * isinstance(content, list)
+                    hint = "; if the server takes no token ids, use prompt_format='text'" * isinstance(content, list)
                     raise ValueError(f"{self.server} refuses a request: {_describe(error)}{hint}") from error
                 if attempt == self.max_retries:
                     raise ConnectionError(
                         f"{self.server} failed {attempt + 1} times for one request, at last with: {_describe(error)}. "
-                        "What is written is kept: run the same command again to go on."
+                        "The finished shards are kept; run the same command again to continue."
                     ) from error
                 retries[_kind(error)] += 1
                 wait = _retry_after(error) or self.backoff * 2 ** min(attempt, 10)
@@ -203,17 +207,17 @@ class ServerResponder(Responder):
             choice = json.loads(body)["choices"][0]
             text, finish = self._special.sub("", without_thought(choice["text"])).strip(), choice["finish_reason"]
         except (ValueError, LookupError, TypeError) as error:
-            raise MalformedAnswerError(f"no completion but {body[:200]!r}") from error
+            raise MalformedAnswerError(f"{body[:200]!r} is not a completion") from error
         if finish not in ("stop", "length"):
-            raise MalformedAnswerError(f"a completion of finish_reason {finish!r}")
+            raise MalformedAnswerError(f"finish_reason is {finish!r}; expected 'stop' or 'length'")
         return Reply(text, finish)
 
 
 def _decoding_of(llm: str | Path) -> dict:
-    """The repetition penalty of a checkpoint's generation settings, if it has one.
+    """Return the repetition penalty in a checkpoint's generation settings, if there is one.
 
     Raises:
-        ValueError: other settings that change greedy decoding and that completions APIs do not have.
+        ValueError: other settings change greedy decoding, and completions APIs do not have them.
     """
     try:
         settings = changed_decoding(GenerationConfig.from_pretrained(str(llm)))
@@ -221,13 +225,14 @@ def _decoding_of(llm: str | Path) -> dict:
         return {}
     if unknown := sorted(set(settings) - {"repetition_penalty"}):
         raise ValueError(
-            f"{llm} asks for {unknown[0]}={settings[unknown[0]]} in its generation settings; a server can't."
+            f"{llm} has {unknown[0]}={settings[unknown[0]]} in its generation settings, which a server cannot apply; "
+            "leave --server out."
         )
     return settings
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether another try may mend it: not so if the server understood and refused."""
+    """Whether a retry may help. It does not if the server understood the request and refused it."""
     status = getattr(error, "status_code", None)
     return status is None or status in TRANSIENT or status >= 500
 
@@ -241,7 +246,7 @@ def _kind(error: Exception) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """Kind and details; servers put the latter in several places."""
+    """Return the kind and the details of an error; servers put the details in different places."""
     details = error
     if isinstance(error, openai.APIStatusError):
         details = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body
@@ -251,7 +256,7 @@ def _describe(error: Exception) -> str:
 
 
 def _retry_after(error: Exception) -> float:
-    """Seconds that the server asks to wait, 0 if it doesn't."""
+    """Return the seconds in the server's `Retry-After` header, 0 if there is none."""
     value = error.response.headers.get("retry-after", "") if isinstance(error, openai.APIStatusError) else ""
     try:
         seconds = float(value)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from dataset_builders.files import write_whole
 from recipes.bias import saliency, similarity
-from recipes.bias.roles import ROLES, force
+from recipes.bias.roles import ROLES, teacher_forced
 from recipes.evaluation import following
 from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import SpeechLLM
@@ -50,7 +50,7 @@ def analyze(
     order = sorted(rows, key=lambda row: len(row["transcript"]) + len(row["response"]))
     with tqdm(total=len(rows), desc="tracing answers", unit="row") as progress:
         for start in range(0, len(order), batch_size):
-            batch = force(llm, order[start : start + batch_size], slot, store)
+            batch = teacher_forced(llm, order[start : start + batch_size], slot, store)
             measured += saliency.measure(llm, batch)
             tokens += [[int((roles == role).sum()) for role in range(len(ROLES))] for roles in batch.roles]
             progress.update(len(batch.lengths))

@@ -13,7 +13,7 @@ TEXT_INPUTS = ("input_ids", "attention_mask")
 
 
 @dataclass
-class ForcedBatch:
+class TeacherForcedBatch:
     """Prompts followed by the responses that are to be explained.
 
     Args:
@@ -36,9 +36,9 @@ class ForcedBatch:
         return slice(self.starts[row] - 1, self.lengths[row] - 1)
 
 
-def force(
+def teacher_forced(
     llm: SpeechLLM, rows: Sequence[dict], slot: str = "audio", store: AudioFeatureStore | None = None
-) -> ForcedBatch:
+) -> TeacherForcedBatch:
     """A batch whose answers are the rows' `response`.
 
     Raises:
@@ -62,7 +62,7 @@ def force(
     batch["input_ids"] = torch.tensor([ids + [pad] * (length - len(ids)) for ids in sequences])
     padded = torch.tensor([row + [-1] * (length - len(row)) for row in roles])
     batch = {name: value.to(llm.model.device) for name, value in batch.items()}
-    return ForcedBatch(batch, padded.to(llm.model.device), starts, list(map(len, sequences)))
+    return TeacherForcedBatch(batch, padded.to(llm.model.device), starts, list(map(len, sequences)))
 
 
 def expand(prompt: list[int], spans: list[tuple[int, str]], audio_token_id: int | None) -> list[int]:

@@ -1,13 +1,13 @@
 """Rows whose answers are to be explained: instructions about speech, with the response that is traced."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import get_dataset_split_names, load_dataset
 
 from dataset_builders.corpora.opening import PRESETS, load_corpus
-from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, draw_fraction
+from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Task, draw_fraction
 from dataset_builders.publishing import load_self_powered
 from recipes.evaluation.following import held_out_rows
 from recipes.listening.features import AudioFeatureStore
@@ -17,7 +17,12 @@ TARGETS = ("response", "own")
 
 
 def load_rows(
-    data: str, split: str | None, limit: int, tasks: Sequence[str] = SELF_POWERED_TASKS, seed: int = 0
+    data: str,
+    split: str | None,
+    limit: int,
+    tasks: Sequence[str] = SELF_POWERED_TASKS,
+    seed: int = 0,
+    pool: Mapping[str, Task] | None = None,
 ) -> list[dict]:
     """At most `limit` rows with one of `tasks`, evenly over them.
 
@@ -25,6 +30,7 @@ def load_rows(
         data: a finished self-powered set (folder or Hub id), whose responses are kept; or an ASR corpus, as
             `open_corpus` opens it, whose utterances get a task in a held-out wording and no response yet.
         split: of either; `test` if None and there is one, else the first.
+        pool: whose held-out wordings the utterances of a corpus get; the package's if None.
 
     Raises:
         ValueError: a limit below 1, none of the tasks, or as the readers do.
@@ -37,7 +43,7 @@ def load_rows(
         dataset = load_self_powered(data, "all", split)
         rows = dataset.select(_spread(dataset["task"], dataset["id"], tasks, seed)[:limit]).to_list()
     else:
-        rows = held_out_rows(load_corpus(data, split, limit=limit), tasks, seed)
+        rows = held_out_rows(load_corpus(data, split, limit=limit), tasks, seed, pool)
         rows = [row for row in rows if row["task"] != TRANSCRIPTION][:limit]
     if not rows:
         raise ValueError(f"{data} ({split}) has no row of {list(tasks)}.")

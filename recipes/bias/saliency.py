@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from recipes.bias.roles import ROLES, ForcedBatch
+from recipes.bias.roles import ROLES, TeacherForcedBatch
 from recipes.listening.speech_llm import SpeechLLM
 
 ATTENTION = "lsm_recorded"
@@ -30,7 +30,7 @@ Record = Callable[[int, int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 class _Recording:
     """Which rows of the attention are looked at, and who is told of them."""
 
-    batch: ForcedBatch
+    batch: TeacherForcedBatch
     record: Record
     layers: set[int] = field(default_factory=set)
 
@@ -85,7 +85,7 @@ def _visible(mask: torch.Tensor | None, row: int, rows: slice, length: int, devi
 
 
 @contextlib.contextmanager
-def recording(llm: SpeechLLM, batch: ForcedBatch, record: Record) -> Iterator[_Recording]:
+def recording(llm: SpeechLLM, batch: TeacherForcedBatch, record: Record) -> Iterator[_Recording]:
     """While open, a backward pass through the LLM calls `record` for every layer and row, the last layer first.
 
     The embeddings are where gradients end; no weight gets one.
@@ -106,7 +106,7 @@ def recording(llm: SpeechLLM, batch: ForcedBatch, record: Record) -> Iterator[_R
             parameter.requires_grad_(True)
 
 
-def response_loss(llm: SpeechLLM, batch: ForcedBatch) -> torch.Tensor:
+def response_loss(llm: SpeechLLM, batch: TeacherForcedBatch) -> torch.Tensor:
     """Sum over the rows of the mean cross-entropy of a response's tokens, from one forward pass.
 
     Tokens that generation never writes have no probability: the row of an LSM's placeholder in the head is arbitrary.
@@ -126,7 +126,7 @@ def response_loss(llm: SpeechLLM, batch: ForcedBatch) -> torch.Tensor:
 
 
 @torch.enable_grad()
-def measure(llm: SpeechLLM, batch: ForcedBatch) -> list[list[dict[str, dict[str, float]]]]:
+def measure(llm: SpeechLLM, batch: TeacherForcedBatch) -> list[list[dict[str, dict[str, float]]]]:
     """Saliency and attention of every row of a batch, layer by layer.
 
     Returns:

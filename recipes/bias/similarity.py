@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from recipes.bias.roles import ROLES, force
+from recipes.bias.roles import ROLES, teacher_forced
 from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import SpeechLLM
 
@@ -69,7 +69,7 @@ def token_states(
     states = []
     speech = ROLES.index("speech")
     for start in range(0, len(rows), batch_size):
-        batch = force(llm, rows[start : start + batch_size], slot, store)
+        batch = teacher_forced(llm, rows[start : start + batch_size], slot, store)
         hidden = torch.stack(llm.model(**batch.inputs, output_hidden_states=True, use_cache=False).hidden_states)
         states += [hidden[:, row, roles == speech].cpu() for row, roles in enumerate(batch.roles)]
     return states

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 from tqdm import tqdm
 
+from dataset_builders.files import append_lines, read_lines, whole
 from dataset_builders.responders.exchange import Reply
 from recipes.evaluation.rows import Answer, Question
 from recipes.listening.features import audio_key
@@ -50,9 +50,8 @@ def answer(
             dropped.
         size: rows asked at a time.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     asked = {row.id: _content(row) for row in rows}
-    known = {r["id"]: Answer(**r) for r in _read(file) if r.pop("row", None) == asked.get(r["id"])}
+    known = {r["id"]: Answer(**r) for r in read_lines(file) if r.pop("row", None) == asked.get(r["id"])}
     left = [row for row in rows if row.id not in known]
     # Longest together: a batch is as long as its longest row, and the slowest batch comes first.
     left.sort(key=lambda row: -row.duration)
@@ -66,7 +65,7 @@ def answer(
                 Answer(row.id, reply.text, choice, reply.finish == "stop", round(seconds, 6))
                 for row, reply, choice in zip(some, replies, constrained, strict=True)
             ]
-            _append(file, [vars(answer) | {"row": asked[answer.id]} for answer in answers])
+            append_lines(file, [vars(answer) | {"row": asked[answer.id]} for answer in answers])
             known |= {answer.id: answer for answer in answers}
             progress.update(len(some))
     return [known[row.id] for row in rows]
@@ -78,28 +77,8 @@ def _content(row: Question) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _read(file: Path) -> list[dict]:
-    """What the file holds; what follows the last whole line is cut off, so that the next one starts on its own."""
-    if not file.exists():
-        return []
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with open(file, "r+b") as torn:
-            torn.truncate(len(whole))
-    return [json.loads(line) for line in whole.split(b"\n")[:-1]]  # `splitlines` splits at what JSON may hold, too
-
-
-def _append(file: Path, records: list[dict]) -> None:
-    with open(file, "a", encoding="utf-8") as lines:
-        lines.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-        lines.flush()
-        os.fsync(lines.fileno())
-
-
 def to_parquet(records: list[dict], file: Path) -> None:
     """Write predictions with the columns of `FEATURES`, whole or not at all."""
-    partial = file.with_suffix(".partial")
     dataset = Dataset.from_list(records, features=FEATURES).select_columns(list(FEATURES))  # in this order
-    dataset.to_parquet(str(partial))
-    os.replace(partial, file)
+    with whole(file) as partial:
+        dataset.to_parquet(str(partial))

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dataset_builders.files import content_of, write_whole
-from dataset_builders.instructions import TRANSCRIPTION
+from dataset_builders.instructions import TRANSCRIPTION, Task, digest_of, load_pool
 from language_models.tokenizers import text_processor
 from recipes.evaluation import pages
 from recipes.evaluation.answers import Replies, answer, to_parquet
@@ -70,6 +70,7 @@ class Evaluation:
         if "base" not in self.checkpoints:
             self.chosen = self._without_base()
         self.paths = there
+        self._pools: dict[str | None, dict[str, Task]] = {}
         self._open: tuple[str, SpeechLLM | Transcriber] | None = None
 
     def _without_base(self) -> list[System]:
@@ -96,7 +97,7 @@ class Evaluation:
         """Ask, score and write; returns the results."""
         self._check_folder()
         limits = self.limit if isinstance(self.limit, Mapping) else {task.name: self.limit for task in self.tasks}
-        rows = {task.name: read_rows(task, limits.get(task.name), self.seed) for task in self.tasks}
+        rows = {task.name: read_rows(task, limits.get(task.name), self.seed, self.pool_of(task)) for task in self.tasks}
         results: dict[tuple[str, str], SystemResult] = {}
         if any(system.change == "recognised" for system in self.chosen):
             for task in self.tasks:
@@ -118,6 +119,12 @@ class Evaluation:
         pages.write(self.output, report, results)
         return report
 
+    def pool_of(self, task: EvaluationTask) -> dict[str, Task]:
+        """The instruction pool of a task, read once."""
+        if task.pool not in self._pools:
+            self._pools[task.pool] = load_pool(task.pool)
+        return self._pools[task.pool]
+
     def ask(self, task: EvaluationTask, system: System, rows: Sequence[Question]) -> SystemResult:
         """What one system answers to one task."""
         given = self.given(task, system, rows)
@@ -133,12 +140,12 @@ class Evaluation:
         if system.change == "shuffled":
             return shuffle_clips(rows)
         if system.change == "swapped":
-            return swap_instructions(rows)
+            return swap_instructions(rows, self.pool_of(task))
         return self.recognise(task, rows) if system.change == "recognised" else list(rows)
 
     def recognise(self, task: EvaluationTask, rows: Sequence[Question]) -> list[Question]:
         """The rows with what the ASR model heard for a transcript."""
-        asked = transcription_rows(rows)
+        asked = transcription_rows(rows, self.pool_of(task))
         answers = self.answer(task, System("asr", "ASR", "asr", "audio"), asked, "asr")
         heard = {row.utterance: answer.response for row, answer in zip(asked, answers, strict=True)}
         return [dataclasses.replace(row, transcript=heard[row.utterance] or " ") for row in rows]
@@ -186,6 +193,8 @@ class Evaluation:
         self.output.mkdir(parents=True, exist_ok=True)
         file = self.output / "settings.json"
         tasks = {task.name: json.loads(json.dumps(dataclasses.asdict(task), default=list)) for task in self.tasks}
+        for task in self.tasks:  # where a pool lies says nothing about its wordings
+            tasks[task.name]["pool"] = digest_of(self.pool_of(task))
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**self.settings, "tasks": {}}
         now = {**self.settings, "tasks": tasks}
         for name in ("checkpoints", "content", "tasks"):

@@ -27,7 +27,7 @@ def read_rows(
         task: as `load_tasks` returns it.
         limit: utterances at most; all of the corpus if None.
         seed: with an utterance's id, it decides what is drawn.
-        pool: the instruction pool; its own file if None.
+        pool: the instruction pool; that of the task if None.
 
     Raises:
         RefusedRowError: an utterance that cannot be used.
@@ -35,7 +35,7 @@ def read_rows(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"{limit=} must be 1 or more.")
-    pool = load_pool() if pool is None else pool
+    pool = load_pool(task.pool) if pool is None else pool
     told = f"here --data {task.name}=PATH says where it is, and --data {task.name}.columns.audio=COLUMN which is which"
     try:
         source = open_data(task.data)

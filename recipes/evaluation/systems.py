@@ -4,10 +4,10 @@ A control differs from the model in one thing. `shuffled` and `silence` take the
 guessing; `swapped` takes the instruction away, and what is left is habit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dataset_builders.instructions import TRANSCRIPTION, draw_instruction, load_pool
+from dataset_builders.instructions import TRANSCRIPTION, Task, draw_instruction
 from recipes.evaluation.rows import Question
 
 
@@ -57,10 +57,10 @@ def shuffle_clips(rows: Sequence[Question]) -> list[Question]:
     return [replace(row, audio=clips[other[row.utterance]]) for row in rows]
 
 
-def swap_instructions(rows: Sequence[Question]) -> list[Question]:
+def swap_instructions(rows: Sequence[Question], pool: Mapping[str, Task]) -> list[Question]:
     """The rows, each with the instruction of the next row that has another task and another utterance, or of the
     instruction pool where there is none: transcription, and for a transcription task the intent."""
-    pool, swapped, several = load_pool(), [], len({row.task for row in rows}) > 1
+    swapped, several = [], len({row.task for row in rows}) > 1
     for place, row in enumerate(rows):
         others = (rows[(place + step) % len(rows)] for step in range(1, len(rows) if several else 1))
         differing = (
@@ -74,9 +74,9 @@ def swap_instructions(rows: Sequence[Question]) -> list[Question]:
     return swapped
 
 
-def transcription_rows(rows: Sequence[Question]) -> list[Question]:
-    """One row for every utterance, which asks for its transcription: what a cascade hears."""
-    pool, first = load_pool(), {}
+def transcription_rows(rows: Sequence[Question], pool: Mapping[str, Task]) -> list[Question]:
+    """One row for every utterance, which asks for its transcription as the pool does: what a cascade hears."""
+    first: dict[int, Question] = {}
     asked: dict = {"task": TRANSCRIPTION, "kind": TRANSCRIPTION, "labels": []}
     for row in rows:
         first.setdefault(row.utterance, row)

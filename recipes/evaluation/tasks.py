@@ -38,6 +38,9 @@ class EvaluationTask:
     language: str | None = "en"  # spoken
     target_language: str | None = None  # of translations
     prompt: str | None = None  # with {slots}, {labels} and {choices}; None: drawn, for kinds pool and constraints
+    # YAML file of the instruction pool that is drawn from, also by systems that ask otherwise than the task does; seen
+    # from the file of tasks. None: dataset_builders/instructions.yaml.
+    pool: str | None = None
     slots: Mapping[str, str] = field(default_factory=dict)  # of the prompt: names and columns
     reference: tuple[str, ...] = ()  # columns, dotted paths, or templates such as "{action} {object}"
     labels: tuple[str, ...] = ()  # the possible answers
@@ -77,9 +80,11 @@ def _read_file(path: str | Path) -> dict[str, EvaluationTask]:
     tasks = {}
     for name, fields in content["tasks"].items():
         try:
-            tasks[str(name)] = _read_task(str(name), fields)
+            task = _read_task(str(name), fields)
         except ValueError as error:
             raise ValueError(f"{path}: task {name!r}: {error}") from error
+        pool = task.pool and str((Path(path).parent / task.pool).resolve())
+        tasks[task.name] = dataclasses.replace(task, pool=pool)
     return tasks
 
 

@@ -11,7 +11,6 @@ from processing_lsm import BREAK, LsmProcessor
 from recipes.listening.features import AudioFeatureStore, load_clip
 
 THOUGHT = re.compile(r"\A\s*(<think>.*?</think>\s*)+", re.DOTALL)
-LEAST_SHARED = 64  # tokens that must not be read again, to pay for calling the LLM twice
 
 
 def render_prompt(processor: LsmProcessor, row: dict, slot: str = "audio") -> str:
@@ -84,8 +83,6 @@ class SpeechResponseCollator:
     """Rows with `instruction`, `response` and a clip → `input_ids`, `attention_mask`, `labels` `(batch, length)` int64,
     right-padded, and the audio inputs of the model.
 
-    Where rows begin alike, with a system message, say, `shared_prefix` tells the model how many tokens to read once.
-
     The clip is `audio` (decoded here) or, with a store, `audio_key` (its features are read there). A row whose clip is
     None has its `transcript` in the slot. A batch without any clip has no audio inputs.
 
@@ -93,16 +90,14 @@ class SpeechResponseCollator:
         processor: of the LSM.
         store: of the clips' features.
         teacher: add the same rows as the text LLM reads them, each with its transcript in the slot, as
-            `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels` and `teacher_shared_prefix`.
+            `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`.
         response_tasks: rows of these tasks are learned without a teacher. In a batch that has some, the teacher reads
             the others alone, which `teacher_rows` `(batch,)` bool names.
-        share: whether the model may read what rows begin with once, which needs a cache.
     """
 
     processor: LsmProcessor
     store: AudioFeatureStore | None = None
     teacher: bool = False
-    share: bool = False
     response_tasks: Collection[str] = ()
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -141,17 +136,7 @@ class SpeechResponseCollator:
         length = batch["input_ids"].shape[1]
         labels = [[-100] * len(prompt) + answer for prompt, answer in pairs]
         batch["labels"] = torch.tensor([row + [-100] * (length - len(row)) for row in labels])
-        shared = self._shared(prompt_ids) if self.share else 0
-        return {**batch, "shared_prefix": shared} if shared else dict(batch)
-
-    def _shared(self, prompts: list[list[int]]) -> int:
-        """How many tokens all prompts begin with, up to where they hear; 0 if reading them once is not worth it."""
-        first, last = min(prompts), max(prompts)  # what these share, all that lie between them share, too
-        unlike = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-        shared = next(unlike, min(len(first), len(last)) - 1)
-        if self.processor.audio_token_id in first[:shared]:
-            shared = first.index(self.processor.audio_token_id)
-        return shared if shared * (len(prompts) - 1) >= LEAST_SHARED else 0
+        return dict(batch)
 
     def _audio(self, rows: list[dict]) -> tuple[dict[str, torch.Tensor], list[int]]:
         if not rows:

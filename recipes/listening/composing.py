@@ -17,10 +17,11 @@ from transformers import (
 )
 
 from configuration_lsm import LsmConfig
+from dataset_builders.files import partial_of
 from language_models.checkpoints import load_config, open_model, refuse_missing
 from language_models.generation import generation_settings
 from language_models.identity import identify
-from language_models.tokenizers import load_tokenizer, make_room, non_text_token_ids
+from language_models.tokenizers import load_tokenizer, make_room, non_text_token_ids, speech_processor
 from modeling_lsm import LsmForConditionalGeneration, LsmProjector
 from processing_lsm import LsmProcessor
 from recipes.reporting.model_card import write_base_card
@@ -55,7 +56,7 @@ def compose(
         text: Hub id or folder of a causal LLM, or of an adapter for one, which is merged into it; or of a
             vision-language model, whose LLM is taken. What its tokenizer lacks gets a default: a pad token is the EOS
             token; a chat template is `DEFAULT_CHAT_TEMPLATE`; and where the template takes no system message,
-            `FOLD_SYSTEM` puts that into the user's first (`processing_lsm.py`).
+            `FOLD_SYSTEM` puts that into the user's first (`language_models/templates.py`).
         output: folder to save model, processor, code and card to, if given. It is there once it could be loaded again.
         window_frames, window_mode, queries_per_window, audio_padding, pieces_per_token: as in [`LsmConfig`].
         qformer_layers, qformer_hidden, qformer_heads: size of the Q-Former.
@@ -97,7 +98,7 @@ def compose(
         )
         model = _assemble(config, whisper, llm)
 
-    processor = LsmProcessor(
+    processor = speech_processor(
         feature_extractor,
         tokenizer,
         window_frames=window_frames,
@@ -109,7 +110,7 @@ def compose(
     )
     config.responder = {**identify(text), "template": processor.template_hash}
     if output is not None:
-        with whole_folder(output) as partial:
+        with whole_checkpoint(output) as partial:
             model.save_pretrained(partial)
             processor.save_pretrained(partial)
             write_base_card(partial, audio, text, config)
@@ -117,10 +118,10 @@ def compose(
 
 
 @contextlib.contextmanager
-def whole_folder(output: str | Path) -> Iterator[Path]:
+def whole_checkpoint(output: str | Path) -> Iterator[Path]:
     """A folder to write an LSM into, which becomes `output` once it can be loaded; what fails leaves nothing behind."""
     output = Path(output).resolve()
-    partial = output.with_name(f"{output.name}.partial")
+    partial = partial_of(output)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

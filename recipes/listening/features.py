@@ -7,7 +7,6 @@
 import fcntl
 import hashlib
 import itertools
-import json
 import logging
 import os
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from configuration_lsm import num_encoder_frames
 from dataset_builders.corpora.corpus import decode
-from dataset_builders.files import differences
+from dataset_builders.files import append_lines, differences, partial_of, read_lines
 from processing_lsm import LsmProcessor, load_audio
 
 logger = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ class AudioFeatureStore:
         """
         folder, heard_by = Path(folder), hearing(model)
         if not folder.exists():
-            partial = folder.with_name(folder.name + ".partial")
+            partial = partial_of(folder)
             partial.mkdir(parents=True, exist_ok=True)
             with (partial / CLIPS).open("a", encoding="utf-8") as known:
                 fcntl.flock(known, fcntl.LOCK_EX)  # another process may be making it
@@ -150,10 +149,10 @@ def hearing(model) -> dict:
 def _read_clips(folder: Path) -> tuple[dict, dict[str, tuple[int, int, int]]]:
     """What heard them, and the first frame, the frames and the samples of every clip by its key. A line that a killed
     build tore is no line, and neither is one whose frames are not there."""
-    lines = (folder / CLIPS).read_text(encoding="utf-8").split("\n")[:-1]
-    heard_by, clips, start = json.loads(lines[0]) if lines else {}, {}, 0
-    there = (folder / FRAMES).stat().st_size // (2 * heard_by["width"]) if lines else 0
-    for key, frames, samples in map(json.loads, lines[1:]):
+    heard_by, *lines = read_lines(folder / CLIPS) or [{}]
+    clips, start = {}, 0
+    there = (folder / FRAMES).stat().st_size // (2 * heard_by["width"]) if heard_by else 0
+    for key, frames, samples in lines:
         if start + frames > there:
             break
         clips[key] = start, frames, samples
@@ -175,7 +174,7 @@ def _write(folder: Path, known, heard_by: dict, model, processor: LsmProcessor, 
         lines = (folder / CLIPS).read_bytes().splitlines(keepends=True)[: len(clips) + 1 if clips else 0]
         known.truncate(sum(map(len, lines)))
         if not lines:
-            _note(known, heard_by)
+            append_lines(folder / CLIPS, [heard_by])
         span: dict[str, np.ndarray] = {}
 
         def encode():
@@ -183,7 +182,8 @@ def _write(folder: Path, known, heard_by: dict, model, processor: LsmProcessor, 
             _encode(file, clips, span, model, processor, batch_size)
             file.flush()
             os.fsync(file.fileno())
-            _note(known, *([key, *clip[1:]] for key, clip in itertools.islice(clips.items(), before, None)))
+            new = itertools.islice(clips.items(), before, None)
+            append_lines(folder / CLIPS, ([key, *clip[1:]] for key, clip in new))
             span.clear()
 
         for clip in tqdm(audio, desc="encoding audio", unit="clip"):
@@ -193,12 +193,6 @@ def _write(folder: Path, known, heard_by: dict, model, processor: LsmProcessor, 
             if len(span) == SPAN_BATCHES * batch_size:
                 encode()
         encode()
-
-
-def _note(known, *records) -> None:
-    known.write("".join(json.dumps(record) + "\n" for record in records))
-    known.flush()
-    os.fsync(known.fileno())
 
 
 def _load(clip: dict, key: str, processor: LsmProcessor) -> np.ndarray:

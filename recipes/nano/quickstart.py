@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dataset_builders.building import build
 from dataset_builders.corpora.opening import load_corpus, open_corpus
-from dataset_builders.files import content_of, differences, read_yaml, write_whole
+from dataset_builders.files import content_of, differences, read_lines, read_yaml, whole, write_whole
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
 from dataset_builders.nano import speech as nano_speech
 from dataset_builders.nano.tasks import UNSEEN_TASKS
@@ -37,7 +37,7 @@ from recipes.listening.speech_llm import load
 from recipes.nano.report import COMPARED, NAMES, SHORT, percent, scores_of, write_report
 from recipes.studies.stages import die_with_parent
 from recipes.training.alignment import FOLDER as ALIGNMENT
-from recipes.training.callbacks import FOLLOWING, LOG, read_lines
+from recipes.training.callbacks import FOLLOWING, LOG
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +59,15 @@ class Stages:
     def run(self, name: str, make: Callable[[Path], object], goes_on: bool = False) -> Path:
         """`folder/name`, made by `make(partial)` unless it is there. What an interrupted run left of it is removed,
         unless `make` goes on with it."""
-        target, partial = self.folder / name, self.folder / f"{name}.partial"
+        target = self.folder / name
         if target.exists() and name in self.seconds:
             logger.info("%-14s done before", name)
             return target
-        for leftover in (target,) if goes_on else (target, partial):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
         logger.info("%-14s ...", name)
         start = time.monotonic()
-        make(partial)
-        os.replace(partial, target)
+        with whole(target, resume=goes_on) as partial:
+            make(partial)
         self.seconds[name] = round(time.monotonic() - start, 1)
         write_whole(self.file, json.dumps(self.seconds))
         logger.info("%-14s %.0f s", name, self.seconds[name])
@@ -115,7 +114,7 @@ class Quickstart:
         corpus = open_corpus(self.folder / "corpus", "train")
         responder = LocalResponder(self.folder / "base", self.settings["max_new_tokens"])
         weights = {**dict.fromkeys(SELF_POWERED_TASKS, 1.0), TRANSCRIPTION: math.inf}
-        build(corpus, responder, folder, Draw(load_pool(), weights, 2, self.seed))
+        build(corpus, responder, folder, Draw(load_pool(self.settings["pool"]), weights, 2, self.seed))
 
     def encode(self, folder: Path) -> None:
         llm = load(self.folder / "base")
@@ -154,6 +153,7 @@ class Quickstart:
             "following_corpus": self.folder / "corpus",
             "following_limit": self.settings["validation_clips"],
             "following_steps": self.settings["following_steps"],
+            "pool": self.settings["pool"],
             "checker": CHECKER,
             "seed": self.seed,
             "use_cpu": not torch.cuda.is_available(),
@@ -323,7 +323,8 @@ def keep_caches_in(folder: Path) -> None:
 
 def contents(settings: dict) -> dict[str, str | None]:
     """What the models and configurations hold that a run is made from."""
-    named = {name: settings[name] for name in ("audio", "text")} | {m: CONFIGS / f"nano_{m}.yaml" for m in MODELS}
+    named = {name: settings[name] for name in ("audio", "text", "pool")}
+    named |= {name: CONFIGS / f"nano_{name}.yaml" for name in MODELS}
     return {name: content_of(source) for name, source in named.items()}
 
 

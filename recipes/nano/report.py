@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dataset_builders.corpora.opening import load_corpus
+from dataset_builders.files import read_lines, write_whole
 from dataset_builders.instructions import SELF_POWERED_TASKS
 from dataset_builders.nano.tasks import UNSEEN_TASKS
 from recipes.evaluation.pages import STYLES, playable
@@ -17,7 +18,7 @@ from recipes.reporting import figures
 from recipes.reporting.markdown import to_markdown
 from recipes.reporting.page import Examples, Facts, Picture, Table, Text, write_page
 from recipes.training.alignment import FOLDER as ALIGNMENT
-from recipes.training.callbacks import FOLLOWING, LOG, read_lines
+from recipes.training.callbacks import FOLLOWING, LOG
 
 # Names that this report has of its own for systems of `recipes.evaluate`.
 NAMES = {"model": "self_powered", "model_reading": "self_powered_reading"}
@@ -222,10 +223,10 @@ def write_report(
     figures.plot_layers({SHORT[name]: bias for name, bias in biases.items()}, folder / "layers")
     if biases["self_powered"]["similarity"]:
         figures.plot_similarity(biases["self_powered"]["similarity"], folder / "similarity")
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
     about = ABOUT.format(**report["steps"], rows=report["rows"], unseen_rows=report["unseen_rows"])
     shown = examples(folder, records)
-    (folder / "report.md").write_text(_markdown(report, results, biases, about, shown), encoding="utf-8")
+    write_whole(folder / "report.md", _markdown(report, results, biases, about, shown))
     pictures = {
         "following": Picture(folder / "following", "Share right, and copies.", "Bars by kind of task and model"),
         "layers": Picture(folder / "layers", "What the answer draws on, by layer.", "Lines over layers, four models"),

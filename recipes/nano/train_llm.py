@@ -29,7 +29,7 @@ from transformers import (
 from dataset_builders.corpora.transcripts import bare_words
 from dataset_builders.instructions import Task, load_pool
 from dataset_builders.nano.grammar import sample_sentence
-from dataset_builders.nano.tasks import answers, is_correct
+from dataset_builders.nano.tasks import POOL_PATH, answers, is_correct
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def configuration(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    pool, rng = load_pool(), random.Random(args.seed)
+    pool, rng = load_pool(POOL_PATH), random.Random(args.seed)
     decisive, fillers = decisive_words(pool), filler_words(pool)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = train_tokenizer(pool, args.seed)

@@ -14,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from configuration_lsm import LsmConfig
+from dataset_builders.files import PARTIAL, write_whole
 from recipes.reporting.markdown import to_markdown
 
 METHOD = "[Self-Powered LLM Modality Expansion for Large Speech-Text Models](https://arxiv.org/abs/2410.03798)"
@@ -98,9 +99,7 @@ def base_models_of(folder_or_repo: str | Path) -> list[str]:
 
 def save_card(folder: str | Path, data: ModelCardData, lines: Sequence[str]) -> None:
     text = "\n".join([f"---\n{data.to_yaml()}\n---\n", *lines])
-    partial = Path(folder) / "README.md.partial"
-    ModelCard(text).save(partial)
-    partial.replace(partial.with_name("README.md"))
+    write_whole(Path(folder) / "README.md", text)
 
 
 def is_hub_id(source: str) -> bool:
@@ -114,7 +113,7 @@ def is_hub_id(source: str) -> bool:
 
 def name_of(folder: str | Path) -> str:
     """A folder's name when it is done: until then some are called `NAME.partial`."""
-    return Path(folder).resolve().name.removesuffix(".partial")
+    return Path(folder).resolve().name.removesuffix(PARTIAL)
 
 
 def named(source: str) -> str:

@@ -6,15 +6,15 @@ HTML. The same blocks give the same page, byte for byte.
 
 import base64
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+
+from dataset_builders.files import read_template, write_whole
 
 
 @dataclass
@@ -85,11 +85,7 @@ def write_page(path: str | Path, title: str, subtitle: str, blocks: Sequence[Blo
         ValueError: an unknown block, a picture that is not there or refers to something outside, or a clip that is
             neither WAV nor FLAC.
     """
-    page, path = render_page(title, subtitle, blocks), Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(page.encode("utf-8", errors="replace"))  # an answer may hold half a surrogate pair
-    os.replace(partial, path)
+    write_whole(path, render_page(title, subtitle, blocks))
 
 
 def render_page(title: str, subtitle: str, blocks: Sequence[Block]) -> str:
@@ -97,12 +93,8 @@ def render_page(title: str, subtitle: str, blocks: Sequence[Block]) -> str:
     for block in blocks:
         if not isinstance(block, Block):
             raise ValueError(f"a block is {block!r}; expected Text, Table, Picture, Examples or Facts.")
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"shown": _shown, "audio_url": _audio_url}
-    return environment.get_template("page.html").render(
+    template = read_template(Path(__file__).with_name("page.html"), shown=_shown, audio_url=_audio_url)
+    return template.render(
         title=title,
         subtitle=subtitle,
         blocks=[(type(block).__name__, block) for block in blocks],

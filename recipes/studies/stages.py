@@ -35,7 +35,7 @@ from functools import cache
 from pathlib import Path
 
 from dataset_builders import files
-from dataset_builders.files import write_whole
+from dataset_builders.files import partial_of, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def plan(settings: Mapping[str, Mapping], wanted: Iterable[str], seed: int, fold
         names = {"seed": str(seed)} | {need: found[need].name for need in needs}
         identity = [_fill(words, names), [fingerprint(word.rpartition("=")[2]) for word in words]]
         name = f"{key}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]}"
-        output = [f"--{settings[key].get('output', 'output')}", str(folder / f"{name}.partial")]
+        output = [f"--{settings[key].get('output', 'output')}", str(partial_of(folder / name))]
         command = _fill(words, {key: name if key == "seed" else str(folder / name) for key, name in names.items()})
         found[key] = Stage(name, (*command, *output), tuple(found[need].name for need in needs))
 
@@ -165,7 +165,7 @@ def _start(stage: Stage, folder: Path, workers: int) -> subprocess.Popen:
 
 def _end(stage: Stage, folder: Path, code: int) -> str | None:
     """Give a folder that is whole its name, or say why it is not."""
-    partial, log = folder / f"{stage.name}.partial", folder / f"{stage.name}.log"
+    partial, log = partial_of(folder / stage.name), folder / f"{stage.name}.log"
     if code == 0 and partial.exists():
         os.replace(partial, folder / stage.name)
         return None

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset_builders.files import read_yaml, write_whole
+from dataset_builders.files import read_lines, read_yaml, write_whole
 from recipes.evaluation.tables import main_figure
 from recipes.reporting.figures import plot_study
 from recipes.reporting.markdown import to_markdown
 from recipes.studies.stages import Stage, make, plan, seconds
-from recipes.training.callbacks import FOLLOWING, LOG, read_lines
+from recipes.training.callbacks import FOLLOWING, LOG
 
 logger = logging.getLogger(__name__)
 

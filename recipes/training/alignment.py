@@ -23,13 +23,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from configuration_lsm import num_audio_tokens
 from dataset_builders.corpora.opening import load_corpus
+from dataset_builders.files import append_lines
 from language_models.tokenizers import non_text_token_ids
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
 from recipes.evaluation.metrics import error_rate
 from recipes.listening.collator import SpeechResponseCollator, render_prompt
 from recipes.listening.features import AudioFeatureStore, audio_key
-from recipes.training.callbacks import LOG, LogCallback, append_line
+from recipes.training.callbacks import LOG, LogCallback
 from recipes.training.checkpoints import WholeCheckpoints, find_checkpoint, naming_last_checkpoint, settings_of
 from recipes.training.order import EpochSampler
 
@@ -317,7 +318,7 @@ class ReadingCallback(TrainerCallback):
             rate = reading_error_rate(self.model, self.collator, self.rows)
             logger.info("step %d of the alignment: WER of the reading %.1f %%", state.global_step, 100 * rate)
             record = {"step": state.global_step, "max_steps": state.max_steps, "reading_wer": rate}
-            append_line(Path(args.output_dir) / LOG, record)
+            append_lines(Path(args.output_dir) / LOG, [record])
 
 
 def reading_error_rate(

@@ -99,6 +99,13 @@ class LsmScriptArguments(ScriptArguments):
     following_split: str = field(default="validation", metadata={"help": "Split of `following_corpus`."})
     following_limit: int = field(default=64, metadata={"help": "Number of clips of `following_corpus`."})
     following_steps: int = field(default=200, metadata={"help": "Steps between two evaluations on `following_corpus`."})
+    pool: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file of tasks and their wordings, of which the held-out ones are asked about "
+            "`following_corpus`; by default dataset_builders/instructions.yaml."
+        },
+    )
     checker: str = field(default=BY_FORM, metadata={"help": "Module whose function `is_correct` scores the answers."})
     preflight: bool = field(
         default=False, metadata={"help": "Check everything, run two steps on random weights, and stop."}
@@ -172,13 +179,6 @@ class LsmTrainingArguments(SFTConfig):
     )
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "group_by_length (rows of similar cost), random or sequential."}
-    )
-    share_prefix: bool = field(
-        default=True,
-        metadata={
-            "help": "Read what all rows of a batch begin with (a system message, ...) once. It needs the whole LLM "
-            "on each device and --gradient_checkpointing false."
-        },
     )
     # A NaN is shown and stops the training, where transformers would log the average of the losses before it.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are NaN or infinite."})

@@ -1,12 +1,12 @@
 """What is seen while a training goes on: the log as lines of JSON, and whether the model does what it is told."""
 
-import json
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from dataset_builders.corpora.opening import load_corpus
-from dataset_builders.instructions import SELF_POWERED_TASKS
+from dataset_builders.files import append_lines, read_lines, whole
+from dataset_builders.instructions import SELF_POWERED_TASKS, digest_of, load_pool
 from recipes.evaluation.following import held_out_rows, load_checker, score_following
 from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import Lsm
@@ -15,22 +15,12 @@ from recipes.training.arguments import LsmScriptArguments
 LOG, FOLLOWING = "log.jsonl", "following.jsonl"
 
 
-def read_lines(file: Path) -> list[dict]:
-    """The records of a file of JSON lines; none if it is not there."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-
-
-def append_line(file: Path, record: dict) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record) + "\n")
-
-
 def rewind(file: Path, step: int) -> None:
     """Forget what was written of the steps after `step`, which come again."""
-    lines = [json.dumps(record) + "\n" for record in read_lines(file) if record["step"] <= step]
     if file.is_file():
-        file.write_text("".join(lines), encoding="utf-8")
+        kept = [record for record in read_lines(file) if record["step"] <= step]
+        with whole(file) as partial:
+            append_lines(partial, kept)
 
 
 class LogCallback(TrainerCallback):
@@ -49,23 +39,24 @@ class LogCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             record = {"step": state.global_step, "max_steps": state.max_steps, **(logs or {})}
-            append_line(Path(args.output_dir) / LOG, record)
+            append_lines(Path(args.output_dir) / LOG, [record])
 
 
 class FollowingCallback(TrainerCallback):
-    """Every so many steps let the model answer held-out instructions; the scores go to `following.jsonl` and, as
-    `following` and so on, to the trainer's next log.
+    """Every so many steps let the model answer held-out instructions; the scores go to `following.jsonl`, beside the
+    digest of the pool that was asked from, and, as `following` and so on, to the trainer's next log.
 
     Args:
         trainer: whose log it is.
-        args: which corpus, and how often.
+        args: which corpus, which pool of instructions, and how often.
         processor: of the LSM.
         store: of the corpus's features, if there is one.
     """
 
     def __init__(self, trainer, args: LsmScriptArguments, processor, store: AudioFeatureStore | None):
         corpus = load_corpus(args.following_corpus, args.following_split, limit=args.following_limit)
-        self.rows = held_out_rows(corpus, SELF_POWERED_TASKS)
+        pool = load_pool(args.pool)
+        self.rows, self.pool = held_out_rows(corpus, SELF_POWERED_TASKS, pool=pool), digest_of(pool)
         self.checker = load_checker(args.checker)
         self.trainer, self.processor, self.store, self.every = trainer, processor, store, args.following_steps
 
@@ -79,4 +70,4 @@ class FollowingCallback(TrainerCallback):
         for name in scores.keys() - {"tasks"}:
             self.trainer._metrics["train"][name] = [scores[name]]
         if state.is_world_process_zero:
-            append_line(Path(args.output_dir) / FOLLOWING, {"step": state.global_step, **scores})
+            append_lines(Path(args.output_dir) / FOLLOWING, [{"step": state.global_step, "pool": self.pool, **scores}])

@@ -20,7 +20,7 @@ COMPLETE = "complete"  # the file that is written last
 RUN = "run.json"  # the settings that a folder's checkpoints were made with
 # What may change between an interruption and the resumption, since the loss does not depend on it.
 FREE = ("output_dir", "target", "resume_from_checkpoint", "run_name", "report_to", "project", "preflight")
-FREE += ("disable_tqdm", "local_rank", "checker", "peak_tflops", "do_train")
+FREE += ("disable_tqdm", "local_rank", "checker", "pool", "peak_tflops", "do_train")
 FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "following_", "trackio_", "include_", "_")
 
 

@@ -74,10 +74,6 @@ class Costs:
             label=2 * passes * head,
         )
 
-    def not_read_again(self, shared: int, rows: int) -> float:
-        """What `rows` rows do without that begin with the same `shared` tokens, which are read once."""
-        return (rows - 1) * (shared * self.token + shared * shared * self.token_pair)
-
     def row(self, frames, speech_tokens, tokens, labels):
         """FLOPs of rows.
 

@@ -2,24 +2,24 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from transformers import BitsAndBytesConfig, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_peft_config
 
 from configuration_lsm import LsmConfig
-from dataset_builders.files import content_of, differences, write_whole
+from dataset_builders.files import content_of, differences, whole
+from dataset_builders.instructions import SELF_POWERED_TASKS, load_pool
 from language_models.checkpoints import adapter_of, load_processor, open_model
 from language_models.generation import valid_settings
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
+from recipes.evaluation.following import held_out_rows
 from recipes.listening.composing import compose
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, refuse_without_effect
 
@@ -37,9 +37,12 @@ def check_model(script_args: LsmScriptArguments, model_args: ModelConfig) -> Non
     """Refuse what can be known to go wrong before anything is composed or loaded.
 
     Raises:
-        ValueError: an option of TRL's that would change nothing, or another adapter than the one to begin with.
+        ValueError: an option of TRL's that would change nothing, another adapter than the one to begin with, or a pool
+            that has not what `following_corpus` is asked.
     """
     refuse_without_effect(model_args)
+    if script_args.following_corpus:
+        held_out_rows([], SELF_POWERED_TASKS, pool=load_pool(script_args.pool))
     if model_args.use_peft and script_args.llm not in ADAPTED:
         raise ValueError(f"--use_peft {model_args.use_peft}, but --llm is {script_args.llm}: name lora or qlora there.")
     model_args.use_peft = script_args.llm in ADAPTED
@@ -73,11 +76,10 @@ def compose_base(script_args: LsmScriptArguments, training_args: LsmTrainingArgu
                     "name another --output_dir."
                 )
         else:
-            partial = folder.with_name(BASE + ".partial")
             logger.info("composing %s and %s in %s", script_args.audio, script_args.text, folder)
-            compose(script_args.audio, script_args.text, str(partial), **composition)
-            write_whole(partial / MADE_OF, json.dumps(made_of))
-            os.replace(partial, folder)
+            with whole(folder) as partial:
+                compose(script_args.audio, script_args.text, str(partial), **composition)
+                (partial / MADE_OF).write_text(json.dumps(made_of), encoding="utf-8")
     return str(folder)
 
 
@@ -167,13 +169,6 @@ def go_on_from(model: PeftModel, model_args: ModelConfig) -> None:
         set_peft_model_state_dict(model, get_peft_model_state_dict(model) | changes)
 
 
-def can_share_prefix(model: PreTrainedModel) -> bool:
-    """Whether the LLM can read what rows begin with once: whether its cache is of keys and values alone, which carry
-    gradients, and not of states that it writes over."""
-    layers = DynamicCache(config=model.config.text_config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
 def quantization(model_args: ModelConfig) -> BitsAndBytesConfig:
     """QLoRA's (arXiv 2305.14314): the LLM's layers alone in 4 bits, computing in bfloat16."""
     return BitsAndBytesConfig(
@@ -210,8 +205,8 @@ def check_vocabulary(processor: LsmProcessor, embeddings: int, audio_token_id: i
 def load_teacher(
     script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig
 ) -> LsmForConditionalGeneration | None:
-    """A second copy of the LLM to learn from, without ears; None where the model itself still is that LLM: without its
-    adapter, or with a frozen LLM."""
+    """A second copy of the LLM to learn from, without audio tower and projector; None where the model itself still is
+    that LLM: without its adapter, or with a frozen LLM."""
     if training_args.objective != "distill" or script_args.llm != "full":
         return None
     dtype = torch.bfloat16 if training_args.bf16 else torch.float32

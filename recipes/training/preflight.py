@@ -26,7 +26,6 @@ from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import Costs, count
 from recipes.training.memory import Target, estimate
 from recipes.training.models import (
-    adapter_settings,
     check_model,
     check_vocabulary,
     drop_audio_modules,
@@ -229,15 +228,13 @@ class Preflight:
         with tempfile.TemporaryDirectory() as folder:
             args.output_dir = folder
             trainer = LsmTrainer(
-                model=model,
-                args=args,
-                train_dataset=Dataset.from_list([self.rows[index] for index in costliest]),
-                data_collator=SpeechResponseCollator(self.processor, teacher=args.objective == "distill"),
-                peft_config=adapter_settings(self.model_args),
-                processor=self.processor,
-                costs=Costs.of(model, mode, distill=args.objective == "distill"),
+                model,
+                args,
+                Dataset.from_list([self.rows[index] for index in costliest]),
+                self.processor,
+                self.model_args,
+                Costs.of(model, mode, distill=args.objective == "distill"),
                 teacher=teacher,
-                card={},
             )
             trainer.remove_callback(PrinterCallback)
             start = time.monotonic()

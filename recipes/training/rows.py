@@ -231,7 +231,7 @@ def stream_rows(
     shares = [weights[task] / sum(weights.values()) for task in tasks]
     streams = [open_stream(args, task).repeat(None) for task in tasks]
     rows = interleave_datasets(streams, probabilities=shares, seed=seed).shuffle(seed, buffer_size=args.shuffle_buffer)
-    ruler = RowSizes(processor)
+    sizes = RowSizes(processor)
 
     def check(row: dict) -> dict:
         if not args.allow_foreign_responses:
@@ -246,7 +246,7 @@ def stream_rows(
         }
         random = np.random.default_rng((seed, *rows["id"][0].encode()))
         order = random.permutation(len(rows["id"]))
-        order = order[group(costs.row(**ruler.measure(rows))[order], batch_size, random)]
+        order = order[group(costs.row(**sizes.measure(rows))[order], batch_size, random)]
         return {name: [values[row] for row in order] for name, values in rows.items()}
 
     return rows.map(check).map(lay_out, batched=True, batch_size=MEGA_BATCHES * batch_size)

@@ -80,7 +80,6 @@ class Throughput:
         flops = (
             self.costs.row(frames.float(), 0, 0, 0).sum()
             + self.costs.row(0.0 * tokens, speech, tokens.float(), labels).sum()
-            - self.costs.not_read_again(inputs.get("shared_prefix", 0), len(tokens))
         )
         positions = torch.full_like(flops, inputs["attention_mask"].numel())
         frame_positions = torch.full_like(flops, 0 if mask is None else mask.shape[0] * ((mask.shape[1] + 1) // 2))

@@ -7,18 +7,24 @@ from types import MethodType
 
 import torch
 from accelerate.utils.operations import ConvertOutputsToFp32
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import TrainerCallback
-from trl import SFTTrainer
+from trl import ModelConfig, SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
+from dataset_builders.files import read_lines
 from language_models.checkpoints import calling_peft
+from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
+from recipes.listening.collator import SpeechResponseCollator
+from recipes.listening.features import AudioFeatureStore
 from recipes.reporting.training_card import write_trained_card
-from recipes.training.callbacks import FOLLOWING, LOG, read_lines
+from recipes.training.arguments import LsmTrainingArguments
+from recipes.training.callbacks import FOLLOWING, LOG
 from recipes.training.checkpoints import WholeCheckpoints
 from recipes.training.costs import Costs
-from recipes.training.models import can_share_prefix
+from recipes.training.models import adapter_settings
 from recipes.training.objectives import distillation_loss, most_likely, predicts, response_loss
 from recipes.training.order import EpochSampler
 from recipes.training.sharding import as_before_sharding, check_strategy, prepare_for_fsdp2
@@ -26,38 +32,54 @@ from recipes.training.throughput import Throughput
 
 
 class LsmTrainer(WholeCheckpoints, SFTTrainer):
-    """SFTTrainer for batches of [`SpeechResponseCollator`](recipes.listening.collator.SpeechResponseCollator).
+    """SFTTrainer for an LSM and rows of a self-powered set.
 
     Args:
+        model: with what learns thawed (`recipes.training.models.prepare`).
+        args: [`LsmTrainingArguments`](recipes.training.arguments).
+        rows: to learn from, a `Dataset` or a stream.
         processor: of the LSM; saved with every checkpoint.
+        model_args: the adapter that learns, if one does.
         costs: of a row of the model, for throughput.
         row_costs: of every row of a whole set, which are then grouped by them; None for a stream.
+        store: of the clips' features, if there is one.
         teacher: for `distill`, the LLM that reads; None if the model's own weights still are that LLM.
+        callbacks: as in SFTTrainer.
         card: what `write_trained_card` is told, besides title, log and scores.
-        The rest is as in SFTTrainer; `args` are [`LsmTrainingArguments`](recipes.training.arguments).
     """
 
     def __init__(
         self,
-        *args,
+        model: LsmForConditionalGeneration,
+        args: LsmTrainingArguments,
+        rows: Dataset | IterableDataset,
         processor: LsmProcessor,
+        model_args: ModelConfig,
         costs: Costs,
-        card: dict,
         row_costs: Sequence[float] | None = None,
+        store: AudioFeatureStore | None = None,
         teacher: nn.Module | None = None,
-        **kwargs,
+        callbacks: Sequence[TrainerCallback] = (),
+        card: dict | None = None,
     ):
-        self.processor, self.card, self.row_costs, self.sampler = processor, card, row_costs, None
+        self.processor, self.card, self.row_costs, self.sampler = processor, card or {}, row_costs, None
+        response_tasks = frozenset(args.response_tasks or ())
         # TRL takes whoever comes with a processor for a model of images.
         with calling_peft():
-            super().__init__(*args, processing_class=processor.tokenizer, **kwargs)
+            super().__init__(
+                model,
+                args,
+                data_collator=SpeechResponseCollator(processor, store, args.objective == "distill", response_tasks),
+                train_dataset=rows,
+                processing_class=processor.tokenizer,
+                peft_config=adapter_settings(model_args),
+                callbacks=list(callbacks),
+            )
         check_strategy(self.accelerator)
         if self.is_fsdp_enabled:
             prepare_for_fsdp2(self.model, self.accelerator)
         self._check_objective()
         self.teacher = self._prepare_teacher(teacher)
-        self.data_collator.share = self._may_share_prefix()
-        self.data_collator.response_tasks = frozenset(self.args.response_tasks or ())
         self.throughput = Throughput(costs, self.model.config.audio_token_id, self.args.peak_tflops)
         self.add_callback(_TrainerHooks(self))
 
@@ -68,12 +90,6 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
                 f"--distill_top_k {top_k} is more than the {vocabulary} tokens of the LLM; leave it out to learn from "
                 "all of them."
             )
-
-    def _may_share_prefix(self) -> bool:
-        """Processes that hold parts of one LLM must call it equally often, whatever their batches begin with."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        wanted = self.args.share_prefix and not self.args.gradient_checkpointing
-        return wanted and not sharded and can_share_prefix(self.model)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset

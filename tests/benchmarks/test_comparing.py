@@ -1,6 +1,5 @@
 """The comparisons run, on tiny models and few rows; what they measure is for them to say, what they compare is here."""
 
-import dataclasses
 import json
 import sys
 
@@ -110,11 +109,18 @@ def test_useful_work_is_what_torch_counts_where_nothing_is_padded():
         ours.step(batch)
     # eager attention sees the future, too; the rest counts once
     assert ours.flops(rows) == pytest.approx(counter.get_total_flops(), rel=0.05)
-    each = dataclasses.replace(rows[0], seed=9)
-    assert ours.flops(rows) < 4 * ours.flops([each])
 
 
 # The commands
+
+
+def test_steps_of_the_alignment_are_compared_too(run):
+    only = ["--only", "ours,without_window_attention", "--workload", "common_voice", "--batch", "2", "--batches", "1"]
+    found = run(training, "--alignment", *only, "--rounds", "1")
+    assert found["seconds_of"] == "1 alignment steps of 2 rows"
+    assert found["ratios"]["without_window_attention"]["common_voice"] > 0
+    with pytest.raises(ValueError, match="--alignment --only ours,original: expected ours,without_window_attention"):
+        run(training, "--alignment", "--only", "ours,original")
 
 
 def test_training_gives_the_contracts_ratios(run, capsys, tmp_path):

@@ -45,7 +45,7 @@ def test_an_utterance_gets_one_task_by_default(utterances):
 def test_an_id_is_source_utterance_and_task(utterances, both):
     for row, utterance in zip(draw_rows(utterances, both)[::2], utterances, strict=True):
         assert row["id"] == f"noise/train/{utterance['id']}/{row['task']}"
-        assert row["instruction"] in load_pool()[row["task"]].seen
+        assert row["instruction"] in both.pool[row["task"]].seen
 
 
 def test_rows_are_a_function_of_seed_and_utterance(utterances, both):
@@ -250,7 +250,7 @@ def test_utterances_that_cannot_be_used_are_told_and_counted(manifest, backwards
         assert f"speech.jsonl {told}" in caplog.text
     card = (folder / "README.md").read_text()
     assert "utterances refused: 1 × not JSON" in card
-    assert "6 utterances read" in card
+    assert "Utterances read: 6." in card
     assert len(rows_of(folder)) == 2
 
 
@@ -287,7 +287,7 @@ def test_a_build_with_no_row_left_says_why(manifest, backwards, tmp_path):
     [
         ({"limit": 0}, "limit=0"),
         ({"shard_size": 0}, "shard_size=0"),
-        ({"filters_off": ["politeness"]}, r"unknown filter 'politeness'; there are \['prompt_too_long'"),
+        ({"filters_off": ["politeness"]}, r"unknown filter 'politeness'; expected one of \['prompt_too_long'"),
         ({"judge_below": 6}, "judge_below=6 must be 1 to 5"),
     ],
 )
@@ -298,12 +298,12 @@ def test_bad_settings_are_refused_before_anything_is_written(settings, message, 
 
 
 def test_a_task_that_measures_generalisation_is_not_trained_on(corpus_dir, backwards, tmp_path):
-    with pytest.raises(ValueError, match="'question_who' is held out of training"):
-        build(open_corpus(corpus_dir), backwards, tmp_path / "set", Draw(load_pool(), {"question_who": 1.0}))
+    with pytest.raises(ValueError, match="'haiku' is held out of training"):
+        build(open_corpus(corpus_dir), backwards, tmp_path / "set", Draw(load_pool(), {"haiku": 1.0}))
 
 
 def test_other_settings_do_not_mix_with_what_is_there(built, backwards, both, corpus_dir):
-    with pytest.raises(ValueError, match=r"begun with other settings: shard_size was 3, now 500"):
+    with pytest.raises(ValueError, match=r"started with other settings: shard_size was 3, now 500"):
         build(open_corpus(corpus_dir), backwards, built, both)
 
 
@@ -313,7 +313,9 @@ def test_a_build_does_not_go_on_with_a_corpus_that_was_edited(backwards, both, t
     asked = len(backwards.asked)
     build(open_corpus(folder), backwards, tmp_path / "set", both)
     (folder / "a.txt").write_text("ten")
-    with pytest.raises(ValueError, match=r"other settings: corpus.revision was 'sha256:\w+', now 'sha256:\w+'. Go on"):
+    with pytest.raises(
+        ValueError, match=r"other settings: corpus.revision was 'sha256:\w+', now 'sha256:\w+'. Use those"
+    ):
         build(open_corpus(folder), backwards, tmp_path / "set", both)
     assert len(backwards.asked) == asked
 
@@ -338,7 +340,7 @@ def test_the_card_says_all_that_is_needed_to_judge_and_to_rebuild(built, backwar
         "Source: `noise`",
         "see the corpus, whose terms hold",
         "- `refusal`: the response begins with a refusal",
-        "Please transcribe the speech.",
+        "Transcribe the speech.",
         "python -m dataset_builders.self_powered build --corpus noise --split train",
         "--tasks-per-utterance 2",
         "transcription=inf",

@@ -6,10 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 from hub_clients import run
+from jinja2 import UndefinedError
 from safetensors.torch import save_file
 
 from dataset_builders import files
-from dataset_builders.files import content_of, differences, fingerprint, read_yaml
+from dataset_builders.files import (
+    append_lines,
+    content_of,
+    differences,
+    fingerprint,
+    partial_of,
+    read_lines,
+    read_template,
+    read_yaml,
+    whole,
+    write_whole,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,3 +158,60 @@ def test_what_is_on_the_hub_is_known_by_its_commit_also_offline(hub, tmp_path):
     assert [content for content, _ in found] == [commit for _, commit in found]
     assert found[0] != found[1] and found[2] != found[3]
     assert run(CACHED, hub, tmp_path / "home", str(ROOT), HF_HUB_OFFLINE="1") == found[1][0]
+
+
+# Whole or not at all
+
+
+def stop_halfway(target: Path, resume: bool = False) -> None:
+    """Make a file in the folder `target`, and be stopped."""
+    with pytest.raises(KeyboardInterrupt), whole(target, resume=resume) as partial:
+        partial.mkdir(exist_ok=True)
+        (partial / f"part {len(list(partial.iterdir()))}").touch()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("resume", "found"), [(False, ["last"]), (True, ["last", "part 0", "part 1"])])
+def test_a_folder_has_its_name_when_it_is_whole(tmp_path, resume, found):
+    target = tmp_path / "made"
+    stop_halfway(target, resume)
+    stop_halfway(target, resume)
+    assert not target.exists() and partial_of(target).is_dir()
+    with whole(target, resume=resume) as partial:
+        partial.mkdir(exist_ok=True)
+        (partial / "last").touch()
+    assert sorted(file.name for file in target.iterdir()) == found
+    assert not partial_of(target).exists()
+
+
+def test_a_file_that_was_there_stays_until_the_next_one_is_whole(tmp_path):
+    file = tmp_path / "new folder" / "page.html"
+    write_whole(file, "before")
+    with pytest.raises(OSError, match="disk"), whole(file) as partial:
+        partial.write_text("half")
+        raise OSError("the disk is full")
+    assert file.read_text() == "before"
+    write_whole(file, "after \ud800")
+    assert file.read_text() == "after ?"
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("text", ["one\ntwo", "one\u2028two\x85\x1c", "ñandú", "half a pair \ud83d"])
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"text": "\xc3', b'{"text": "whole but for its end"}'])
+def test_lines_are_read_as_they_were_written_and_a_torn_one_is_cut_off(tmp_path, text, torn):
+    file = tmp_path / "new folder" / "log.jsonl"
+    assert read_lines(file) == []
+    append_lines(file, [{"text": text}, [text, 1]])
+    with file.open("ab") as lines:
+        lines.write(torn)
+    assert read_lines(file) == [{"text": text}, [text, 1]]
+    append_lines(file, [{"text": "next"}])
+    assert read_lines(file) == [{"text": text}, [text, 1], {"text": "next"}]
+
+
+def test_what_fills_a_template_is_escaped_and_must_be_there(tmp_path):
+    (tmp_path / "page.html").write_text("<p>{{ text }}{{ '!' | often }}</p>")
+    template = read_template(tmp_path / "page.html", often=lambda text: 3 * text)
+    assert template.render(text="a < b") == "<p>a &lt; b!!!</p>"
+    with pytest.raises(UndefinedError, match="text"):
+        template.render()

@@ -76,6 +76,7 @@ def test_a_task_is_counted_over_all_its_files(folder):
         "response_words_max": 1,
         "instructions": 2,
         "instructions_share": pytest.approx(0.1),
+        "example": "Do it, wording 0.",
     }
     assert found.total.rows == 21
     assert found.total.response_words.mean == pytest.approx(23 / 21)
@@ -170,7 +171,7 @@ def test_a_row_that_makes_no_sense_is_refused(tmp_path, fields, complaint):
 
 
 def test_fewer_than_no_samples_are_refused(folder):
-    with pytest.raises(ValueError, match="-1 samples"):
+    with pytest.raises(ValueError, match="samples per task is -1"):
         draw_samples(folder, per_task=-1, seed=0)
 
 
@@ -316,6 +317,16 @@ def test_a_responder_that_is_not_known_is_shown_as_it_is(tmp_path, responder):
     (shown,) = inspect_set(tmp_path)["responders"]
     assert shown["model"] == ("unknown" if responder == "{}" else responder)
     assert shown["decoding"] == "unknown"
+
+
+def test_a_wording_of_every_task_is_shown_in_text_and_page(tmp_path):
+    write(tmp_path, "keyword", [row("keyword", number, instruction=f"List\n{number} words.") for number in (7, 8)])
+    write(tmp_path, "reply", [row("reply", 0, instruction="")])
+    text = render_text(survey(tmp_path))
+    assert "  a wording of keyword: List 7 words.\n" in text
+    assert "  a wording of reply: (no instruction)\n" in text
+    page = Page(render_html(survey(tmp_path), []))
+    assert "List 7 words." in page.words and "(no instruction)" in page.words
 
 
 # All of it

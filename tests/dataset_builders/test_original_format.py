@@ -67,7 +67,7 @@ def test_lines_that_cannot_be_used_are_told_and_counted(exported, tmp_path, capl
         file.write('{"audio": "x.wav"}\n')
     folder = import_original(OriginalRows(jsonl, transcripts=transcripts), tmp_path / "back")
     assert len(rows_of(folder)) == 16
-    assert "line 17 is no transcript" in caplog.text
+    assert "line 17 is not a transcript" in caplog.text
     assert Summary.of(BuildFolder(folder, "train").reports()).refused == {
         "not JSON": 1,
         "no instruction": 1,

@@ -112,7 +112,7 @@ def test_publishing_again_replaces_what_was_there_and_a_revision_stands_beside_i
 
 def test_what_is_not_fit_makes_no_repository(hub, tmp_path):
     result = start(PUSH, hub, tmp_path / "home", json.dumps([[str(tmp_path), "org/x"]]), PYTHONPATH=str(ROOT))
-    assert "is no finished set" in result.stderr
+    assert "is not a finished set" in result.stderr
     assert ("dataset", "org/x") not in hub.repos
 
 
@@ -130,19 +130,19 @@ def test_a_finished_set_is_fit(folder):
 
 def test_half_a_set_is_not(folder):
     shutil.rmtree(folder / ".build/train/shards/00000-00001")
-    with pytest.raises(ValueError, match=r"lacks 1 shards of 'train' \(00000-00001 ...\); build it to its end"):
+    with pytest.raises(ValueError, match="lacks 1 shards of split 'train', such as 00000-00001; run its `build`"):
         push_to_hub(folder, "org/half")
 
 
 def test_a_folder_that_is_no_set_is_not(tmp_path):
-    with pytest.raises(ValueError, match="is no finished set"):
+    with pytest.raises(ValueError, match="is not a finished set"):
         check(tmp_path)
 
 
 def test_an_id_that_comes_twice_is_not(folder):
     file = next((folder / "data/transcription").iterdir())
     shutil.copy(file, file.with_name("train-00000-00009.parquet"))
-    with pytest.raises(ValueError, match="which another row has too"):
+    with pytest.raises(ValueError, match="which another row also has"):
         check(folder)
 
 

@@ -11,6 +11,7 @@ from misbehaving_server import MisbehavingServer
 from dataset_builders import self_powered
 from dataset_builders.inspection import COLUMNS
 from dataset_builders.instructions import TRANSCRIPTION
+from dataset_builders.nano.tasks import POOL_PATH
 from dataset_builders.self_powered import BuildArguments, SelfPoweredBuilder, main
 
 
@@ -58,6 +59,7 @@ def test_build_inspect_export_import(command, answering, corpus_dir, tmp_path, c
 def test_the_nano_corpus_and_the_nano_llm(command, tmp_path):
     """The whole path with nothing stubbed: spoken, asked, answered, written, loaded."""
     options = ["--tasks", "intent=2", "keyword", f"{TRANSCRIPTION}=inf", "--tasks-per-utterance", "2", "--limit", "12"]
+    options += ["--pool", POOL_PATH]
     command("build", "--corpus", "nano", "--llm", "assets/nano/llm", "--output", tmp_path / "nano", *options)
     rows = undecoded(tmp_path / "nano")
     assert len(rows) == 12
@@ -89,6 +91,7 @@ def test_a_task_of_ones_own_needs_no_code(command, answering, corpus_dir, tmp_pa
     command("build", "--corpus", corpus_dir, "--llm", "any", "--output", tmp_path / "rhymes", *options)
     asked = set(undecoded(tmp_path / "rhymes", "rhyme")["instruction"])
     assert asked == {"Make a limerick of the speech.", "Make a haiku of the speech."}
+    assert "--pool POOL --output OUTPUT" in (tmp_path / "rhymes/README.md").read_text()
 
 
 def test_languages_to_translate_into(command, answering, corpus_dir, tmp_path):

@@ -67,7 +67,7 @@ def test_rank_and_world_size_come_from_the_environment(environment, worker):
 
 @pytest.mark.parametrize(
     ("environment", "message"),
-    [({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'"), ({"RANK": "2", "WORLD_SIZE": "2"}, "process 2 of 2")],
+    [({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'"), ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2 processes")],
 )
 def test_a_broken_environment_is_refused(environment, message):
     with pytest.raises(ValueError, match=message):
@@ -145,7 +145,7 @@ def test_of_two_processes_that_write_the_same_shard_the_first_stays(folder, tmp_
     folder.commit(Shard(0, 0), {"intent": table("first")}.items(), {"rows": 1})
     folder.commit(Shard(0, 0), {"intent": table("second")}.items(), {"rows": 1})
     assert pq.read_table(folder.folder / "data/intent/train-00000-00000.parquet")["id"].to_pylist() == ["first"]
-    assert "another process wrote it too" in caplog.text
+    assert "another process has already written this shard" in caplog.text
     assert not list((folder.state / "staging").iterdir())
 
 
@@ -197,7 +197,7 @@ def test_a_build_knows_what_is_missing(folder):
 
 def test_a_build_goes_on_with_the_settings_it_was_begun_with_alone(folder):
     BuildFolder(folder.folder, "train").agree(dict(SETTINGS))
-    with pytest.raises(ValueError, match=r"seed was 0, now 1; tasks was None, now 'x'. Go on with those, or name"):
+    with pytest.raises(ValueError, match=r"seed was 0, now 1; tasks was None, now 'x'. Use those, or name"):
         BuildFolder(folder.folder, "train").agree({**SETTINGS, "seed": 1, "tasks": "x"})
 
 
@@ -210,7 +210,7 @@ def test_another_split_has_settings_of_its_own(folder):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="something that is no build"):
+    with pytest.raises(ValueError, match="is not empty and holds no build"):
         BuildFolder(tmp_path, "train").agree(SETTINGS)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 

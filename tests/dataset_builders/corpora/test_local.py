@@ -56,7 +56,7 @@ def test_a_manifest_of_nemo(tmp_path):
     rows, refused = read(open_corpus(write(tmp_path, {"train_manifest.json": lines, **wavs}) / "train_manifest.json"))
     assert [(row["id"], row["transcript"]) for row in rows] == [("wavs/1", "one"), ("wavs/2", "two")]
     assert places(refused) == [(f"train_manifest.json line {n}", "part of a file") for n in (3, 4, 5)]
-    assert "duration is 0.5 of 2.00 seconds; cut the audio into utterances first" in str(refused[0])
+    assert "duration is 0.5 s, but the file has 2.00 s; cut the audio into utterances first" in str(refused[0])
     assert "offset is 12.5; cut the audio" in str(refused[1])
 
 
@@ -153,11 +153,11 @@ def test_every_file_of_a_folder_is_used_or_refused(tmp_path):
         ("m.m4a", "unreadable audio"),
         ("n.WMA", "unreadable audio"),
     ]
-    assert ".m4a is not read; convert it to one of .flac, .wav" in str(refused[0])
+    assert ".m4a is not supported; convert it to one of .flac, .wav" in str(refused[0])
 
 
 def test_a_folder_of_a_format_that_is_not_read_says_so(tmp_path):
-    with pytest.raises(ValueError, match=r"no utterance that can be read \(m.m4a: unreadable audio: .m4a is not read"):
+    with pytest.raises(ValueError, match=r"no readable utterance \(m.m4a: unreadable audio: .m4a is not supported"):
         open_corpus(write(tmp_path, {"m.m4a": b"ftyp", "m.txt": "one"}))
 
 

@@ -173,7 +173,9 @@ def test_template_settings_are_said_as_a_json_object():
     assert parse_template_settings(None) is None
     assert parse_template_settings('{"enable_thinking": true}') == {"enable_thinking": True}
     for text in ("enable_thinking", "3", "[1]"):
-        with pytest.raises(ValueError, match=f"--template-settings {re.escape(text)} is no JSON object; expected one"):
+        with pytest.raises(
+            ValueError, match=f"--template-settings {re.escape(text)} is not a JSON object; expected one"
+        ):
             parse_template_settings(text)
 
 
@@ -187,7 +189,7 @@ def test_a_checkpoint_that_does_not_say_who_is_inside_is_refused(lsm_dir, proces
     model.config.responder = None
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not say which LLM is inside"):
+    with pytest.raises(ValueError, match="does not name the LLM inside"):
         LocalResponder(tmp_path)
 
 

@@ -14,7 +14,7 @@ import pytest
 from recipes import analyze_bias
 from recipes.bias import saliency
 from recipes.bias.analysis import FIGURES, analyze, behave, bootstrap
-from recipes.bias.roles import ROLES, force
+from recipes.bias.roles import ROLES, teacher_forced
 from recipes.evaluation.following import BY_FORM
 
 ROOT = Path(__file__).parents[3]
@@ -175,7 +175,7 @@ def test_a_text_llm_that_is_to_hear_is_refused(checkpoints, set_dir, tmp_path, m
 
 def test_figures_are_means_over_the_rows_whatever_the_batches(open_llm, answered):
     llm = open_llm("lsm")
-    alone = [saliency.measure(llm, force(llm, [row]))[0] for row in answered]
+    alone = [saliency.measure(llm, teacher_forced(llm, [row]))[0] for row in answered]
     for batch_size in (1, 3):
         found = analyze(llm, answered, batch_size=batch_size)
         assert found["rows"] == 4
@@ -188,7 +188,7 @@ def test_figures_are_means_over_the_rows_whatever_the_batches(open_llm, answered
 def test_tokens_are_counted_by_role_without_padding(open_llm, answered):
     llm = open_llm("text")
     found = analyze(llm, answered, "transcript", batch_size=2)
-    roles = [role for row in answered for role in force(llm, [row], "transcript").roles[0].tolist()]
+    roles = [role for row in answered for role in teacher_forced(llm, [row], "transcript").roles[0].tolist()]
     expected = {ROLES[role]: number / 4 for role, number in Counter(roles).items()}
     assert found["tokens"] == pytest.approx(expected, abs=0.005)
     assert found["tokens"]["first"] == 1

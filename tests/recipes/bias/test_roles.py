@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recipes.bias.roles import ROLES, expand, force
+from recipes.bias.roles import ROLES, expand, teacher_forced
 from recipes.listening.collator import SpeechResponseCollator
 from recipes.listening.features import AudioFeatureStore
 
@@ -16,7 +16,7 @@ def tokens_of(batch, row, role):
 
 
 def test_an_lsm_reads_what_it_was_trained_on(open_llm, processor, answered):
-    batch, trained = force(open_llm("lsm"), answered), SpeechResponseCollator(processor)(answered)
+    batch, trained = teacher_forced(open_llm("lsm"), answered), SpeechResponseCollator(processor)(answered)
     assert "attention_mask" not in batch.inputs
     assert batch.inputs.keys() == trained.keys() - {"attention_mask", "labels"}
     for name, value in batch.inputs.items():
@@ -29,7 +29,7 @@ def test_an_lsm_reads_what_it_was_trained_on(open_llm, processor, answered):
 def test_stored_features_are_read_as_clips_are(open_llm, answered, tmp_path):
     llm = open_llm("lsm")
     store = AudioFeatureStore.build(tmp_path / "store", llm.model, llm.processor, [row["audio"] for row in answered])
-    stored, heard = force(llm, answered, store=store), force(llm, answered)
+    stored, heard = teacher_forced(llm, answered, store=store), teacher_forced(llm, answered)
     assert torch.equal(stored.inputs["input_ids"], heard.inputs["input_ids"])
     assert torch.equal(stored.roles, heard.roles)
     assert "audio_hidden_states" in stored.inputs and "input_features" not in stored.inputs
@@ -38,7 +38,7 @@ def test_stored_features_are_read_as_clips_are(open_llm, answered, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_is_that_of_inference_and_its_response_follows(open_llm, answered, name):
     llm = open_llm(name)
-    batch = force(llm, answered)
+    batch = teacher_forced(llm, answered)
     for row, asked in enumerate(answered):
         ids = batch.inputs["input_ids"][row]
         assert torch.equal(ids[: batch.starts[row]], llm.inputs([asked])["input_ids"][0])
@@ -50,9 +50,9 @@ def test_a_prompt_is_that_of_inference_and_its_response_follows(open_llm, answer
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_is_the_same_alone_as_in_a_batch(open_llm, answered, name):
     llm = open_llm(name)
-    batch = force(llm, answered)
+    batch = teacher_forced(llm, answered)
     for row, asked in enumerate(answered):
-        alone = force(llm, [asked])
+        alone = teacher_forced(llm, [asked])
         assert (alone.starts, alone.lengths) == ([batch.starts[row]], [batch.lengths[row]])
         assert torch.equal(alone.inputs["input_ids"][0], batch.inputs["input_ids"][row, : batch.lengths[row]])
         assert torch.equal(alone.roles[0], batch.roles[row, : batch.lengths[row]])
@@ -60,7 +60,7 @@ def test_a_row_is_the_same_alone_as_in_a_batch(open_llm, answered, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_queries_are_the_positions_that_predict_the_response(open_llm, answered, name):
-    batch = force(open_llm(name), answered)
+    batch = teacher_forced(open_llm(name), answered)
     for row in range(len(answered)):
         queries = batch.queries(row)
         predicted = batch.inputs["input_ids"][row, queries.start + 1 : queries.stop + 1].tolist()
@@ -71,7 +71,7 @@ def test_the_queries_are_the_positions_that_predict_the_response(open_llm, answe
 @pytest.mark.parametrize("name", NAMES)
 def test_every_token_of_a_clip_is_speech(open_llm, answered, name):
     llm = open_llm(name)
-    batch = force(llm, answered)
+    batch = teacher_forced(llm, answered)
     for row in range(len(answered)):
         speech = tokens_of(batch, row, "speech")
         assert set(speech) == {llm.audio_token_id}
@@ -83,7 +83,7 @@ def test_every_token_of_a_clip_is_speech(open_llm, answered, name):
 @pytest.mark.parametrize("name", [*NAMES, "text"])
 def test_a_transcript_is_speech_too(open_llm, answered, name):
     llm = open_llm(name)
-    batch = force(llm, answered, "transcript")
+    batch = teacher_forced(llm, answered, "transcript")
     assert batch.inputs.keys() == {"input_ids"}
     for row, asked in enumerate(answered):
         assert llm.tokenizer.decode(tokens_of(batch, row, "speech")) == asked["transcript"]
@@ -91,14 +91,14 @@ def test_a_transcript_is_speech_too(open_llm, answered, name):
 
 
 def test_the_first_token_is_first_whatever_it_says(open_llm, answered, monkeypatch):
-    batch = force(open_llm("lsm"), answered)
+    batch = teacher_forced(open_llm("lsm"), answered)
     assert (batch.roles[:, 0] == ROLES.index("first")).all()
     assert ((batch.roles == ROLES.index("first")).sum(1) == 1).all()
     llm = open_llm("qwen2_audio")
     bare = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
     monkeypatch.setattr(llm.processor, "chat_template", bare)
     row = answered[0] | {"instruction": "say it"}
-    batch = force(llm, [row], "transcript")
+    batch = teacher_forced(llm, [row], "transcript")
     assert batch.roles[0, 0] == ROLES.index("first")
     assert llm.tokenizer.decode([*tokens_of(batch, 0, "first"), *tokens_of(batch, 0, "instruction")]) == "say it"
 
@@ -106,7 +106,7 @@ def test_the_first_token_is_first_whatever_it_says(open_llm, answered, monkeypat
 def test_an_empty_response_is_refused(open_llm, answered):
     for name in ("lsm", "qwen2_audio"):
         with pytest.raises(ValueError, match="row '1' has an empty response"):
-            force(open_llm(name), [answered[0], answered[1] | {"response": " \n"}])
+            teacher_forced(open_llm(name), [answered[0], answered[1] | {"response": " \n"}])
 
 
 # The clip's tokens in a prompt

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GraniteConfig, MistralConfig
 
 from recipes.bias import saliency
-from recipes.bias.roles import ROLES, force
+from recipes.bias.roles import ROLES, teacher_forced
 from recipes.listening.collator import SpeechResponseCollator
 from recipes.listening.speech_llm import load
 
@@ -54,7 +54,7 @@ def by_hand(llm, row, slot):
     """What `measure` returns of a row that stands alone, from attention matrices and their gradients."""
     eager = copy.deepcopy(llm.model)
     eager.set_attn_implementation("eager")
-    batch = force(llm, [row], slot)
+    batch = teacher_forced(llm, [row], slot)
     ids, start = batch.inputs["input_ids"], batch.starts[0]
     output = eager(**batch.inputs, output_attentions=True, use_cache=False)
     logits = output.logits[0, start - 1 : -1].clone()
@@ -92,7 +92,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "slot"), CASES)
 def test_a_padded_batch_has_the_saliency_of_each_row_by_the_definition(find, answered, name, slot):
     llm = find(name)
-    batch = force(llm, answered, slot)
+    batch = teacher_forced(llm, answered, slot)
     assert len(set(batch.lengths)) == len(set(batch.starts)) == len(answered)
     measured = saliency.measure(llm, batch)
     for row, found in zip(answered, measured, strict=True):
@@ -106,7 +106,7 @@ def test_a_padded_batch_has_the_saliency_of_each_row_by_the_definition(find, ans
 
 @pytest.mark.parametrize(("name", "slot"), CASES)
 def test_shares_are_of_one_whole(find, answered, name, slot):
-    for layers in saliency.measure(find(name), force(find(name), answered, slot)):
+    for layers in saliency.measure(find(name), teacher_forced(find(name), answered, slot)):
         for layer in layers:
             for figure in ("layers", "attention"):
                 assert sum(layer[figure].values()) == pytest.approx(1, abs=1e-5)
@@ -115,7 +115,7 @@ def test_shares_are_of_one_whole(find, answered, name, slot):
 
 def test_a_token_is_measured_by_the_average_of_those_that_are_seen(open_llm, answered):
     """Weighted by how often each role is seen, the figures per token average 1."""
-    batch = force(open_llm("lsm"), answered)
+    batch = teacher_forced(open_llm("lsm"), answered)
     for row, layers in enumerate(saliency.measure(open_llm("lsm"), batch)):
         queries, seen = batch.queries(row), dict.fromkeys(ROLES, 0)
         for place in range(queries.start, queries.stop):
@@ -130,7 +130,7 @@ def test_a_token_is_measured_by_the_average_of_those_that_are_seen(open_llm, ans
 def test_what_nobody_said_has_no_share(open_llm, answered):
     """A response of its end alone is predicted by the prompt: there is no response before it to look at."""
     llm = open_llm("qwen2_audio")
-    batch = force(llm, [answered[0] | {"response": llm.tokenizer.eos_token}])
+    batch = teacher_forced(llm, [answered[0] | {"response": llm.tokenizer.eos_token}])
     batch.lengths = [batch.starts[0] + 1]
     for layer in saliency.measure(llm, batch)[0]:
         assert {layer[figure]["response"] for figure in FIGURES} == {0.0}
@@ -143,7 +143,7 @@ def test_a_row_weighs_the_same_beside_a_longer_one(checkpoints, answered):
     llm.model.double()  # so that what differs is not rounding
 
     def gradients(rows):
-        batch, found = force(llm, rows), {}
+        batch, found = teacher_forced(llm, rows), {}
         with (
             torch.enable_grad(),
             saliency.recording(
@@ -162,7 +162,7 @@ def test_a_row_weighs_the_same_beside_a_longer_one(checkpoints, answered):
 def test_the_placeholder_that_is_never_written_has_no_part_in_the_loss(checkpoints, answered, name, slot):
     """Its row in the head is drawn anew whenever a text LLM is opened."""
     llm = load(checkpoints[name])
-    batch = force(llm, answered, slot)
+    batch = teacher_forced(llm, answered, slot)
     expected = saliency.measure(llm, batch)
     with torch.no_grad():
         llm.model.get_output_embeddings().weight[llm.processor.audio_token_id] = 10
@@ -174,7 +174,7 @@ def test_the_loss_is_the_training_loss_but_for_the_placeholder(checkpoints, proc
     llm = load(checkpoints["lsm"])
     llm.model.generation_config.suppress_tokens = None
     expected = sum(llm.model(**SpeechResponseCollator(processor)([row])).loss for row in answered)
-    torch.testing.assert_close(saliency.response_loss(llm, force(llm, answered)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(saliency.response_loss(llm, teacher_forced(llm, answered)), expected, atol=1e-4, rtol=0)
 
 
 # What is left behind
@@ -203,7 +203,7 @@ def test_a_model_is_afterwards_as_it_was(open_llm, answered, name, slot):
     frozen = next(parameter for parameter in llm.model.get_decoder().parameters())
     frozen.requires_grad_(False)
     try:
-        batch = force(llm, answered, slot)
+        batch = teacher_forced(llm, answered, slot)
         before, logits = state(llm), llm.model(**batch.inputs).logits
         saliency.measure(llm, batch)
         assert state(llm) == before
@@ -216,7 +216,7 @@ def test_a_model_is_afterwards_as_it_was(open_llm, answered, name, slot):
 
 def test_so_it_is_when_something_goes_wrong_on_the_way(open_llm, answered, monkeypatch):
     llm = open_llm("lsm")
-    batch, before = force(llm, answered), state(llm)
+    batch, before = teacher_forced(llm, answered), state(llm)
 
     def fail(*_, **__):
         raise RuntimeError("out of memory")
@@ -239,7 +239,7 @@ def test_so_it_is_when_something_goes_wrong_on_the_way(open_llm, answered, monke
 
 
 def test_it_is_measured_where_gradients_are_off(open_llm, answered):
-    batch = force(open_llm("lsm"), answered[:1])
+    batch = teacher_forced(open_llm("lsm"), answered[:1])
     with torch.no_grad():
         off = saliency.measure(open_llm("lsm"), batch)
     assert off == saliency.measure(open_llm("lsm"), batch)
@@ -250,7 +250,7 @@ def test_it_is_measured_where_gradients_are_off(open_llm, answered):
 
 def test_attention_with_a_soft_cap_is_refused(write_llm, answered):
     llm = write_llm(Gemma2Config(**SIZES, **LOUD, head_dim=8))
-    batch, before = force(llm, answered, "transcript"), state(llm)
+    batch, before = teacher_forced(llm, answered, "transcript"), state(llm)
     with pytest.raises(ValueError, match="Gemma2Attention has softcap"):
         saliency.measure(llm, batch)
     assert state(llm) == before
@@ -258,7 +258,7 @@ def test_attention_with_a_soft_cap_is_refused(write_llm, answered):
 
 def test_an_llm_that_records_nothing_is_refused(open_llm, answered, monkeypatch):
     llm = open_llm("text")
-    batch = force(llm, answered, "transcript")
+    batch = teacher_forced(llm, answered, "transcript")
     monkeypatch.setattr(type(llm.model.get_decoder()), "set_attn_implementation", lambda *_: None)
     with pytest.raises(ValueError, match=f"no attention of {llm.name} could be recorded"):
         saliency.measure(llm, batch)
@@ -267,8 +267,8 @@ def test_an_llm_that_records_nothing_is_refused(open_llm, answered, monkeypatch)
 @pytest.mark.parametrize("name", ["lsm", "qwen2_audio", "audioflamingo3"])
 def test_shares_in_bfloat16_are_about_those_in_float32(checkpoints, open_llm, answered, name):
     llm = load(checkpoints[name], dtype="bfloat16")
-    rounded = saliency.measure(llm, force(llm, answered))
-    exact = saliency.measure(open_llm(name), force(open_llm(name), answered))
+    rounded = saliency.measure(llm, teacher_forced(llm, answered))
+    exact = saliency.measure(open_llm(name), teacher_forced(open_llm(name), answered))
     for found, wanted in zip(rounded, exact, strict=True):
         for layer, expected in zip(found, wanted, strict=True):
             assert sum(layer["layers"].values()) == pytest.approx(1, abs=1e-5)
@@ -296,7 +296,7 @@ def test_memory_grows_with_the_length_of_the_prompt_and_not_with_its_square(open
     llm, largest, lengths = open_llm("text"), [], []
     for words in (200, 400):
         row = {"instruction": "!" * words, "transcript": "what is said", "response": "so it is"}
-        batch = force(llm, [row], "transcript")
+        batch = teacher_forced(llm, [row], "transcript")
         with Sizes() as sizes:
             saliency.measure(llm, batch)
         (length,) = batch.lengths

@@ -18,7 +18,7 @@ from tiny_tokenizer import THINKING_TEMPLATE
 from transformers import AutoTokenizer, GenerationMixin
 
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, load_pool
-from dataset_builders.nano.tasks import answers
+from dataset_builders.nano.tasks import POOL_PATH, answers
 from dataset_builders.responders.exchange import Reply
 from processing_lsm import load_audio
 from recipes import evaluate
@@ -34,7 +34,7 @@ from recipes.listening.speech_llm import Lsm, SpeechLLM
 
 ROOT = Path(__file__).parents[3]
 TASKS = load_tasks()
-TASK_OF = {wording: task.name for task in load_pool().values() for wording in (*task.seen, *task.held_out)}
+TASK_OF = {wording: task.name for task in load_pool(POOL_PATH).values() for wording in (*task.seen, *task.held_out)}
 AUDIO_SYSTEMS = ("model", "shuffled", "silence")
 
 
@@ -521,6 +521,22 @@ def test_answers_to_another_form_of_a_task_are_refused(evaluation, nano):
     run.tasks = [override(nano("nano"), {"target_language": "fr"})]
     with pytest.raises(ValueError, match="answers given with another task nano"):
         run.run()
+
+
+def test_answers_to_another_pool_are_refused_and_its_place_is_no_matter(evaluation, nano, tmp_path):
+    def run(pool):
+        run = evaluation(systems=["model"])
+        run.tasks = [override(nano("nano"), {"pool": str(pool)})]
+        return run.run()
+
+    wordings = POOL_PATH.read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(wordings, encoding="utf-8")
+    first = run(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").rename(tmp_path / "moved.yaml")
+    assert run(tmp_path / "moved.yaml")["tasks"] == first["tasks"]
+    (tmp_path / "moved.yaml").write_text(wordings.replace("Continue from where", "Go on from where"), encoding="utf-8")
+    with pytest.raises(ValueError, match="answers given with another task nano"):
+        run(tmp_path / "moved.yaml")
 
 
 def test_how_many_are_asked_at_once_is_no_matter(evaluation, scripted):

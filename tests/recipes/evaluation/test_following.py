@@ -4,8 +4,8 @@ import pytest
 
 from dataset_builders.corpora.opening import load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, load_pool
-from dataset_builders.nano.tasks import answers, is_correct
-from recipes.evaluation.following import held_out_rows, is_copy, load_checker, score_following
+from dataset_builders.nano.tasks import POOL_PATH, answers, is_correct
+from recipes.evaluation.following import BY_FORM, held_out_rows, is_copy, load_checker, score_following
 from recipes.evaluation.metrics import error_rate
 
 SPOKEN = "the farmer proudly repaired the old clock in the attic"
@@ -98,6 +98,22 @@ def test_every_clip_is_asked_a_task_and_its_transcription_in_unseen_wordings(cor
     for row in rows:
         assert row["instruction"] in pool[row["task"]].held_out
         assert row["audio"] == corpus[row["row"]]["audio"]
+
+
+def test_tasks_of_which_the_checker_knows_nothing_do_not_count():
+    rows = asked("summary", "intent")
+    found = score_following(rows, ["A man repaired something.", "The intent is repair."], load_checker(BY_FORM))
+    assert found == {"tasks": {"intent": 1.0}, "following": 1.0, "transcript_copy": 0.0}
+
+
+def test_clips_are_asked_in_the_wordings_of_the_pool_that_is_given(corpus_dir):
+    corpus = load_corpus(corpus_dir, "train")
+    nano = load_pool(POOL_PATH)
+    rows = held_out_rows(corpus, SELF_POWERED_TASKS, pool=nano)
+    assert all(row["instruction"] in nano[row["task"]].held_out for row in rows)
+    assert [row["id"] for row in rows] == [row["id"] for row in held_out_rows(corpus, SELF_POWERED_TASKS)]
+    with pytest.raises(ValueError, match="unknown task 'question_who'"):
+        held_out_rows(corpus, ["question_who"])
 
 
 def test_a_checker_is_named_by_its_module():

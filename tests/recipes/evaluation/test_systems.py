@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 
 from dataset_builders.instructions import TRANSCRIPTION, load_pool
+from dataset_builders.nano.tasks import POOL_PATH
 from recipes.evaluation.pages import STYLES
 from recipes.evaluation.questions import read_rows
 from recipes.evaluation.systems import SYSTEMS, shuffle_clips, swap_instructions, transcription_rows
 from recipes.evaluation.tasks import load_tasks, override
 from recipes.listening.speech_llm import SLOTS
 
-TASKS = load_tasks()
+TASKS, POOL = load_tasks(), load_pool(POOL_PATH)
 
 
 @pytest.fixture
@@ -73,10 +74,10 @@ def test_one_clip_cannot_be_shuffled(read):
 
 
 def test_swapping_gives_every_row_the_wording_of_another_task_and_leaves_all_else(read):
-    pool, rows = load_pool(), read("nano")
-    swapped = swap_instructions(rows)
+    rows = read("nano")
+    swapped = swap_instructions(rows, POOL)
     for row, other in zip(rows, swapped, strict=True):
-        assert other.instruction not in (*pool[row.task].seen, *pool[row.task].held_out)
+        assert other.instruction not in (*POOL[row.task].seen, *POOL[row.task].held_out)
         assert other.instruction in {one.instruction for one in rows}
         assert replace(other, instruction=row.instruction) == row
 
@@ -85,15 +86,15 @@ def test_swapping_gives_every_row_the_wording_of_another_task_and_leaves_all_els
     ("name", "instead"), [("nano_intent", TRANSCRIPTION), ("nano_format", TRANSCRIPTION), ("nano_asr", "intent")]
 )
 def test_where_all_rows_ask_the_same_another_task_of_the_pool_is_asked(read, name, instead):
-    swapped = swap_instructions(read(name))
-    assert {row.instruction for row in swapped} <= set(load_pool()[instead].held_out)
-    assert swapped == swap_instructions(read(name))
+    swapped = swap_instructions(read(name), POOL)
+    assert {row.instruction for row in swapped} <= set(POOL[instead].held_out)
+    assert swapped == swap_instructions(read(name), POOL)
 
 
 def test_a_cascade_hears_every_clip_once(read):
     rows = read("nano")
-    heard = transcription_rows(rows)
+    heard = transcription_rows(rows, POOL)
     assert [row.utterance for row in heard] == list(range(8))
     assert [row.audio for row in heard] == [row.audio for row in rows[::2]]
-    assert {row.instruction for row in heard} <= set(load_pool()[TRANSCRIPTION].held_out)
+    assert {row.instruction for row in heard} <= set(POOL[TRANSCRIPTION].held_out)
     assert len({row.id for row in heard}) == 8

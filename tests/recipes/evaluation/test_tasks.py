@@ -9,7 +9,7 @@ from corpus_files import clip, json_lines, write
 from dataset_builders.building import draw_rows
 from dataset_builders.corpora.opening import load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, load_pool
-from dataset_builders.nano.tasks import UNSEEN_TASKS, answers, is_correct
+from dataset_builders.nano.tasks import POOL_PATH, UNSEEN_TASKS, answers, is_correct
 from recipes.evaluation.constraints import draw_constraint
 from recipes.evaluation.kinds import KINDS
 from recipes.evaluation.questions import read_rows
@@ -52,7 +52,21 @@ def test_a_preset_fills_its_prompt_and_says_where_its_corpus_is(name):
         words = {slot: "something" for slot in task.slots}
         assert "{" not in task.prompt.format(**words, labels="a, b", choices="A. a")
     elif task.task is not None:
-        assert load_pool()[task.task].held_out
+        assert load_pool(task.pool)[task.task].held_out
+
+
+def test_a_pool_is_seen_from_the_file_of_tasks_and_from_here_where_it_is_said_here(tmp_path):
+    assert load_one(tmp_path).pool is None
+    task = load_one(tmp_path, pool="wordings/mine.yaml")
+    assert task.pool == str(tmp_path / "wordings" / "mine.yaml")
+    assert override(task, {"pool": "other.yaml"}).pool == "other.yaml"
+    assert override(task, {"pool": ""}).pool is None
+
+
+def test_the_nano_tasks_and_no_others_draw_from_the_nano_pool():
+    pools = {name: task.pool for name, task in TASKS.items() if task.pool is not None}
+    assert set(pools) == {name for name in TASKS if name.startswith("nano")}
+    assert set(pools.values()) == {str(POOL_PATH)}
 
 
 # What is refused
@@ -105,6 +119,7 @@ def test_a_preset_fills_its_prompt_and_says_where_its_corpus_is(name):
         ({"answer": "The label."}, "`answer` is 'The label.'; expected a text with {} where the label stands"),
         ({"labels": ["yes", True]}, r"`labels` must be a text or a list of texts, got \['yes', True\]"),
         ({"labels": ["a", "a"]}, "`labels` names one twice"),
+        ({"pool": ["a.yaml"]}, r"`pool` must be a text, got \['a.yaml'\]"),
     ],
 )
 def test_a_task_that_cannot_be_is_refused_with_file_and_name(tmp_path, changes, message):
@@ -195,7 +210,7 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 
 def held_out_rows(corpus, tasks, seed):
     """What the quickstart asks: every clip one of the tasks and its transcription, in held-out wordings."""
-    draw = Draw(load_pool(), {**dict.fromkeys(tasks, 1.0), TRANSCRIPTION: math.inf}, 2, seed, "held_out")
+    draw = Draw(load_pool(POOL_PATH), {**dict.fromkeys(tasks, 1.0), TRANSCRIPTION: math.inf}, 2, seed, "held_out")
     return draw_rows([utterance | {"row": row} for row, utterance in enumerate(corpus)], draw)
 
 
@@ -260,7 +275,7 @@ def test_a_task_of_the_nano_language_is_asked_in_held_out_wordings(nano, name):
     task = nano(name)
     rows = read_rows(task, limit=3)
     assert [row.id.rpartition("/")[2] for row in rows] == [name] * 3
-    assert {row.instruction for row in rows} <= set(load_pool()[task.task].held_out)
+    assert {row.instruction for row in rows} <= set(load_pool(POOL_PATH)[task.task].held_out)
     assert {row.kind for row in rows} == {task.kind}
     for row in rows:
         said = row.answer.format(row.references[0])

@@ -11,6 +11,7 @@ from corpus_files import clip as audio_file
 from tiny_tokenizer import CHAT_TEMPLATE, THINKING_TEMPLATE, tiny_sentencepiece, tiny_tokenizer
 from transformers import ByT5Tokenizer, WhisperFeatureExtractor
 
+from language_models.tokenizers import speech_processor
 from processing_lsm import AUDIO_TOKEN, LsmProcessor
 from recipes.listening.collator import SpeechResponseCollator, render_prompt, render_response, response_tokens
 
@@ -61,26 +62,6 @@ def test_training_is_on_the_right_and_generation_on_the_left(processor, rows):
     assert batch["attention_mask"][:, 0].all()
     assert not batch["attention_mask"][:, -1].all()
     assert processor.tokenizer.padding_side == "left"
-
-
-def test_what_rows_begin_with_is_counted_up_to_where_they_differ_or_hear(processor, rows):
-    alike = [{**rows[0], "instruction": "Say it again. " * 10 + end} for end in ("Now.", "Later.", "Then.", "Now.")]
-    batch = SpeechResponseCollator(processor, share=True)(alike)
-    ids, shared = batch["input_ids"], batch["shared_prefix"]
-    assert (ids[:, :shared] == ids[:1, :shared]).all()
-    assert not (ids[:, shared] == ids[0, shared]).all()
-    same = SpeechResponseCollator(processor, share=True)([alike[0]] * 4)
-    first_heard = (same["input_ids"][0] == processor.audio_token_id).nonzero()[0]
-    assert same["shared_prefix"] == first_heard
-    read = SpeechResponseCollator(processor, share=True)([{**alike[0], "audio": None}] * 4)
-    assert read["shared_prefix"] == int((read["labels"][0] == -100).sum()) - 1  # something is left to answer from
-
-
-def test_a_short_beginning_is_not_worth_two_calls_and_one_row_shares_with_nobody(processor, rows):
-    long = {**rows[0], "instruction": "Say it again. " * 30}
-    for batch in ([{**rows[0], "instruction": "Say."}] * 2, [long]):
-        assert "shared_prefix" not in SpeechResponseCollator(processor, share=True)(batch)
-    assert "shared_prefix" not in SpeechResponseCollator(processor)([long] * 8)
 
 
 def test_a_batch_gives_the_loss_of_its_rows(processor, lsm, rows):
@@ -176,7 +157,7 @@ SPACE = CHAT_TEMPLATE.replace("|>' +", "|>: ' +").replace("'<|assistant|>'", "'<
 def processor_of(tokenizer, template: str) -> LsmProcessor:
     tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
     tokenizer.pad_token = tokenizer.eos_token
-    return LsmProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=template)
+    return speech_processor(WhisperFeatureExtractor(), tokenizer, chat_template=template)
 
 
 @pytest.mark.parametrize("kind", ["first", "always", "legacy"])
@@ -213,7 +194,7 @@ def test_a_token_across_the_border_is_cut_there(answered, kind):
 def test_a_thought_is_no_label(answered, thinking):
     """Neither the empty one that templates put before a finished answer, nor one that an imported row has."""
     own = processor_of(tiny_tokenizer(), CHAT_TEMPLATE)
-    own = LsmProcessor(
+    own = speech_processor(
         own.feature_extractor, own.tokenizer, THINKING_TEMPLATE, template_settings={"enable_thinking": thinking}
     )
     thoughtful = answered[1] | {"response": "<think>\nHm.\n</think>\n\nNobody says it."}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from processing_lsm import load_audio
-from recipes.bias.roles import ROLES, force
+from recipes.bias.roles import ROLES, teacher_forced
 from recipes.listening.speech_llm import Voxtral, load
 
 pytest.importorskip("mistral_common", reason="mistral-common is not installed")
@@ -124,7 +124,7 @@ def test_a_token_across_a_border_belongs_to_what_it_ends_in(voxtral):
 
 @pytest.mark.parametrize("slot", HEARD)
 def test_a_prompt_and_its_answer_are_told_apart_to_the_token(voxtral, answered, slot):
-    batch, inputs = force(voxtral, answered, slot), voxtral.inputs(answered, slot)
+    batch, inputs = teacher_forced(voxtral, answered, slot), voxtral.inputs(answered, slot)
     decode = voxtral.tokenizer.decode
     for place, row in enumerate(answered):
         ids, start, end = batch.inputs["input_ids"][place], batch.starts[place], batch.lengths[place]

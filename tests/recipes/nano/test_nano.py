@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dataset_builders.instructions import load_pool
 from dataset_builders.nano.grammar import lexicon, sample_sentence, split_of
-from dataset_builders.nano.tasks import is_correct
+from dataset_builders.nano.tasks import POOL_PATH, is_correct
 from recipes.nano import train_encoder, train_llm
 from recipes.nano.train_encoder import labels_of, read_words, spec_augment, trainable_tower
 from recipes.nano.train_llm import decisive_words, filler_words, sample_example, train_tokenizer, user_turn, vary
 
 ASSETS = Path(__file__).parents[3] / "assets" / "nano"
-POOL = load_pool()
+POOL = load_pool(POOL_PATH)
 
 
 # The LLM

@@ -9,7 +9,6 @@ import pytest
 import soundfile
 from html_page import Page
 
-from recipes.reporting import page as page_module
 from recipes.reporting.figures import plot_composition
 from recipes.reporting.page import Examples, Facts, Picture, Table, Text, render_page, write_page
 
@@ -92,7 +91,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(page_module.os, "replace", killed)
+    monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write_page(path, "New", "", [])
     assert "<h1>Old</h1>" in path.read_text(encoding="utf-8")

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from trl import ModelConfig
 
+from dataset_builders.files import read_lines
 from recipes import sft
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
-from recipes.training.callbacks import LOG, read_lines
+from recipes.training.callbacks import LOG
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from corpus_files import clip, write
 from datasets import Audio, Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from dataset_builders.files import read_lines
 from recipes import align as command
 from recipes.listening.speech_llm import Lsm
 from recipes.training.alignment import (
@@ -33,7 +34,6 @@ from recipes.training.alignment import (
     piece_counts,
     speech_tokens_needed,
 )
-from recipes.training.callbacks import read_lines
 from recipes.training.checkpoints import last_checkpoint
 
 ROOT = Path(__file__).parents[3]

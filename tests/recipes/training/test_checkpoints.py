@@ -14,8 +14,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from dataset_builders.files import read_lines
 from recipes.listening import collator
-from recipes.training.callbacks import LOG, read_lines, rewind
+from recipes.training.callbacks import LOG, rewind
 from recipes.training.checkpoints import COMPLETE, find_checkpoint, last_checkpoint
 from recipes.training.trainer import LsmTrainer
 

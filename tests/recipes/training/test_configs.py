@@ -10,9 +10,10 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, WhisperConfig, WhisperFeatureExtractor
 from trl import ModelConfig, TrlParser
 
+from dataset_builders.files import read_lines
 from recipes.sft import train
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, accumulation
-from recipes.training.callbacks import LOG, read_lines
+from recipes.training.callbacks import LOG
 from recipes.training.preflight import Preflight
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "configs"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.training.callbacks import FOLLOWING, LOG, read_lines
+from dataset_builders.files import read_lines
+from recipes.training.callbacks import FOLLOWING, LOG
 
 ROOT = Path(__file__).parents[3]
 DISTILL = {"response_tasks": ["transcription"], "distill_top_k": 20}

@@ -157,7 +157,7 @@ def test_an_adapter_is_moved_together_with_what_it_is_for(train, whisper_dir, ll
         assert base_of(folder) == str(tmp_path / "out" / "base")
     load(tmp_path / "out" / "checkpoint-1")
     shutil.rmtree(tmp_path / "out" / "base")
-    with pytest.raises(ValueError, match=r"is an adapter for .*base, which is no folder here: put that folder"):
+    with pytest.raises(ValueError, match=r"is an adapter for .*base, which does not exist here; put that folder"):
         load(tmp_path / "out")
 
 

@@ -1,19 +1,17 @@
 """Learning the response, or what the LLM would say if it read."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen3NextConfig
 from trl import ModelConfig
 
+from dataset_builders.files import read_lines
 from recipes.listening.collator import SpeechResponseCollator
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
-from recipes.training.callbacks import LOG, read_lines
-from recipes.training.models import can_share_prefix, load_teacher
+from recipes.training.callbacks import LOG
+from recipes.training.models import load_teacher
 from recipes.training.objectives import (
     CHUNK,
     distillation_loss,
@@ -266,18 +264,6 @@ def test_accumulated_batches_give_the_loss_of_one(train, losses, tmp_path, optio
     assert losses(cut) == pytest.approx(losses(one), abs=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"objective": "distill", "llm": "full"}, {"llm": "lora"}])
-def test_reading_what_rows_begin_with_once_changes_no_loss(train, losses, options, tmp_path, monkeypatch):
-    shared, count = [], SpeechResponseCollator._shared
-    monkeypatch.setattr("recipes.listening.collator.LEAST_SHARED", 8)
-    monkeypatch.setattr(SpeechResponseCollator, "_shared", lambda *args: shared.append(count(*args)) or shared[-1])
-    options = {"gradient_checkpointing": False, "per_device_train_batch_size": 8, "max_steps": 3, **options}
-    once = train(output_dir=str(tmp_path / "once"), **options)
-    assert len(shared) >= 3 and all(shared)
-    each = train(output_dir=str(tmp_path / "each"), share_prefix=False, **options)
-    assert losses(once) == pytest.approx(losses(each), abs=1e-4)
-
-
 def test_trls_fused_head_and_labelled_positions_give_one_training(train, losses, tmp_path, monkeypatch):
     labelled = train(output_dir=str(tmp_path / "labelled"))
     monkeypatch.setattr(LsmTrainer, "_needs_trl", lambda self: True)
@@ -286,13 +272,6 @@ def test_trls_fused_head_and_labelled_positions_give_one_training(train, losses,
     logs = [[line for line in read_lines(run / LOG) if "loss" in line] for run in (labelled, fused)]
     accuracies = [[line["mean_token_accuracy"] for line in log] for log in logs]
     assert accuracies[0] == pytest.approx(accuracies[1])
-
-
-def test_an_llm_that_writes_over_its_states_reads_every_row(lsm):
-    assert can_share_prefix(lsm)
-    lsm = copy.deepcopy(lsm)
-    lsm.config.text_config = Qwen3NextConfig(num_hidden_layers=2)
-    assert not can_share_prefix(lsm)
 
 
 def test_throughput_is_logged_with_the_loss(train):

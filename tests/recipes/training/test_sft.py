@@ -11,12 +11,14 @@ from packaging import version
 from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM
 from trl import ModelConfig
 
+from dataset_builders.files import read_lines
+from dataset_builders.instructions import digest_of, load_pool
+from dataset_builders.nano.tasks import POOL_PATH
 from processing_lsm import LsmProcessor
 from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import Lsm
 from recipes.training import models
 from recipes.training.arguments import LsmScriptArguments
-from recipes.training.callbacks import read_lines
 from recipes.training.models import load_model
 
 
@@ -116,6 +118,15 @@ def test_following_is_measured_while_training(train, corpus_dir):
     assert all({"following", "transcript_copy", "wer"} <= set(look) for look in looks)
     logged = [line for line in read_lines(output / "log.jsonl") if "loss" in line]  # and so what `report_to` names
     assert [line["following"] for line in logged] == [look["following"] for look in looks]
+
+
+def test_following_is_asked_from_the_pool_that_is_named_and_says_which(train, corpus_dir, tmp_path):
+    corpus = {"following_corpus": str(corpus_dir), "following_split": "train", "following_limit": 1}
+    looks = read_lines(train(pool=str(POOL_PATH), **corpus) / "following.jsonl")
+    assert {look["pool"] for look in looks} == {digest_of(load_pool(POOL_PATH))}
+    (tmp_path / "mine.yaml").write_text("tasks:\n  intent: {description: d, seen: [Go on.]}\n")
+    with pytest.raises(ValueError, match="unknown task 'continuation'; the pool has"):
+        train(pool=str(tmp_path / "mine.yaml"), model_name_or_path="not-looked-at", **corpus)
 
 
 def test_clips_decoded_in_workers_give_the_same_training(train, losses, tmp_path):

@@ -1,0 +1,77 @@
+"""Chat templates of LLMs, made to take audio beside text."""
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from processing_lsm import AUDIO_TOKEN
+
+# For LLMs whose tokenizer has no chat template: Vicuna v1.1, which base models have seen most often in the wild.
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ ' USER: ' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+
+# For LLMs whose template takes no system message (Gemma, early Mistrals): it opens the user's first message instead.
+FOLD_SYSTEM = (
+    "{%- if messages[0]['role'] == 'system' and messages[1] is defined and messages[1]['role'] == 'user' -%}"
+    "{%- set opening = messages[0]['content'] + '\\n\\n' + messages[1]['content'] -%}"
+    "{%- set messages = [dict(messages[1], content=opening)] + messages[2:] -%}"
+    "{%- endif %}\n"
+)
+
+# Prepended to the LLM's own template, which then sees plain strings: parts joined by newlines, audio as its token.
+# The newline at the end is eaten by Jinja's `trim_blocks`, which transformers sets.
+_PRELUDE = """\
+{%- set lsm = namespace(messages=[], parts=[]) -%}
+{%- for message in messages -%}
+{%- if message['content'] is defined and message['content'] is not string and message['content'] is iterable -%}
+{%- set lsm.parts = [] -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'audio' -%}
+{%- set lsm.parts = lsm.parts + ['AUDIO_TOKEN'] -%}
+{%- elif part['type'] == 'text' -%}
+{%- set lsm.parts = lsm.parts + [part['text']] -%}
+{%- else -%}
+{{- raise_exception('An LSM takes text and audio, not ' + part['type']) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- set lsm.messages = lsm.messages + [dict(message, content=lsm.parts | join('\\n'))] -%}
+{%- else -%}
+{%- set lsm.messages = lsm.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = lsm.messages %}
+"""
+
+
+def speech_template(template: str | dict | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """An LLM's chat template for messages of text and audio parts.
+
+    A prelude that flattens the parts is put in front, with [`FOLD_SYSTEM`] where the LLM takes no system message. A
+    template that names the audio placeholder is taken to render audio parts by itself.
+
+    Args:
+        template: the LLM's own, of several the default one; [`DEFAULT_CHAT_TEMPLATE`] if it has none.
+        tokenizer: that renders it.
+    """
+    text: str = (template["default"] if isinstance(template, dict) else template) or DEFAULT_CHAT_TEMPLATE
+    if AUDIO_TOKEN in text:
+        return text
+    fold = "" if _takes_system(text, tokenizer) else FOLD_SYSTEM
+    return _PRELUDE.replace("AUDIO_TOKEN", AUDIO_TOKEN) + fold + text
+
+
+def _takes_system(template: str, tokenizer) -> bool:
+    """Whether a system message gets into the prompt; some templates raise an error, some drop it silently."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
+    try:
+        return "Be brief." in tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    except TemplateError:
+        return False
