@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart study test test-oldest lint types format clean
+.PHONY: quickstart study test test-oldest lint types format docs clean
 
 # $(call install,CONSTRAINTS) makes the environment that the target names. torch first and alone: what follows then finds
 # it installed and no CUDA build is resolved beside it.
@@ -10,7 +10,7 @@ define install
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "LSM needs Python 3.11 or later, this is " + sys.version)'
 $(PYTHON) -m venv $@
 $@/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $(1))"
-$@/bin/python -m pip install --quiet --disable-pip-version-check -c $(1) --editable '.[nano,dev]'
+$@/bin/python -m pip install --quiet --disable-pip-version-check -c $(1) --editable '.[dev]'
 touch $@
 endef
 
@@ -45,5 +45,10 @@ format: .venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site of README and docs, in site/.
+docs: .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf runs build *.egg-info
+	rm -rf runs build site *.egg-info

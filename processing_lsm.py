@@ -308,7 +308,7 @@ class LsmProcessor(ProcessorMixin):
         return hashlib.sha256(f"{template}\ninstruction_first={self.instruction_first}".encode()).hexdigest()[:16]
 
     def conversation(self, instruction: str, *, audio=None, transcript=None, response=None) -> list[dict]:
-        """Lay out one exchange, for [`apply_chat_template`](ProcessorMixin.apply_chat_template).
+        """Lay out one exchange, for [`apply_chat_template`].
 
         Args:
             instruction: what is asked of the speech; an empty text where nothing is asked.

@@ -2,8 +2,8 @@
 
     python -m benchmarks.build_memory --llm assets/nano/llm --rows 10000 100000
 
-Each build runs in a process of its own, all seven tasks on every utterance of the nano corpus. Given is the peak of
-the resident memory, as the operating system kept it.
+Each build runs in a separate process, with all seven tasks on every utterance of the nano corpus. The figure is the
+peak of the resident memory according to the operating system.
 """
 
 import argparse
@@ -42,9 +42,9 @@ def peak_memory(llm: str, rows: int, threads: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm", default="assets/nano/llm")
-    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--llm", default="assets/nano/llm", help="folder or Hub id of the LLM")
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000], help="number of rows of each build")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="number of CPU threads")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
     peaks = {rows: peak_memory(args.llm, rows, args.threads) for rows in args.rows}

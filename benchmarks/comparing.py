@@ -1,4 +1,4 @@
-"""Timing side by side: the same rows for everyone, in turns, and ratios turn by turn."""
+"""Side-by-side timing: all contestants get the same rows in turns, and each turn gives a ratio."""
 
 import argparse
 import gc
@@ -26,12 +26,12 @@ def arguments(description: str, workloads: Iterable[str]) -> argparse.ArgumentPa
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     commas = {"type": lambda text: text.split(",")}
     parser.add_argument("--only", default=list(PEERS), **commas, help=f"contestants: {','.join(CONTESTANTS)}")
-    parser.add_argument("--levers", action="store_true", help="ours against ours without each of its levers")
-    parser.add_argument("--workload", default=list(workloads), **commas, help=",".join(workloads))
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every contestant, after a warm-up")
-    parser.add_argument("--threads", type=int, help="CPU threads; torch decides if absent")
-    parser.add_argument("--size", choices=SIZES, help="size of the models; large on a GPU and tiny on a CPU if absent")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
+    parser.add_argument("--levers", action="store_true", help="compare ours with and without each optimisation")
+    parser.add_argument("--workload", default=list(workloads), **commas, help=f"workloads: {','.join(workloads)}")
+    parser.add_argument("--rounds", type=int, default=3, help="number of turns of every contestant, after a warm-up")
+    parser.add_argument("--threads", type=int, help="number of CPU threads; torch's default if absent")
+    parser.add_argument("--size", choices=SIZES, help="size of the models; by default large on a GPU, tiny on a CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="device; cuda by default if there is a GPU")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--plot", type=Path, help="file for a picture of the ratios")
     return parser

@@ -1,7 +1,7 @@
-"""Who is compared: models of matched sizes with random weights, and how each is given the same rows.
+"""The contestants: models of similar sizes with random weights, and their inputs for the same rows.
 
-Encoders are frozen in all of them, and everything else learns. Each is run as its own users run it: batches, padding
-and logits are what its processor, its `forward` and a plain `Trainer` make of a row.
+All encoders are frozen, and everything else learns. Each model runs as its users run it: its own processor, its
+`forward` and a plain `Trainer` decide batches, padding and logits.
 """
 
 import math

@@ -1,14 +1,14 @@
-"""How fast the recipe fine-tunes at real size, with random weights: for when a GPU is at hand.
+"""Measure how fast the recipe fine-tunes models of real size, with random weights, on a GPU.
 
     python -m benchmarks.fine_tuning --llm full lora frozen --batch 1 4 8 16 --seconds 5 15 30 --json fine_tuning.json
     python -m benchmarks.fine_tuning --preset tiny --batch 1 2 --seconds 2 --steps 3  # on a CPU: does it work at all?
 
-Nothing is downloaded: a model of the preset's shapes is made on the device and learns from noise, with instructions of
-15 tokens and responses of 40, through the recipe's own trainer (`recipes/training`), whose figures these are. What does
-not fit is left out with a line that says why. MFU counts useful work alone (`recipes/training/costs.py`), over what a
-large matrix product reaches here, and over `--peak-tflops` if given. Clips are read in worker processes, as in the
-recipe's configurations, which hide it from a few steps however slow it is: "batch read" is what one worker takes for a
-batch, to be held against the workers' number over the steps per second.
+Nothing is downloaded: a model with the preset's shapes is created on the device and learns from noise, with
+instructions of 15 tokens and responses of 40, in the recipe's trainer (`recipes/training`), which logs these figures.
+Settings that do not fit into memory are left out, with a line that says why. MFU counts only useful work
+(`recipes/training/costs.py`), relative to the rate of a large matrix product here, and to `--peak-tflops` if given.
+Worker processes read the clips, as in the recipe's configurations, so slow reading may not show in a few steps: "batch
+read" is the time of one worker for a batch, and should be below the number of workers over the steps per second.
 """
 
 import argparse
@@ -394,22 +394,26 @@ def table(found: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Sweep()
-    parser.add_argument("--preset", default=default.preset, help=" or ".join(PRESETS))
+    parser.add_argument("--preset", default=default.preset, help=f"sizes of the model: {' or '.join(PRESETS)}")
     parser.add_argument("--llm", nargs="+", default=default.llm, help="how the LLM is trained: full, lora or frozen")
-    parser.add_argument("--objective", nargs="+", default=default.objective, help="response, distill")
+    parser.add_argument(
+        "--objective", nargs="+", default=default.objective, help="objectives of the training: response, distill"
+    )
     parser.add_argument(
         "--checkpointing", nargs="+", default=default.checkpointing, help="gradient checkpointing: true, false"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=default.batch, help="rows of a step")
-    parser.add_argument("--seconds", type=float, nargs="+", default=default.seconds, help="length of the clips")
+    parser.add_argument("--batch", type=int, nargs="+", default=default.batch, help="number of rows per step")
     parser.add_argument(
-        "--steps", type=int, default=default.steps, help=f"that are timed, after {WARM_UP} that are not"
+        "--seconds", type=float, nargs="+", default=default.seconds, help="length of the clips, in seconds"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=default.steps, help=f"number of timed steps, after {WARM_UP} for warm-up"
     )
     parser.add_argument(
         "--dtype", default=default.dtype, help="dtype of frozen weights; trained weights are in float32"
     )
-    parser.add_argument("--peak-tflops", type=float, help="the device's nominal peak, for a second MFU")
-    parser.add_argument("--workers", type=int, default=default.workers, help="processes that read clips")
+    parser.add_argument("--peak-tflops", type=float, help="nominal peak rate of the device, for a second MFU")
+    parser.add_argument("--workers", type=int, default=default.workers, help="number of processes that read clips")
     parser.add_argument("--json", help="file for the figures")
     options = vars(parser.parse_args())
     file = options.pop("json")

@@ -1,12 +1,12 @@
-"""Whole answers, side by side; many questions about one clip; and how near decoding comes to the memory's bandwidth.
+"""Time whole answers side by side, many questions about one clip, and decoding relative to the memory bandwidth.
 
     python -m benchmarks.generation --threads 1 --json generation.json --plot generation.png
     python -m benchmarks.generation --threads 1 --only ours,original --workload librispeech
 
-Answers of 40 tokens about batches of 8 clips, from log-mel features, greedy. Then, of ours alone: 16 questions about
-one clip of 30 s, heard once and asked in one batch, against asking them one by one (`ratios.one_by_one.questions`);
-and tokens of one answer, as the fraction of what the bandwidth allows if every weight is read once per token
-(`limit.decode`), with the cache as it comes, with a static one, and on a GPU with compiled decoding.
+All contestants answer batches of 8 clips with 40 tokens, greedily, from log-mel features. For ours alone, there are two
+more figures: 16 questions about one clip of 30 s, encoded once and asked in one batch, against asking them one by one
+(`ratios.one_by_one.questions`); and the decoding rate as a fraction of what the memory bandwidth allows if every weight
+is read once per token (`limit.decode`), with the default cache, with a static one, and on a GPU with compiled decoding.
 """
 
 import torch
@@ -71,8 +71,8 @@ def decode_limit(ours: Ours, tokens: int = 64, repeats: int = 3) -> dict[str, fl
 
 def main() -> None:
     parser = arguments(__doc__, WORKLOADS)
-    parser.add_argument("--batch", type=int, default=8, help="clips that are answered together")
-    parser.add_argument("--batches", type=int, default=2, help="that stand for all batches of a workload")
+    parser.add_argument("--batch", type=int, default=8, help="number of clips per batch")
+    parser.add_argument("--batches", type=int, default=2, help="number of batches that represent a workload")
     options = parser.parse_args()
     setup = Setup(options, WORKLOADS)
     found = Found(setup.describe(), f"{options.batches} batches of {options.batch} answers of {RESPONSE} tokens")

@@ -1,10 +1,10 @@
-"""How time and memory of ours grow: with the clip, the batch, the number of speech tokens and the size of the set.
+"""Measure how our time and memory grow with the clip, the batch, the number of speech tokens and the size of the set.
 
     python -m benchmarks.growth --threads 1 --json growth.json --plot growth.png
 
-Every point is a process of its own, whose peak memory is the operating system's. Along each line, `power` is the slope
-of time over size between the last two points on logarithmic axes: 1 is linear, 2 is square. Attention alone is square:
-the LLM's in the length of the prompt. The tower's is not, as it hears in chunks of 30 s.
+Every point runs in a separate process, whose peak memory comes from the operating system. For each line, `power` is the
+slope of time over size between the last two points on logarithmic axes: 1 is linear, 2 is quadratic. Only the LLM's
+attention is quadratic, in the length of the prompt. The tower's is not, because it encodes chunks of 30 s.
 """
 
 import argparse
@@ -151,14 +151,17 @@ def plot(found: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--line", nargs="+", choices=LINES, default=list(LINES))
+    parser.add_argument("--line", nargs="+", choices=LINES, default=list(LINES), help="what grows")
     parser.add_argument("--largest", type=int, help="leave out points above this size")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=2, help="number of measurements of each point")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="number of CPU threads")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--plot", type=Path, help="file for the picture")
     parser.add_argument(
-        "--point", nargs=2, metavar=("LINE", "SIZE"), help="one point, in this process; for this script"
+        "--point",
+        nargs=2,
+        metavar=("LINE", "SIZE"),
+        help="measure one point in this process; used by this script itself",
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

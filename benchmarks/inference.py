@@ -1,10 +1,10 @@
-"""Time to the first token of an answer about one clip, side by side.
+"""Measure the time to the first token of an answer about one clip, side by side.
 
     python -m benchmarks.inference --threads 1 --json inference.json --plot inference.png
     python -m benchmarks.inference --threads 1 --only ours,original --workload common_voice
 
-One prompt, one clip, from its log-mel features to the first token that `generate` gives. The ten-minute file is for
-those who take it; the others cut it or refuse it.
+The time runs from a clip's log-mel features to the first token from `generate`. Contestants that truncate or refuse a
+file of ten minutes are left out for this file.
 """
 
 from benchmarks.comparing import Found, Setup, arguments, name_of, take_turns
@@ -28,7 +28,7 @@ def first_tokens(contestant: Contestant, rows: list[Row]) -> list:
 
 def main() -> None:
     parser = arguments(__doc__, KNOWN)
-    parser.add_argument("--clips", type=int, default=5, help="that stand for all of a workload")
+    parser.add_argument("--clips", type=int, default=5, help="number of clips that represent a workload")
     options = parser.parse_args()
     setup = Setup(options, KNOWN)
     found = Found(

@@ -1,4 +1,4 @@
-"""What the machine is and can do, measured."""
+"""Describe the machine and measure its peak rates."""
 
 import platform
 from datetime import date

@@ -1,11 +1,11 @@
-"""How fast a self-powered set is built: a whole build against a plain loop of `generate`, with the same answers.
+"""Measure how fast a self-powered set is built, against a simple loop of `generate` with the same answers.
 
     python -m benchmarks.self_powered --llm assets/nano/llm --rows 6000 --cores 2 --processes 2
 
-The loop is what one would write first: requests in the order of the corpus, batches of 32, nothing else. The build does
-all that a build does: it reads a corpus of Parquet files, renders prompts, answers, filters, and writes rows with
-their audio; its processes share the cores as under `torchrun`. Both have the LLM loaded. They take turns on the same
-rows, and each turn's ratio of rows per second is one measurement.
+The loop answers requests in the order of the corpus, in batches of 32, and does nothing else. The build is complete: it
+reads a corpus of Parquet files, renders prompts, answers them, filters the answers, and writes rows with their audio.
+Its processes share the cores as with `torchrun`. The LLM is loaded beforehand. Both take turns on the same rows, and
+the ratio of rows per second in a turn is one measurement.
 """
 
 import argparse
@@ -120,12 +120,15 @@ def measure(llm: str, rows: int, turns: int, cores: int, processes: int) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm", default="assets/nano/llm")
-    parser.add_argument("--rows", type=int, default=6000)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--llm", default="assets/nano/llm", help="folder or Hub id of the LLM")
+    parser.add_argument("--rows", type=int, default=6000, help="number of rows of the set")
+    parser.add_argument("--turns", type=int, default=3, help="number of measurements")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument(
-        "--processes", type=int, default=2, help="processes of the build; the plain loop has one, with all cores"
+        "--processes",
+        type=int,
+        default=2,
+        help="number of processes of the build; the loop has one process with all cores",
     )
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()

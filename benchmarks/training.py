@@ -1,17 +1,17 @@
-"""A training step of ours, of the original code's mode and of transformers' speech LLMs, side by side.
+"""Time a training step of ours, of the original code and of transformers' speech LLMs, side by side.
 
     python -m benchmarks.training --threads 1 --json training.json --plot training.png
     python -m benchmarks.training --threads 1 --only ours,original --workload librispeech   # under five minutes
-    python -m benchmarks.training --threads 1 --levers                                      # what each of ours is worth
+    python -m benchmarks.training --threads 1 --levers                                      # gain of each optimisation
     python -m benchmarks.training --threads 1 --alignment --only ours,without_window_attention
 
-A step is forwards and backwards of a batch of 8 rows, in float32 on a CPU: with the paper's global batch of 384, the
-optimizer's step comes once in 48 of them. The encoder is frozen, all else learns. Everyone is given the same 400 rows
-in batches of its own making, and timed on some that stand for all: the middle ones of as many classes of length.
+A step is the forward and backward pass of a batch of 8 rows, in float32 on a CPU, without the optimizer's step, which
+comes once in 48 of them with the paper's global batch of 384. The encoder is frozen, and everything else learns. All
+contestants get the same 400 rows and form their own batches. A few batches are timed that represent all: the batches
+are divided into classes of length, and the middle batch of each class is used.
 
-For ours, what was reached of the machine's limit is given, stage by stage, on the middle batch: FLOPs of the useful
-work (unpadded encoder frames, unpadded tokens, labelled logits) over the time and over what a large
-matrix product reaches.
+For ours, another figure says how near each stage comes to the machine's limit on the middle batch: the rate of useful
+FLOPs (unpadded encoder frames, unpadded tokens, labelled logits) over that of a large matrix product.
 """
 
 import torch
@@ -90,7 +90,7 @@ def alignment_steps(contestant: Ours, workload: str, batch_size: int, count: int
             "labels": torch.cat([torch.arange(1, length + 1) for length in lengths]),
             "label_lengths": lengths,
             "chunks": torch.ones_like(lengths),
-            "pieces": torch.arange(OTHER_PIECES),
+            "pieces": torch.arange(min(OTHER_PIECES, contestant.vocabulary)),
             "audio_hidden_states": torch.randn(len(rows), frames.max(), contestant.whisper.d_model),
             "input_features_mask": (torch.arange(2 * frames.max()) < 2 * frames[:, None]).long(),
         }
@@ -109,10 +109,10 @@ def main() -> None:
     parser.add_argument(
         "--alignment",
         action="store_true",
-        help="steps of the alignment, which is ours alone, instead of training steps",
+        help="compare steps of the alignment, which only ours has, instead of training steps",
     )
-    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
-    parser.add_argument("--batches", type=int, default=2, help="that stand for all batches of a workload")
+    parser.add_argument("--batch", type=int, default=8, help="number of rows per step")
+    parser.add_argument("--batches", type=int, default=2, help="number of batches that represent a workload")
     options = parser.parse_args()
     setup = Setup(options, WORKLOADS)
     if options.alignment and not set(options.only) <= {"ours", "without_window_attention"}:

@@ -1,4 +1,4 @@
-"""What all contestants are given: clips as long as real corpora's, prompts and responses, model sizes."""
+"""The inputs of all contestants: clips with the lengths of real corpora, prompts and responses, and model sizes."""
 
 from dataclasses import dataclass
 

@@ -18,7 +18,8 @@ from typing import TypeVar
 import pyarrow as pa
 from datasets import Audio, Features, Value
 
-from dataset_builders.corpora.corpus import Corpus, RefusedRowError, decode
+from dataset_builders.corpora.audio import decode
+from dataset_builders.corpora.corpus import Corpus, RefusedRowError
 from dataset_builders.data_card import Summary, write_card
 from dataset_builders.filters import check_names, judge, reason_to_drop
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, Task, load_pool

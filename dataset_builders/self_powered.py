@@ -21,30 +21,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow.parquet as pq
-from datasets import (
-    BuilderConfig,
-    Dataset,
-    DatasetInfo,
-    DownloadManager,
-    Features,
-    GeneratorBasedBuilder,
-    SplitGenerator,
-    Value,
-)
-from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import HfArgumentParser
+from language_models.extras import extra
 
-from dataset_builders.building import FEATURES, SHARD_ROWS, TASKS, build
-from dataset_builders.corpora.corpus import Corpus
-from dataset_builders.corpora.opening import OF_FILES, PRESETS, open_corpus
-from dataset_builders.corpora.transcripts import NORMALIZERS
-from dataset_builders.filters import FILTERS
-from dataset_builders.instructions import Draw, load_pool, parse_weights
-from dataset_builders.original_format import OriginalRows, export_original, import_original
-from dataset_builders.publishing import push_to_hub
-from dataset_builders.responders.local import MAX_NEW_TOKENS, LocalResponder, Responder
-from language_models.tokenizers import parse_template_settings
+with extra("data"):
+    import pyarrow.parquet as pq
+    from datasets import (
+        BuilderConfig,
+        Dataset,
+        DatasetInfo,
+        DownloadManager,
+        Features,
+        GeneratorBasedBuilder,
+        SplitGenerator,
+        Value,
+    )
+    from tqdm.contrib.logging import logging_redirect_tqdm
+    from transformers import HfArgumentParser
+
+    from dataset_builders.building import FEATURES, SHARD_ROWS, TASKS, build
+    from dataset_builders.corpora.corpus import Corpus
+    from dataset_builders.corpora.opening import OF_FILES, PRESETS, open_corpus
+    from dataset_builders.corpora.transcripts import NORMALIZERS
+    from dataset_builders.filters import FILTERS
+    from dataset_builders.instructions import Draw, load_pool, parse_weights
+    from dataset_builders.original_format import OriginalRows, export_original, import_original
+    from dataset_builders.publishing import push_to_hub
+    from dataset_builders.responders.local import MAX_NEW_TOKENS, LocalResponder, Responder
+    from language_models.tokenizers import parse_template_settings
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,8 @@ from transformers.utils import (
     find_adapter_config_file,
 )
 
+from language_models.extras import extra
+
 
 def adapter_of(source: str | Path, revision: str | None = None) -> dict | None:
     """Return the `adapter_config.json` of an adapter (folder or Hub id); None for any other checkpoint."""
@@ -38,7 +40,8 @@ def base_of(source: str | Path, revision: str | None = None) -> str:
     adapter = adapter_of(source, revision)
     if adapter is None:
         return str(source)
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # takes seconds to import
+    with extra("train"):
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # takes seconds to import
 
     if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(adapter["peft_type"]), "merge_and_unload"):
         raise ValueError(f"{source} is an adapter of type {adapter['peft_type']}, which cannot be merged into its LLM.")
@@ -79,9 +82,9 @@ def open_model(
         model, loaded = auto.from_pretrained(str(source), revision=revision, output_loading_info=True, **settings)
         refuse_missing(source, loaded["missing_keys"])
         return model
-    from peft import PeftModel
-
     base = base_of(source, revision)
+    from peft import PeftModel  # which `base_of` found installed
+
     model = open_model(base, auto, revision=adapter.get("revision"), **settings)
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with calling_peft():

@@ -4,19 +4,19 @@ import importlib
 import sys
 
 COMMANDS = {
-    "compose": ("recipes.compose", "put a Whisper and an LLM together into an LSM"),
+    "compose": ("recipes.compose", "compose an LSM from a Whisper and an LLM"),
     "data": ("dataset_builders.self_powered", "build, inspect, publish, import or export a self-powered set"),
-    "features": ("recipes.store_features", "store what the encoder makes of a corpus, for several trainings"),
+    "features": ("recipes.store_features", "store the encoder's output for a corpus, to share it between trainings"),
     "align": ("recipes.align", "align the projector with the LLM's embeddings"),
     "train": (
         "recipes.sft",
         "align and train on a self-powered set (several GPUs: accelerate launch -m recipes.sft)",
     ),
     "evaluate": ("recipes.evaluate", "measure what a speech LLM can do, and whether it follows and listens"),
-    "bias": ("recipes.analyze_bias", "measure where answers come from, layer by layer"),
+    "bias": ("recipes.analyze_bias", "measure how answers depend on instruction and speech, layer by layer"),
     "chat": ("recipes.chat", "ask a checkpoint about a clip"),
-    "study": ("recipes.study", "train and evaluate many settings, into one table"),
-    "quickstart": ("recipes.quickstart", "see it all on the nano setting, in minutes"),
+    "study": ("recipes.study", "train and evaluate many settings, and compare them in a table"),
+    "quickstart": ("recipes.quickstart", "run everything on the nano setting, in minutes"),
     "convert": ("recipes.convert_reference", "convert a checkpoint of the original code"),
 }
 

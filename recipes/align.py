@@ -1,17 +1,17 @@
-"""Align an LSM's projector with its LLM's own embeddings, which is all that a first conversation about speech takes.
+"""Align an LSM's projector with its LLM's embeddings. After that, the LSM can already answer questions about speech.
 
-    # On the clips of a self-powered set, or of an ASR corpus, before any response is written
+    # On the clips of a self-powered set, or of an ASR corpus, which has no responses
     python -m recipes.align --model_name_or_path checkpoints/base --dataset_name data/self_powered \
         --output_dir checkpoints/aligned
     python -m recipes.align --model_name_or_path checkpoints/base --corpus librispeech \
         --dataset_train_split train.clean.100 --output_dir checkpoints/aligned
 
-    # What it wrote answers already, and is what `recipes.sft` goes on from.
+    # The output can be used for chat, or trained further by `recipes.sft`.
     python -m recipes.chat --model checkpoints/aligned --audio clip.wav
 
-The transcript's word pieces are learned with CTC against the LLM's input embeddings (`recipes/training/alignment.py`);
-the LLM is never run. `recipes.sft --align_steps 3000` is this and the training in one. An interrupted alignment goes on
-with the same command.
+The projector learns the transcript's word pieces with CTC on the LLM's input embeddings
+(`recipes/training/alignment.py`), without running the LLM. `recipes.sft --align_steps 3000` does alignment and training
+in one command. To resume an interrupted alignment, run the same command again.
 """
 
 import logging
@@ -19,33 +19,35 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset_builders.files import read_lines
-
 # `accelerate launch recipes/align.py` puts this file's folder on the path, not the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accelerate import PartialState
-from datasets import Audio, Dataset
-from transformers import set_seed
-from trl import ModelConfig
+from language_models.extras import extra
 
-from dataset_builders.corpora.corpus import FEATURES, Corpus
-from dataset_builders.corpora.opening import open_corpus
-from recipes.listening.features import store_features
-from recipes.reporting.model_card import base_models_of
-from recipes.reporting.training_card import write_trained_card
-from recipes.training.alignment import FOLDER, STEPS, align, needs_alignment, validation_rows
-from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
-from recipes.training.callbacks import LOG
-from recipes.training.checkpoints import contents_of
-from recipes.training.command_line import parse
-from recipes.training.models import check_model, compose_base, load_model
-from recipes.training.rows import load_rows
+with extra("train"):
+    from accelerate import PartialState
+    from datasets import Audio, Dataset
+    from transformers import set_seed
+    from trl import ModelConfig
+
+    from dataset_builders.corpora.corpus import FEATURES, Corpus
+    from dataset_builders.corpora.opening import open_corpus
+    from dataset_builders.files import read_lines
+    from recipes.listening.features import store_features
+    from recipes.reporting.model_card import base_models_of
+    from recipes.reporting.training_card import write_trained_card
+    from recipes.training.alignment import FOLDER, STEPS, align, needs_alignment, validation_rows
+    from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
+    from recipes.training.callbacks import LOG
+    from recipes.training.checkpoints import contents_of
+    from recipes.training.command_line import parse
+    from recipes.training.models import check_model, compose_base, load_model
+    from recipes.training.rows import load_rows
 
 
 @dataclass
 class AlignArguments(LsmScriptArguments):
-    """Which LSM is aligned, on which clips."""
+    """Arguments for the LSM and the clips of an alignment."""
 
     corpus: str | None = field(
         default=None,
@@ -63,23 +65,23 @@ class AlignArguments(LsmScriptArguments):
 
 
 def load_clips(args: AlignArguments, seed: int) -> Dataset:
-    """The clips with their transcripts.
+    """Load the clips with their transcripts.
 
     Raises:
-        ValueError: as in `load_rows`, or an utterance of the corpus that cannot be used.
+        ValueError: as in `load_rows`, or an utterance of the corpus cannot be used.
     """
     if args.corpus is None:
         args.allow_foreign_responses = True  # responses are not learned here
         return load_rows(args, seed, None)
     source = {"corpus": args.corpus, "split": args.dataset_train_split}
-    # The revision is not needed, but says to the cache of `datasets` which rows these are.
+    # The revision is part of the key in the cache of `datasets`; it is not used otherwise.
     revision = opened_corpus(args).revision
     clips = Dataset.from_generator(_utterances, features=FEATURES, gen_kwargs=source | {"revision": revision})
     return clips.cast_column("audio", Audio(16_000, decode=False))
 
 
 def opened_corpus(args: AlignArguments) -> Corpus | None:
-    """The corpus whose clips are learned, if it is not a set."""
+    """Open the corpus of `--corpus`; None if the clips come from a self-powered set."""
     return None if args.corpus is None else open_corpus(args.corpus, args.dataset_train_split)
 
 
@@ -89,7 +91,7 @@ def _utterances(corpus: str, split: str, revision: str | None):
 
 def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
     main_process, output = PartialState().is_main_process, Path(training_args.output_dir)
-    training_args.align_steps = training_args.align_steps or STEPS  # an alignment of no steps is not what was asked
+    training_args.align_steps = training_args.align_steps or STEPS  # 0 steps make no sense here
     check_model(script_args, model_args)
     set_seed(training_args.seed)
     if script_args.text is not None:

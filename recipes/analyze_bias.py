@@ -15,11 +15,14 @@ import json
 import logging
 from pathlib import Path
 
-from dataset_builders.instructions import SELF_POWERED_TASKS, load_pool
-from recipes.bias.analysis import analyze, behave, write
-from recipes.bias.rows import TARGETS, load_rows, with_targets
-from recipes.evaluation.following import BY_FORM
-from recipes.listening.speech_llm import load
+from language_models.extras import extra
+
+with extra("eval"):
+    from dataset_builders.instructions import SELF_POWERED_TASKS, load_pool
+    from recipes.bias.analysis import analyze, behave, write
+    from recipes.bias.rows import TARGETS, load_rows, with_targets
+    from recipes.evaluation.following import BY_FORM
+    from recipes.listening.speech_llm import load
 
 logger = logging.getLogger(__name__)
 

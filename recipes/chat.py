@@ -1,9 +1,9 @@
-"""Talk to a checkpoint: a clip, an instruction, a streamed answer.
+"""Ask a model about a clip, with streamed answers.
 
     python -m recipes.chat --model runs/quickstart/checkpoint --audio runs/quickstart/example.wav \
         --instruction "Translate the speech into Spanish."
 
-Without `--instruction` it asks for one after another; the clip is encoded once for all of them. Without `--audio` it
+Without `--instruction`, instructions are read from the terminal; the clip is encoded only once. Without `--audio`, this
 is a text chat.
 """
 
@@ -20,14 +20,15 @@ from recipes.listening.speech_llm import Lsm, load
 
 
 class Conversation:
-    """One clip (or none) and any number of instructions about it, each answered on its own.
+    """Answers instructions about a clip (or without one), each independently of the others.
 
     Args:
         model: Hub id or folder of an LSM, or of a text LLM.
-        audio: path or URL of a clip, or None for text alone.
+        audio: path or URL of a clip, or None for text only.
+        max_new_tokens: longest answer, in tokens.
 
     Raises:
-        ValueError: the clip cannot be read, a text LLM is to hear, or the model is another speech LLM.
+        ValueError: the clip cannot be read, a clip is given to a text LLM, or the model is another speech LLM.
     """
 
     def __init__(self, model: str, audio: str | None = None, max_new_tokens: int = 256):
@@ -35,7 +36,7 @@ class Conversation:
         if not isinstance(llm, Lsm):
             raise ValueError(f"{model} is a {type(llm.model).__name__}; expected an LSM or a text LLM.")
         if audio is not None and not llm.hears:
-            raise ValueError(f"{model} is a text LLM and hears nothing: leave out --audio, or name an LSM.")
+            raise ValueError(f"{model} is a text LLM and cannot hear; leave out --audio, or name an LSM.")
         self.model, self.processor = llm.model, llm.processor
         self.max_new_tokens = max_new_tokens
         self.heard = None if audio is None else self._listen(audio)
@@ -47,7 +48,7 @@ class Conversation:
 
     @torch.inference_mode()
     def ask(self, instruction: str, streamer: TextStreamer | None = None) -> str:
-        """The greedy answer; `streamer` receives it as it is written, with the thought before it, if any."""
+        """Return the greedy answer. `streamer` gets it token by token, including any thought before it."""
         inputs = self.processor.apply_chat_template(
             self.processor.conversation(instruction, audio=self.heard),
             add_generation_prompt=True,
@@ -62,8 +63,8 @@ class Conversation:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of an LSM or a text LLM")
-    parser.add_argument("--audio", help="audio file or URL: any rate, mono or stereo")
-    parser.add_argument("--instruction", action="append", help="ask this and stop; may be given several times")
+    parser.add_argument("--audio", help="audio file or URL (any sampling rate, mono or stereo)")
+    parser.add_argument("--instruction", action="append", help="instruction to answer; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
     args = parser.parse_args()
     try:
@@ -77,14 +78,14 @@ def main() -> None:
             print(f"> {instruction}")
         try:
             chat.ask(instruction, streamer)
-        except (ValueError, RuntimeError, TemplateError, KeyboardInterrupt) as error:  # the next may do better
+        except (ValueError, RuntimeError, TemplateError, KeyboardInterrupt) as error:  # the next may work
             failed += 1
             print(f"! {str(error) or type(error).__name__}")
     sys.exit(int(bool(failed and args.instruction)))
 
 
 def _typed() -> Iterator[str]:
-    """What is typed, line by line, until the input ends or is interrupted."""
+    """Yield the lines that are typed, until the input ends or is interrupted."""
     while True:
         try:
             instruction = input("> ")

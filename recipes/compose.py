@@ -1,4 +1,4 @@
-"""Put a Whisper and a causal LLM together into a fresh, Hub-ready LSM folder. Only the projector is new.
+"""Compose an LSM from a Whisper encoder and a causal LLM, ready for the Hub. Only the projector is new.
 
 python -m recipes.compose \
     --audio openai/whisper-small \
@@ -23,36 +23,36 @@ def main() -> None:
         "--window-mode",
         default="fixed",
         choices=["fixed", "proportional"],
-        help="proportional: windows as long as the original code has them, for its checkpoints",
+        help="fixed: windows of --window-frames; proportional: windows as in the original code, for its checkpoints",
     )
     parser.add_argument("--queries-per-window", type=int, default=1, help="speech tokens per window")
     parser.add_argument(
         "--audio-padding",
         default="longest",
         choices=["longest", "max_length"],
-        help="pad clips to the longest of a batch, or all to 30 s",
+        help="longest: pad clips to the longest of the batch; max_length: pad all clips to 30 s",
     )
     parser.add_argument(
         "--pieces-per-token",
         type=int,
         default=8,
-        help="number of word pieces whose embeddings a speech token is the mean of; 0 leaves the reader out",
+        help="number of word pieces whose embeddings are averaged for a speech token; 0 leaves the reader out",
     )
     parser.add_argument("--qformer-layers", type=int, default=2, help="layers of the Q-Former")
     parser.add_argument("--qformer-hidden", type=int, default=768, help="hidden size of the Q-Former")
     parser.add_argument("--qformer-heads", type=int, default=12, help="attention heads of the Q-Former")
     parser.add_argument(
-        "--qformer-ffn", type=int, help="width of its feed-forward layers; four times the hidden size if absent"
+        "--qformer-ffn", type=int, help="width of the Q-Former's feed-forward layers; 4 × hidden size by default"
     )
     parser.add_argument(
         "--instruction-first",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="whether the instruction stands before the speech in a prompt",
+        help="put the instruction before the speech in a prompt",
     )
     parser.add_argument("--template-settings", help="""JSON for the chat template: '{"enable_thinking": true}'""")
     parser.add_argument("--dtype", default="auto", help="auto (the LLM's), float32, bfloat16 or float16")
-    parser.add_argument("--seed", type=int, default=0, help="of the projector's initial weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the projector's initial weights")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     args.template_settings = parse_template_settings(args.template_settings)

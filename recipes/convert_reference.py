@@ -1,13 +1,13 @@
-"""Turn a checkpoint of the paper authors' code into an LSM folder.
+"""Convert a checkpoint of the paper authors' code into an LSM folder.
 
 python -m recipes.convert_reference \
     --checkpoint checkpoints/original \
     --tokenizer lmsys/vicuna-7b-v1.5 \
     --output checkpoints/lsm
 
-The original pads all audio to 30 s, attends to that silence, and cuts each batch into windows by its longest clip; so
-does the converted model (`audio_padding="max_length"`, `window_mode="proportional"`), whose logits are the original's.
-Code of "Self-Powered LLM Modality Expansion for Large Speech-Text Models", arXiv 2410.03798.
+The original pads all audio to 30 s, attends to the padding, and sets the window length of a batch by its longest clip.
+The converted model does the same (`audio_padding="max_length"`, `window_mode="proportional"`) and has the same logits.
+The original is the code of "Self-Powered LLM Modality Expansion for Large Speech-Text Models", arXiv 2410.03798.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from recipes.listening.composing import whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# Its names, and ours.
+# Names of tensors in the original code, and in an LSM.
 RENAMED = [
     (r"whisper_model\.(.+)", r"model.audio_tower.\1"),
     (r"ln_speech\.(.+)", r"model.projector.layer_norm.\1"),
@@ -49,13 +49,13 @@ RENAMED = [
 UNUSED = [
     r"speech_Qformer\.cls\..+",
     r"speech_Qformer\.bert\.embeddings\.(word_embeddings|position_embeddings|position_ids).*",
-    r"speech_Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..+",  # of words; queries have their own
+    r"speech_Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..+",  # for words; the queries have other layers
     r".+\.rotary_emb\.inv_freq",
 ]
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 SECONDS = 0.33333  # per window and per stride, in every checkpoint of the original code
 
-# Its prompt. The response follows "ASSISTANT:" at once and ends with EOS.
+# The original prompt. The response directly follows "ASSISTANT:" and ends with EOS.
 CHAT_TEMPLATE = (
     "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. \n\n"
@@ -76,15 +76,15 @@ def convert(checkpoint: str, output: str, tokenizer: str | None = None, qformer_
     Args:
         checkpoint: folder with `config.json` and `pytorch_model*.bin` or `model*.safetensors`.
         output: folder to write.
-        tokenizer: Hub id or folder of the LLM's tokenizer. Without one there is no processor, and the placeholder
-            takes a new last row of the embeddings.
-        qformer_heads: attention heads of the Q-Former, which stand in no file.
+        tokenizer: Hub id or folder of the LLM's tokenizer. Without it, no processor is written, and the placeholder
+            gets a new last row of the embeddings.
+        qformer_heads: attention heads of the Q-Former; the checkpoint does not contain this number.
 
     Returns:
-        Names of the tensors that the original code never uses, which are dropped.
+        Names of the tensors that are dropped, because the original code never uses them.
 
     Raises:
-        ValueError: if the folder is not such a checkpoint; the message says what is missing or unknown.
+        ValueError: the folder is not such a checkpoint. Names what is missing or unknown.
     """
     settings = _read_settings(Path(checkpoint))
     tensors, unused = _rename(_read_tensors(Path(checkpoint)))
@@ -121,7 +121,7 @@ def _read_settings(checkpoint: Path) -> dict:
 
 
 def _read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, sharded or not; pickles are mapped, never executed."""
+    """Load all tensors of a checkpoint, sharded or not, without executing pickles."""
     files = sorted(checkpoint.glob("model*.safetensors")) or sorted(checkpoint.glob("pytorch_model*.bin"))
     if not files:
         raise ValueError(f"{checkpoint} has no weights; expected model*.safetensors or pytorch_model*.bin.")
@@ -133,10 +133,10 @@ def _read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _rename(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors under our names, and the original names of those that it never uses.
+    """Return the tensors under the names of an LSM, and the original names of tensors that are never used.
 
     Raises:
-        ValueError: a tensor that the original code does not have.
+        ValueError: a tensor is unknown, or one is missing.
     """
     renamed, unused, unknown = {}, [], []
     for name, tensor in tensors.items():
@@ -149,7 +149,7 @@ def _rename(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
         else:
             renamed[re.sub(*rule, name)] = tensor
     if unknown:
-        raise ValueError(f"{len(unknown)} tensors are not the original code's, such as {unknown[:3]}.")
+        raise ValueError(f"{len(unknown)} tensors do not belong to the original code, such as {unknown[:3]}.")
     needed = ["model.projector.queries", *EMBEDDINGS]
     if missing := [name for name in needed if name not in renamed]:
         raise ValueError(f"The checkpoint lacks the tensors for {missing}; expected the whole model, not a part of it.")
@@ -158,7 +158,7 @@ def _rename(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
 
 
 def _add_rows(tensors: dict[str, torch.Tensor], count: int) -> None:
-    """Append rows of zeros to embeddings and head: never read, as speech replaces the placeholder, nor written."""
+    """Append rows of zeros to embeddings and head. They are never read (speech replaces the placeholder) or written."""
     if count > 0:
         for name in EMBEDDINGS:
             weight = tensors[name]
@@ -178,7 +178,7 @@ def _config(settings: dict, tensors: dict[str, torch.Tensor], audio_token_id: in
             "hidden_size": queries.shape[1],
             "num_attention_heads": qformer_heads,
             "intermediate_size": tensors[f"{prefix}.0.intermediate_query.dense.weight"].shape[0],
-            "layer_norm_eps": 1e-12,  # BERT's, which the original code vendors
+            "layer_norm_eps": 1e-12,  # as in BERT, which the original code copies
             "dtype": dtype,
         },
         text_config=LlamaConfig(**llama),
@@ -207,20 +207,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder of the original checkpoint")
     parser.add_argument("--output", required=True, help="folder to write the LSM to")
-    parser.add_argument("--tokenizer", help="Hub id or folder of the LLM's tokenizer; without it, no processor")
+    parser.add_argument("--tokenizer", help="Hub id or folder of the LLM's tokenizer, for the processor")
     parser.add_argument(
         "--qformer-heads",
         type=int,
         default=12,
-        help="attention heads of the Q-Former, which no file of the checkpoint tells; the original has 12",
+        help="attention heads of the Q-Former, which the checkpoint does not contain; the original has 12",
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     unused = convert(**vars(args))
-    logger.info("Never used by the original code, and dropped (%d tensors):", len(unused))
+    logger.info("%d tensors are dropped, because the original code never uses them:", len(unused))
     for name in unused:
         logger.info("  %s", name)
-    print(f"Wrote {args.output}" + ("." if args.tokenizer else ", without a processor: give --tokenizer for one."))
+    print(f"Wrote {args.output}" + ("." if args.tokenizer else ", without a processor; give --tokenizer to write one."))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,14 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from recipes.evaluation import tables
-from recipes.evaluation.evaluation import Evaluation
-from recipes.evaluation.systems import SYSTEMS
-from recipes.evaluation.tasks import EvaluationTask, choose_tasks, load_tasks, override
-from recipes.listening.features import AudioFeatureStore
+from language_models.extras import extra
+
+with extra("eval"):
+    from recipes.evaluation import tables
+    from recipes.evaluation.evaluation import Evaluation
+    from recipes.evaluation.systems import SYSTEMS
+    from recipes.evaluation.tasks import EvaluationTask, choose_tasks, load_tasks, override
+    from recipes.listening.features import AudioFeatureStore
 
 
 def list_tasks(tasks: dict[str, EvaluationTask]) -> str:

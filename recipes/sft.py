@@ -1,6 +1,6 @@
-"""Teach an LSM to give the responses from speech: fine-tuning on a self-powered set, with TRL's SFTTrainer.
+"""Fine-tune an LSM on a self-powered set with TRL's SFTTrainer, so that it gives the responses from speech.
 
-    # Look before you leap: everything is checked, nothing large is downloaded.
+    # Check everything first, without a large download.
     python -m recipes.sft --config recipes/configs/whisper_large_v2_vicuna_7b.yaml --preflight true
 
     # The paper's training, on all GPUs of a machine
@@ -10,9 +10,9 @@
     accelerate launch recipes/sft.py --config recipes/configs/whisper_large_v2_vicuna_7b.yaml \
         --text Qwen/Qwen2.5-7B-Instruct --dataset_name YOU/self-powered-qwen --llm lora --output_dir checkpoints/qwen
 
-The training may begin with an alignment of the projector (`--align_steps 3000`; `recipes.align` is that alone). The
-audio tower stays frozen, the projector is trained, the LLM is trained (`--llm full`), adapted (`lora`, `qlora`) or
-left alone (`frozen`). An interrupted training goes on with the same command.
+The training may begin with an alignment of the projector (`--align_steps 3000`), which `recipes.align` does alone. The
+audio tower is frozen, the projector is trained, and the LLM is trained (`--llm full`), adapted (`lora`, `qlora`) or
+frozen (`frozen`). To resume an interrupted training, run the same command again.
 """
 
 import logging
@@ -22,28 +22,37 @@ from pathlib import Path
 # `accelerate launch recipes/sft.py` puts this file's folder on the path, not the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accelerate import PartialState
-from transformers import set_seed
-from trl import ModelConfig
+from language_models.extras import extra
 
-from language_models.checkpoints import base_of
-from language_models.generation import context_of
-from recipes.listening.features import store_features
-from recipes.reporting.model_card import base_models_of
-from recipes.training.alignment import align, needs_alignment, validation_rows
-from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
-from recipes.training.callbacks import FollowingCallback, LogCallback
-from recipes.training.checkpoints import contents_of, find_checkpoint, naming_last_checkpoint, settings_of
-from recipes.training.command_line import parse
-from recipes.training.costs import Costs
-from recipes.training.models import check_model, compose_base, go_on_from, load_model, load_teacher
-from recipes.training.preflight import preflight
-from recipes.training.rows import RowSizes, check_response_tasks, count_tasks, load_rows, stream_rows
-from recipes.training.trainer import LsmTrainer
+with extra("train"):
+    from accelerate import PartialState
+    from transformers import set_seed
+    from trl import ModelConfig
+
+    from language_models.checkpoints import base_of
+    from language_models.generation import context_of
+    from recipes.listening.features import store_features
+    from recipes.reporting.model_card import base_models_of
+    from recipes.training.alignment import align, needs_alignment, validation_rows
+    from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
+    from recipes.training.callbacks import FollowingCallback, LogCallback
+    from recipes.training.checkpoints import contents_of, find_checkpoint, naming_last_checkpoint, settings_of
+    from recipes.training.command_line import parse
+    from recipes.training.costs import Costs
+    from recipes.training.models import (
+        check_model,
+        compose_base,
+        go_on_from,
+        load_model,
+        load_teacher,
+    )
+    from recipes.training.preflight import preflight
+    from recipes.training.rows import RowSizes, check_response_tasks, count_tasks, load_rows, stream_rows
+    from recipes.training.trainer import LsmTrainer
 
 
 def card_of(script_args, training_args, model_args, dataset) -> dict:
-    """What the model card is told before the training begins."""
+    """Return the arguments of the model card that are known before the training."""
     name = model_args.model_name_or_path
     return {
         "base_models": base_models_of(name) or [name],
@@ -56,7 +65,7 @@ def card_of(script_args, training_args, model_args, dataset) -> dict:
 
 
 def rows_of(script_args, training_args, model, processor, costs: Costs) -> tuple:
-    """The rows to learn from, with their costs and the store of their clips' features; a stream has neither."""
+    """Load the training rows, their costs and the store of their features; costs and store are None for a stream."""
     check_response_tasks(training_args.response_tasks, script_args)
     if script_args.dataset_streaming:
         batch = training_args.per_device_train_batch_size * PartialState().num_processes
@@ -96,8 +105,8 @@ def train(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, 
     if checkpoint is None and needs_alignment(model, training_args):
         if script_args.dataset_streaming:
             raise ValueError(
-                f"--align_steps {training_args.align_steps} needs all clips at once, which --dataset_streaming has "
-                "not: align with recipes.align first, on a part of the set, and train from what it wrote; or train "
+                f"--align_steps {training_args.align_steps} needs all clips at once, so it does not work with "
+                "--dataset_streaming: first run recipes.align on a part of the set and train its output; or train "
                 "without alignment (--align_steps 0)."
             )
         align(

@@ -1,4 +1,4 @@
-"""Frozen audio tower output, computed once: the tower never changes, so epochs and models may share what it hears.
+"""Store the output of the frozen audio tower. It never changes, so epochs and models can share it.
 
     python -m recipes.store_features --model checkpoints/base --corpus CORPUS --splits train test --output features
 
@@ -8,12 +8,15 @@
 import argparse
 from pathlib import Path
 
-import torch
+from language_models.extras import extra
 
-from dataset_builders.corpora.opening import open_corpus
-from language_models.checkpoints import load_processor, open_model
-from modeling_lsm import LsmForConditionalGeneration
-from recipes.listening.features import AudioFeatureStore, audio_key, refuse_other_clips
+with extra("data"):
+    import torch
+
+    from dataset_builders.corpora.opening import open_corpus
+    from language_models.checkpoints import load_processor, open_model
+    from modeling_lsm import LsmForConditionalGeneration
+    from recipes.listening.features import AudioFeatureStore, audio_key, refuse_other_clips
 
 
 def main() -> None:

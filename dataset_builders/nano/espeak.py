@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from language_models.extras import extra
+
 SAMPLING_RATE = 16_000  # Hz, of everything `speak` returns
 # From espeak-ng's speak_lib.h
 _AUDIO_OUTPUT_SYNCHRONOUS, _DONT_EXIT = 2, 0x8000
@@ -26,12 +28,8 @@ class _Library:
     """
 
     def __init__(self):
-        try:
+        with extra("nano"):
             import espeakng_loader
-        except ImportError as error:
-            raise ImportError(
-                "espeakng-loader, which synthesises speech, is not installed: pip install 'self-powered-lsm[nano]'."
-            ) from error
         path, self.data = espeakng_loader.get_library_path(), Path(espeakng_loader.get_data_path())
         try:
             self.lib = ctypes.CDLL(str(path))

@@ -23,13 +23,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
-from datasets import Audio, Dataset, Features, Value
+from language_models.extras import extra
 
-from dataset_builders.files import whole
-from dataset_builders.nano.espeak import SAMPLING_RATE, speak
-from dataset_builders.nano.grammar import SPLITS, sample_sentence
+with extra("nano"):
+    import numpy as np
+    import pyarrow.parquet as pq
+    from datasets import Audio, Dataset, Features, Value
+
+    from dataset_builders.files import whole
+    from dataset_builders.nano.espeak import SAMPLING_RATE, speak
+    from dataset_builders.nano.grammar import SPLITS, sample_sentence
 
 logger = logging.getLogger(__name__)
 

@@ -19,14 +19,13 @@ from transformers import GenerationConfig
 
 from dataset_builders.responders.exchange import Reply
 from dataset_builders.responders.local import MAX_NEW_TOKENS, Prompt, Responder
+from language_models.extras import extra
 from language_models.generation import changed_decoding, context_of, without_thought
 from language_models.identity import load_identity
 from processing_lsm import BREAK
 
-try:
+with extra("server"):
     import openai
-except ImportError as error:
-    raise ImportError("--server needs the openai package: pip install 'self-powered-lsm[server]'") from error
 
 logger = logging.getLogger(__name__)
 for _transport in ("httpx", "httpx2"):  # they log every request at INFO

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from configuration_lsm import num_encoder_frames
-from dataset_builders.corpora.corpus import decode
+from dataset_builders.corpora.audio import decode
 from dataset_builders.files import append_lines, differences, partial_of, read_lines
 from processing_lsm import LsmProcessor, load_audio
 

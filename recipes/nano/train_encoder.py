@@ -18,19 +18,22 @@ import multiprocessing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import jiwer
-import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-from tqdm import tqdm
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel, get_cosine_schedule_with_warmup
-from transformers.models.whisper.modeling_whisper import sinusoids
+from language_models.extras import extra
 
-from configuration_lsm import num_encoder_frames
-from dataset_builders.nano.grammar import lexicon
-from dataset_builders.nano.speech import sample_utterance
-from modeling_lsm import LsmAudioTower
+with extra("eval"):
+    import jiwer
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file, save_file
+    from torch import nn
+    from tqdm import tqdm
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel, get_cosine_schedule_with_warmup
+    from transformers.models.whisper.modeling_whisper import sinusoids
+
+    from configuration_lsm import num_encoder_frames
+    from dataset_builders.nano.grammar import lexicon
+    from dataset_builders.nano.speech import sample_utterance
+    from modeling_lsm import LsmAudioTower
 
 logger = logging.getLogger(__name__)
 

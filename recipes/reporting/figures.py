@@ -1,7 +1,7 @@
-"""The pictures of the evaluation and bias reports, each as PNG and as SVG, for half a page's width.
+"""Draw the figures of the reports as PNG and SVG, half a page wide.
 
-Told apart in grey, too: by line styles, markers and hatches besides colours from dark to light. The same numbers give
-the same files, byte for byte. A number that is missing (absent or None) is left out; nothing is drawn in its place.
+Line styles, markers, hatches and colours from dark to light make them readable in grey. The same numbers give the same
+files, byte for byte. Nothing is drawn for a missing number (absent or None).
 """
 
 import itertools
@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 PAPER = {
     "svg.hashsalt": "lsm",
-    "svg.fonttype": "none",  # text that can be read aloud and searched
+    "svg.fonttype": "none",  # keeps text as text, for screen readers and search
     "text.parse_math": False,  # a transcript may cost $5 or $6
     "font.size": 7,
     "axes.titlesize": 7,
@@ -31,9 +31,9 @@ PAPER = {
     "axes.spines.right": False,
 }
 WIDTH = 3.5  # inches
-MOST_BARS = 30  # more of them take twice the width
+MOST_BARS = 30  # figures with more bars have twice the width
 
-# A model keeps its look in every figure: by how its label begins, or the next one that is free.
+# A label that begins with one of these names gets its style; any other label gets the next free style.
 LINES = {
     "text LLM": {"color": "#1b3a4b", "linestyle": "-", "marker": "o"},
     "self-powered": {"color": "#2a9d8f", "linestyle": "--", "marker": "s"},
@@ -63,29 +63,29 @@ SIMILARITIES = {
 
 @matplotlib.rc_context(PAPER)
 def save(figure: Figure, stem: str | Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg, in a folder that is made if need be; returns both paths."""
+    """Write `stem`.png and `stem`.svg, creating the folder if necessary, and return both paths."""
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a script beyond the font; the SVG shows it
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # scripts that the font lacks; the SVG shows them
         figure.savefig(paths[0], dpi=300)
-        figure.set_layout_engine("none")  # it is laid out; again would take as long, and could differ
+        figure.set_layout_engine("none")  # keep the layout, which is slow to compute and could differ
         figure.savefig(paths[1], dpi=300, metadata=nothing)
     return paths
 
 
 @matplotlib.rc_context(PAPER)
 def plot_layers(biases: Mapping[str, dict], stem: str | Path) -> list[Path]:
-    """Where models look, layer by layer: the paper's Figures 3 and 5, with 95 % intervals.
+    """Plot the shares of saliency and attention over layers, as the paper's Figures 3 and 5, with 95 % intervals.
 
     Args:
-        biases: label to the content of a `bias.json`. Models of different depth are drawn over relative depth.
-        stem: of the files, as in `save`.
+        biases: content of a `bias.json` by label. Models of different depth are drawn over relative depth.
+        stem: path of the files without suffix, as in `save`.
 
     Raises:
-        ValueError: no model, or one without layers.
+        ValueError: there is no model, or a model has no layers.
     """
     depths = {label: len(bias.get("layers") or ()) for label, bias in biases.items()}
     if not depths or not all(depths.values()):
@@ -118,14 +118,15 @@ def plot_layers(biases: Mapping[str, dict], stem: str | Path) -> list[Path]:
 
 @matplotlib.rc_context(PAPER)
 def plot_composition(bias: dict, stem: str | Path, title: str) -> list[Path]:
-    """What one model's saliency falls on, layer by layer: stacked bars of its five shares.
+    """Plot a model's five shares of saliency as stacked bars over layers.
 
     Args:
-        bias: the content of a `bias.json`.
-        stem: of the files, as in `save`.
+        bias: content of a `bias.json`.
+        stem: path of the files without suffix, as in `save`.
+        title: title of the figure.
 
     Raises:
-        ValueError: no layers.
+        ValueError: there are no layers.
     """
     if not bias.get("layers"):
         raise ValueError(f"{title!r} has no layers; expected the content of a bias.json.")
@@ -146,15 +147,15 @@ def plot_composition(bias: dict, stem: str | Path, title: str) -> list[Path]:
 
 @matplotlib.rc_context(PAPER)
 def plot_similarity(similarity: dict, stem: str | Path) -> list[Path]:
-    """How alike speech and text are inside a model: curves over levels and, for one sentence, up to three maps.
+    """Plot the similarity of speech and text inside a model: curves over levels, and up to three maps of a sentence.
 
     Args:
         similarity: `levels`, and for each level `cka`, `cosine` and `cosine_other` with their `intervals`; `examples`,
-            the first of which has `tokens` and `maps`, level to rows of (speech tokens, text tokens).
-        stem: of the files, as in `save`.
+            the first of which has `tokens` and `maps`, arrays (speech tokens, text tokens) by level.
+        stem: path of the files without suffix, as in `save`.
 
     Raises:
-        ValueError: a curve has not one value per level, or a map not one column per token.
+        ValueError: the length of a curve is not the number of levels, or the width of a map not that of tokens.
     """
     example = next(iter(similarity.get("examples") or ()), {"maps": {}})
     names = list(example["maps"])
@@ -177,16 +178,18 @@ def plot_bars(
     ylabel: str,
     title: str,
 ) -> list[Path]:
-    """Groups of bars, one bar per system, with interval whiskers.
+    """Plot groups of bars, one bar per system, with intervals as whiskers.
 
     Args:
-        scores: system to group to `value`, `low` and `high`.
-        stem: of the files, as in `save`.
-        order: the groups from left to right; one that no system has is left out.
-        styles: system to label, colour and hatch, in the order of the bars; one without scores is left out.
+        scores: `value`, `low` and `high` by system and group.
+        stem: path of the files without suffix, as in `save`.
+        order: groups from left to right; groups without scores are left out.
+        styles: label, colour and hatch by system, in the order of the bars; systems without scores are left out.
+        ylabel: label of the vertical axis.
+        title: title of the figure.
 
     Raises:
-        ValueError: a system has no style, or there is nothing to draw.
+        ValueError: a system has no style, or there are no scores.
     """
     if strangers := [system for system in scores if system not in styles]:
         raise ValueError(f"no style for {strangers[0]!r}; expected one of {', '.join(styles)}.")
@@ -194,7 +197,7 @@ def plot_bars(
     groups = [group for group in order if any(_value(scores, system, group) is not None for system in systems)]
     if not groups:
         known = dict.fromkeys(group for found in scores.values() for group in found)
-        raise ValueError(f"no score for {', '.join(order)}; expected some of {', '.join(known)}.")
+        raise ValueError(f"no system has a score for {', '.join(order)}; expected some of {', '.join(known)}.")
     bars = len(systems) * len(groups)
     figure = Figure(figsize=(WIDTH if bars <= MOST_BARS else 2 * WIDTH, 2.4), layout="constrained")
     axes = figure.subplots()
@@ -227,22 +230,22 @@ def plot_study(
     ceilings: Mapping[str, dict | None] | None = None,
     layers: Mapping[str, Sequence[Mapping]] | None = None,
 ) -> list[Path]:
-    """Rows of a study, one below the other: a panel of points with whiskers for every figure, and grey fields for what
-    the answer draws on, layer by layer.
+    """Plot the rows of a study: a panel of points with whiskers for each figure, and grey fields for the shares of
+    saliency over layers.
 
     Args:
-        summaries: row to figure to `value`, `low` and `high`.
-        panels: figure to title, from left to right.
-        stem: of the files, as in `save`.
-        counts: the figures that are no shares.
-        ceilings: figure to what is drawn as a line beside all rows.
-        layers: row to the `instruction` and `speech` shares of every layer.
+        summaries: `value`, `low` and `high` by row and figure.
+        panels: titles of the panels by figure, from left to right.
+        stem: path of the files without suffix, as in `save`.
+        counts: figures that are counts and not shares.
+        ceilings: `value` by figure, drawn as a line across all rows.
+        layers: `instruction` and `speech` shares of all layers by row.
 
     Raises:
-        ValueError: no rows.
+        ValueError: there are no rows.
     """
     if not summaries:
-        raise ValueError("no row; expected at least one.")
+        raise ValueError("the study has no rows; expected at least one.")
     traced = [part for part in ("instruction", "speech") if any((layers or {}).values())]
     size = (2 * WIDTH, 0.7 + 0.17 * len(summaries))
     figure = Figure(figsize=size, layout="constrained")
@@ -273,7 +276,7 @@ def plot_study(
 
 
 def _line_styles(labels: Sequence[str]) -> dict[str, dict]:
-    """A look for each label: its own of `LINES`, or the next one that is free."""
+    """Return a style of `LINES` for each label: its own, or the next one that is free."""
     free, styles = dict(LINES), {}
     for label in labels:
         if own := next((name for name in free if label.startswith(name)), None):
@@ -283,22 +286,22 @@ def _line_styles(labels: Sequence[str]) -> dict[str, dict]:
 
 
 def _column(rows: Sequence[Mapping] | None, part: str) -> list | None:
-    """One part of every layer; None without rows."""
+    """Return one part of every layer; None if there are no layers."""
     return [row.get(part) for row in rows] if rows else None
 
 
 def _numbers(values: Sequence[float | None]) -> np.ndarray:
-    """Shape (points,); NaN, which is not drawn, for None."""
+    """Return an array (points,) with NaN, which is not drawn, for None."""
     return np.array(values, dtype=float)
 
 
 def _bounds(intervals: Sequence[Sequence[float] | None]) -> np.ndarray:
-    """Lower and upper ends, shape (2, points)."""
+    """Return the lower and upper ends as an array (2, points)."""
     return np.array([bounds or (None, None) for bounds in intervals], dtype=float).T
 
 
 def _line(axes: Axes, where: np.ndarray, values: list | None, intervals: list | None, label: str, style: dict) -> None:
-    """A curve in its band; either may be None."""
+    """Draw a curve and its band of intervals; either may be None."""
     if not values:
         return
     if intervals:
@@ -320,7 +323,7 @@ def _curves(axes: Axes, similarity: dict) -> None:
 
 
 def _maps(figure: Figure, maps: Mapping[str, np.ndarray], tokens: Sequence[str]) -> None:
-    """Heat maps, one below the other, of one scale."""
+    """Draw heat maps below each other, with a common scale."""
     for name, values in maps.items():
         if values.ndim != 2 or values.shape[1] != len(tokens):
             raise ValueError(f"the map of {name} has shape {values.shape}; expected (speech tokens, {len(tokens)}).")
@@ -344,7 +347,7 @@ def _value(scores: Mapping, system: str, group: str) -> float | None:
 
 
 def _legend(figure: Figure, axes: Axes, handle: float) -> None:
-    """A legend below the figure, in as many columns as fit; `handle` is the length of its samples in letters."""
+    """Draw a legend below the figure, in as many columns as fit; `handle` is the length of its samples in letters."""
     handles, labels = axes.get_legend_handles_labels()
     for columns in (3, 2, 1):
         longest = [max(map(len, part), default=0) for part in np.array_split(np.array(labels, dtype=object), columns)]

@@ -1,6 +1,6 @@
-"""The card of an LSM: what the Hub must know of it, and what whoever loads it should. It names no path of a machine.
+"""The model card of an LSM composed by `recipes/compose.py`. It contains no local paths.
 
-This is the card of what `recipes/compose.py` puts together; `training_card.py` writes that of a trained checkpoint.
+`training_card.py` writes the card of a trained checkpoint.
 """
 
 import json
@@ -38,13 +38,13 @@ accelerate launch recipes/sft.py --model_name_or_path {name} --dataset_name data
 
 
 def write_base_card(folder: str | Path, audio: str, text: str, config: LsmConfig) -> None:
-    """Write `FOLDER/README.md` of a freshly composed LSM.
+    """Write `FOLDER/README.md` of a newly composed LSM.
 
     Args:
-        folder: of the LSM.
-        audio: Hub id or folder of the Whisper whose encoder it has.
-        text: Hub id or folder of its LLM.
-        config: of the LSM.
+        folder: folder of the LSM.
+        audio: Hub id or folder of the Whisper checkpoint.
+        text: Hub id or folder of the LLM.
+        config: configuration of the LSM.
     """
     name = name_of(folder)
     data = ModelCardData(
@@ -70,16 +70,16 @@ def write_base_card(folder: str | Path, audio: str, text: str, config: LsmConfig
 
 
 def base_models_of(folder_or_repo: str | Path) -> list[str]:
-    """What a checkpoint's card says that it was made of.
+    """Return the base models in a checkpoint's card.
 
     Args:
         folder_or_repo: folder or Hub id of a checkpoint.
 
     Returns:
-        Hub ids in the order of the card; none if there is no card, or none that can be reached.
+        Hub ids in the order of the card; an empty list if there is no card, or if it cannot be reached.
 
     Raises:
-        ValueError: the head of the card cannot be read, or this is neither a folder nor a Hub id.
+        ValueError: the metadata of the card is not valid YAML, or the argument is neither a folder nor a Hub id.
     """
     folder = Path(folder_or_repo)
     card = folder / "README.md"
@@ -91,9 +91,9 @@ def base_models_of(folder_or_repo: str | Path) -> list[str]:
     except EntryNotFoundError:
         return []
     except yaml.YAMLError as error:
-        raise ValueError(f"the head of the card of {folder_or_repo} is no YAML: {error}") from error
+        raise ValueError(f"the metadata in the card of {folder_or_repo} is not valid YAML: {error}") from error
     listed = data.base_model or []
-    # PEFT and TRL write the local path that a model was loaded from.
+    # PEFT and TRL write local paths into the card, which are skipped here.
     return [name for name in ([listed] if isinstance(listed, str) else listed) if is_hub_id(name)]
 
 
@@ -103,7 +103,7 @@ def save_card(folder: str | Path, data: ModelCardData, lines: Sequence[str]) -> 
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether this names something on the Hub. What is here comes first, as it does for `from_pretrained`."""
+    """Whether this is a Hub id. A local path has priority, as in `from_pretrained`."""
     try:
         validate_repo_id(source)
     except HFValidationError:
@@ -112,12 +112,12 @@ def is_hub_id(source: str) -> bool:
 
 
 def name_of(folder: str | Path) -> str:
-    """A folder's name when it is done: until then some are called `NAME.partial`."""
+    """Return a folder's name without the suffix `.partial`, which it has while it is being written."""
     return Path(folder).resolve().name.removesuffix(PARTIAL)
 
 
 def named(source: str) -> str:
-    """A Hub id, or the name of what lies in a folder."""
+    """Return a Hub id, or the name of a folder."""
     return source if is_hub_id(source) else name_of(source)
 
 

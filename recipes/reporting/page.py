@@ -1,7 +1,7 @@
-"""One HTML page from blocks: text, tables, pictures, examples with their audio, and facts.
+"""Write an HTML page from blocks: text, tables, pictures, examples with their audio, and facts.
 
-The page needs nothing else: no script, no network, no other file. Text of any origin is shown as text, never taken for
-HTML. The same blocks give the same page, byte for byte.
+The page is self-contained: it needs no scripts, network or other files. All text is escaped. The same blocks give the
+same page, byte for byte.
 """
 
 import base64
@@ -19,7 +19,7 @@ from dataset_builders.files import read_template, write_whole
 
 @dataclass
 class Text:
-    """Paragraphs of plain text, under a heading if there is one. A heading also goes into the page's contents."""
+    """Paragraphs of plain text, with an optional heading that also appears in the page's contents."""
 
     paragraphs: str | Sequence[str] = ()
     heading: str = ""
@@ -31,7 +31,7 @@ class Text:
 
 @dataclass
 class Table:
-    """Rows of cells under a header; the first cell names its row. None is shown as a dash."""
+    """Rows of cells below a header. The first cell is the name of its row. None is shown as a dash."""
 
     caption: str
     header: Sequence[str]
@@ -46,7 +46,7 @@ class Table:
 
 @dataclass
 class Picture:
-    """A figure: an SVG file, drawn into the page, or a PNG file. `path` may lack the suffix; SVG is then preferred."""
+    """A figure: an SVG file, which is inlined, or a PNG file. If `path` has no suffix, SVG is preferred."""
 
     path: str | Path
     caption: str
@@ -55,9 +55,9 @@ class Picture:
 
 @dataclass
 class Examples:
-    """Clips and what models answered: dicts of `instruction`, `transcript`, `audio` and `answers`.
+    """Clips with answers of models: dicts with `instruction`, `transcript`, `audio` and `answers`.
 
-    `audio` holds the bytes of a WAV or FLAC file, or is None; an answer is (label, text, right or wrong or None).
+    `audio` is the bytes of a WAV or FLAC file, or None. An answer is (label, text, whether it is right or None).
     """
 
     items: Sequence[dict]
@@ -65,12 +65,12 @@ class Examples:
     def __post_init__(self):
         for item in self.items:
             if missing := [key for key in ("instruction", "transcript", "audio", "answers") if key not in item]:
-                raise ValueError(f"an example has {', '.join(item)}; expected {missing[0]!r}, too.")
+                raise ValueError(f"an example has {', '.join(item)}; expected also {missing[0]!r}.")
 
 
 @dataclass
 class Facts:
-    """Settings, versions and the like: name to value."""
+    """Settings, versions and similar facts: values by name."""
 
     facts: dict
 
@@ -79,17 +79,17 @@ Block = Text | Table | Picture | Examples | Facts
 
 
 def write_page(path: str | Path, title: str, subtitle: str, blocks: Sequence[Block]) -> None:
-    """Write the page, whole or not at all; its folder is made.
+    """Write the page atomically, creating its folder if necessary.
 
     Raises:
-        ValueError: an unknown block, a picture that is not there or refers to something outside, or a clip that is
-            neither WAV nor FLAC.
+        ValueError: a block is unknown, a picture does not exist or refers to another file, or a clip is neither WAV nor
+            FLAC.
     """
     write_whole(path, render_page(title, subtitle, blocks))
 
 
 def render_page(title: str, subtitle: str, blocks: Sequence[Block]) -> str:
-    """The page as a string; raises ValueError as `write_page` does."""
+    """Return the page as a string. Raises ValueError as `write_page` does."""
     for block in blocks:
         if not isinstance(block, Block):
             raise ValueError(f"a block is {block!r}; expected Text, Table, Picture, Examples or Facts.")
@@ -105,21 +105,21 @@ def render_page(title: str, subtitle: str, blocks: Sequence[Block]) -> str:
 
 
 def _shown(value) -> str:
-    """A cell or fact as text: numbers in full, lists and dicts as JSON, None as a dash."""
+    """Return a cell or fact as text: numbers in full, lists and dicts as JSON, None as a dash."""
     if value is None:
         return "–"
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list | tuple) else str(value)
 
 
 def _numeric(table: Table) -> list[bool]:
-    """Whether each column but the first holds numbers only (intervals and percentages are numbers)."""
+    """Return for each column whether it has only numbers, intervals or percentages; False for the first column."""
     columns = [[_shown(row[i]) for row in table.rows] for i in range(len(table.header))]
     numbers = [all(re.fullmatch(r"[\d\s.,:%()\[\]–−±+/×-]*", cell) for cell in column) for column in columns]
     return [i > 0 and number for i, number in enumerate(numbers)]
 
 
 def _audio_url(data: bytes) -> str:
-    """A clip as a `data:` URL; raises ValueError."""
+    """Return a clip as a `data:` URL. Raises ValueError if it is neither WAV nor FLAC."""
     if data.startswith(b"fLaC"):
         kind = "flac"
     elif data.startswith(b"RIFF") and data[8:12] == b"WAVE":
@@ -130,13 +130,13 @@ def _audio_url(data: bytes) -> str:
 
 
 def _picture(picture: Picture, name: str) -> Markup:
-    """A picture as an element of the page; `name` begins the ids in it, which must be unique there."""
+    """Return a picture as an HTML element. `name` is the prefix of the ids in it, to be unique on the page."""
     path = Path(picture.path)
     tried = [path] if path.suffix in (".svg", ".png") else [path.with_name(path.name + end) for end in (".svg", ".png")]
     path = next((path for path in tried if path.exists()), None)
     if path is None:
         raise ValueError(
-            f"no picture {' or '.join(map(str, tried))}; expected a file that recipes.reporting.figures wrote."
+            f"{' or '.join(map(str, tried))} does not exist; expected a file that recipes.reporting.figures wrote."
         )
     if path.suffix == ".svg":
         return _svg(path, name, picture.alt)
@@ -145,7 +145,7 @@ def _picture(picture: Picture, name: str) -> Markup:
 
 
 def _svg(path: Path, name: str, alt: str) -> Markup:
-    """An SVG file as an element, without namespaces (HTML knows them) and metadata; raises ValueError."""
+    """Return an SVG file as an HTML element without namespaces and metadata. Raises ValueError if it is invalid."""
     try:
         root = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
@@ -158,7 +158,7 @@ def _svg(path: Path, name: str, alt: str) -> Markup:
         element.tag = re.sub(r"\{.*\}", "", element.tag)
         attributes = {re.sub(r"\{.*\}", "", key): value for key, value in element.attrib.items()}
         if not attributes.get("href", "#").startswith(("#", "data:image/")):
-            raise ValueError(f"{path} refers to {attributes['href']!r}; expected a picture that needs nothing else.")
+            raise ValueError(f"{path} refers to {attributes['href']!r}; expected a picture without external files.")
         for key, value in attributes.items():
             if key == "id":
                 value = f"{name}-{value}"

@@ -1,7 +1,7 @@
-"""The card of a trained LSM or adapter: what it learned from, with which settings, and how it went.
+"""The model card of a trained LSM or adapter: its data, settings and results.
 
-`write_trained_card` must come last, after every `save_pretrained` of PEFT, which writes the local path of the base into
-a `README.md`, and every `create_model_card` of a trainer: both change or replace what is there.
+Call `write_trained_card` last, because `save_pretrained` of PEFT (which writes the local path of the base model) and
+`create_model_card` of a trainer change or replace the `README.md`.
 """
 
 import json
@@ -67,22 +67,22 @@ def write_trained_card(
     adapter_of: str | None,
     title: str,
 ) -> None:
-    """Write `FOLDER/README.md` of a trained LSM or of an adapter, and `training.png` and `.svg` if there is a curve.
+    """Write `FOLDER/README.md` of a trained LSM or adapter, and `training.png` and `.svg` if there is a curve.
 
     Args:
-        folder: of the checkpoint.
-        base_models: Hub ids or folders of what the LSM was made of; see `base_models_of`.
-        datasets: Hub ids or folders of what it learned from.
-        rows: task to the number of rows in the mix.
-        settings: name to value as in a config of `recipes/sft.py`. Local files are written by their names alone, and
-            Hub tokens not at all.
-        log: lines of `log.jsonl`, as they were written.
-        following: lines of `following.jsonl`, as they were written.
+        folder: folder of the checkpoint.
+        base_models: Hub ids or folders of the encoder and the LLM; see `base_models_of`.
+        datasets: Hub ids or folders of the training data.
+        rows: number of rows in the mix by task.
+        settings: values by name, as in a config of `recipes/sft.py`. Local files are written without their folders, and
+            Hub tokens are left out.
+        log: records of `log.jsonl`, in order.
+        following: records of `following.jsonl`, in order.
         adapter_of: Hub id or folder of the LSM that an adapter is for; None if the checkpoint is a whole model.
         title: heading of the card, without a path.
     """
     adapted = adapter_of is not None
-    # What an adapter is loaded onto is its base on the Hub; what that was made of, its own card says.
+    # The base of an adapter on the Hub is the LSM that it is for, whose own card names encoder and LLM.
     bases = [adapter_of] if adapted and is_hub_id(adapter_of) else list(filter(is_hub_id, base_models))
     data = ModelCardData(
         base_model=bases or None,
@@ -107,15 +107,15 @@ def write_trained_card(
 
 @matplotlib.rc_context(figures.PAPER)
 def plot_curves(log: Sequence[Mapping], following: Sequence[Mapping], stem: str | Path) -> list[Path]:
-    """Loss over the steps of a training and, if it was measured, the following rate beside it.
+    """Plot the loss over the steps of a training and, if it was measured, the following rate.
 
     Args:
-        log: lines of `log.jsonl`.
-        following: lines of `following.jsonl`.
-        stem: of the files, as in `figures.save`.
+        log: records of `log.jsonl`.
+        following: records of `following.jsonl`.
+        stem: path of the files without suffix, as in `figures.save`.
 
     Returns:
-        The files that were written: none if there is nothing to draw.
+        The files that were written; an empty list if there is nothing to draw.
     """
     panels = {"loss per response token": _curve(log, "loss"), "following rate": _curve(following, "following")}
     panels = {label: points for label, points in panels.items() if points}
@@ -140,7 +140,7 @@ def _and(sources: Sequence[str]) -> str:
 
 
 def _without_paths(value: object) -> object:
-    """A setting in which files and folders are named by their names alone."""
+    """Return a setting with local files and folders shortened to their names."""
     if isinstance(value, Mapping):
         return {name: _without_paths(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -186,7 +186,7 @@ def _settings(settings: Mapping[str, object]) -> list[str]:
     if not kept:
         return []
     text = yaml.safe_dump(_without_paths(kept), sort_keys=False, allow_unicode=True)
-    about = "What `recipes/sft.py` was told, local files by their names alone; for all else its defaults held.\n"
+    about = "Settings of `recipes/sft.py` that differ from the defaults; local files appear without their folders.\n"
     return ["## Settings\n", about, f"```yaml\n{text}```\n"]
 
 
@@ -207,7 +207,7 @@ def _results(log: Sequence[Mapping], following: Sequence[Mapping]) -> list[str]:
 
 
 def _picture(files: Sequence[Path]) -> list[str]:
-    # Not every page that shows a card shows SVG.
+    # Not every page that shows a card can show SVG.
     return ["[![Loss and following rate over the steps](training.png)](training.svg)\n"] if files else []
 
 
@@ -216,7 +216,7 @@ def _percent(value: float) -> str:
 
 
 def _curve(lines: Sequence[Mapping], figure: str) -> list[tuple[int, float]]:
-    """Steps and values. A training that was killed and went on wrote some steps twice: only the later ones count."""
+    """Return steps and values. A resumed training wrote some steps twice, of which only the later ones count."""
     points: list[tuple[int, float]] = []
     for line in lines:
         if figure in line:
@@ -227,7 +227,7 @@ def _curve(lines: Sequence[Mapping], figure: str) -> list[tuple[int, float]]:
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
-    """Logarithmic where one tick at 1, 2 or 5 of a decade is sure to be in sight."""
+    """Make the axis logarithmic if its range is sure to contain a tick at 1, 2 or 5 of a decade."""
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     if positive and max(positive) > 5 * min(positive):
         axes.set_yscale("log")

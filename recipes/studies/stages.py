@@ -1,19 +1,19 @@
-"""Folders that commands make: each whole or not at all, made once for all that need it, several at a time.
+"""Run commands that each write a folder: atomically, once for all that need it, and several at the same time.
 
-A stage is a command and its options, as YAML has them:
+A stage is a command with its options, in YAML:
 
     sft:
       run: python -m recipes.sft
       output: output_dir                 # the option that names the folder; `output` if this line is missing
-      model_name_or_path: "{compose}"    # the folder of another stage, which is made before
+      model_name_or_path: "{compose}"    # the folder of another stage, which runs before
       seed: "{seed}"
       tasks: [intent, transcription]     # --tasks intent transcription
       bf16: true                         # --bf16, without a value
       packing: null                      # no such option
 
-A folder is named by a hash of its command, of the folders named there, and of the files named there: another option
-makes another folder. The code of the commands is not in the hash: after a change in it, delete what it made. A command
-writes to `FOLDER.partial`, which stays when it is stopped: all recipes go on with what they find.
+The name of a folder contains a hash of its command and of the folders and files named in it, so another option gives
+another folder. The code of the commands is not in the hash: if it changes, delete the folders that it wrote. A command
+writes to `FOLDER.partial`, which remains if the command is stopped, and continues from it when it runs again.
 """
 
 import contextlib
@@ -41,13 +41,13 @@ logger = logging.getLogger(__name__)
 
 PLACE = re.compile(r"\{(\w+)\}")
 SECONDS = "seconds.json"
-LOOK = 0.2  # seconds between two looks at what runs
+LOOK = 0.2  # seconds between two checks of the running commands
 fingerprint = cache(files.fingerprint)  # many rows name the same folders
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A folder's `name`, the `command` that makes it, and the names of the folders that it `needs`."""
+    """The `name` of a folder, the `command` that writes it, and the names of the folders that it `needs`."""
 
     name: str
     command: tuple[str, ...]
@@ -55,24 +55,25 @@ class Stage:
 
 
 def plan(settings: Mapping[str, Mapping], wanted: Iterable[str], seed: int, folder: Path) -> dict[str, Stage]:
-    """The stages that are needed for those `wanted`, by their keys in `settings`; each comes after what it needs.
+    """Return the `wanted` stages and all that they need, by key, each after those that it needs.
 
     Args:
-        settings: stages as in the text above.
-        seed: in the place of `{seed}`.
-        folder: which the stages' folders are in.
+        settings: stages by key, as in the text above.
+        wanted: keys of the wanted stages.
+        seed: replaces `{seed}`.
+        folder: parent of the stages' folders.
 
     Raises:
-        ValueError: a stage that is not there or has no `run`, or stages that need each other.
+        ValueError: a stage does not exist or has no `run`, or stages need each other.
     """
     found: dict[str, Stage] = {}
 
     def add(key: str, above: tuple[str, ...]) -> None:
         if key in above:
-            raise ValueError(f"the stages {' → '.join((*above, key))} need each other.")
+            raise ValueError(f"the stages {' → '.join((*above, key))} need each other; remove one of the references.")
         if not (settings.get(key) or {}).get("run"):
             where = f"{{{key}}} in {above[-1]}" if above else repr(key)
-            raise ValueError(f"{where} is no stage with a `run`; there are {', '.join(settings)}.")
+            raise ValueError(f"{where} is not a stage with a `run`; the stages are {', '.join(settings)}.")
         words = _words(settings[key])
         needs = [name for word in words for name in PLACE.findall(word) if name != "seed"]
         for need in needs:
@@ -92,7 +93,7 @@ def plan(settings: Mapping[str, Mapping], wanted: Iterable[str], seed: int, fold
 
 
 def _words(stage: Mapping) -> list[str]:
-    """The command line, with places not filled and without its output."""
+    """Return the command line without its output, before placeholders are replaced."""
     words = shlex.split(stage["run"])
     for key, value in stage.items():
         if key in ("run", "output") or value is None:
@@ -107,16 +108,16 @@ def _fill(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
 
 
 def make(stages: Iterable[Stage], folder: Path, workers: int, finished: Callable[[Stage], None]) -> dict[str, str]:
-    """Make the folders that are not there yet, `workers` at a time, in the order given as far as they can begin.
+    """Run the stages whose folders do not exist yet, `workers` at the same time, in the given order where possible.
 
     Args:
-        stages: what to make, and all that it needs.
-        folder: which the stages' folders are in; logs are beside them.
-        workers: commands at a time; each has its share of the cores.
-        finished: told of each that is whole.
+        stages: the stages to run, and all that they need.
+        folder: parent of the stages' folders; the logs are in it, too.
+        workers: number of commands at the same time; they share the cores.
+        finished: called with each finished stage.
 
     Returns:
-        By name of those that could not be made, why not; the others are made all the same.
+        The reasons of failure by the names of failed stages. The other stages run nevertheless.
     """
     waiting = [stage for stage in dict.fromkeys(stages) if not (folder / stage.name).exists()]
     running: dict[Stage, tuple[subprocess.Popen, float]] = {}
@@ -164,17 +165,17 @@ def _start(stage: Stage, folder: Path, workers: int) -> subprocess.Popen:
 
 
 def _end(stage: Stage, folder: Path, code: int) -> str | None:
-    """Give a folder that is whole its name, or say why it is not."""
+    """Rename the folder of a finished stage, or return why the stage failed."""
     partial, log = partial_of(folder / stage.name), folder / f"{stage.name}.log"
     if code == 0 and partial.exists():
         os.replace(partial, folder / stage.name)
         return None
-    what = f"ended with {code}" if code else f"wrote no {partial.name}"
+    what = f"ended with exit code {code}" if code else f"did not write {partial.name}"
     return f"{stage.name} {what}; the end of {log}:\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}"
 
 
 def seconds(folder: Path) -> dict[str, float]:
-    """How long each stage took, all attempts together but those that were killed with whoever started them."""
+    """Return the seconds of each stage, over all attempts except those that were killed together with the study."""
     file = folder / SECONDS
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
@@ -185,22 +186,22 @@ def _add_seconds(folder: Path, name: str, more: float) -> None:
 
 
 def die_with_parent() -> None:
-    """For `preexec_fn`: what is killed must not leave commands behind that write where the next run goes on."""
+    """For `preexec_fn`: stop a command when its parent is killed, so that it does not interfere with the next run."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if need be, for this process.
+    """Lock a folder for this process, creating it if necessary.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is at work in {folder}; wait for it or name another --output.") from None
+            raise ValueError(f"another process is using {folder}; wait for it or name another --output.") from None
         yield

@@ -1,4 +1,4 @@
-"""Rows of a study as jobs, what their results are, and the table of all."""
+"""The rows of a study as jobs, their results, and the table of all rows."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from recipes.training.callbacks import FOLLOWING, LOG
 logger = logging.getLogger(__name__)
 
 KEYS = {"base", "rows", "seeds", "trained", "unseen"}
-SHARE = 0.9  # of the text LLM's following, which `steps` are counted to
+SHARE = 0.9  # `steps` is when the following rate reaches this share of the text LLM's
 RESULTS = {
     "trained": "trained kinds",
     "unseen": "never-trained kinds",
@@ -41,18 +41,18 @@ BESIDE = {
 }
 COUNTS = ("steps", "seconds")  # all others are shares
 NOTE = (
-    "Means over seeds. In brackets: from the lowest to the highest end of the seeds' 95 % intervals (questions "
-    "resampled), which for one seed is its interval; of steps and seconds, the lowest and the highest. Text kept: "
-    "change of the share right when the transcript is read, against the text LLM. Steps to 90 %: of the last training, "
-    "until following on the validation clips reached 90 % of the text LLM's; `k of n` where not all seeds did. "
-    "Training: seconds of all that learned, {workers} commands at a time. Silence, other clip and other "
-    "instruction are controls: who listens and does what is asked fails there."
+    "The figures are means over seeds. The brackets go from the lowest to the highest end of the seeds' 95 % intervals "
+    "(resampling questions), or from the lowest to the highest number of steps or seconds. Text kept is the change of "
+    "the share of right answers from the transcript, relative to the text LLM. Steps to 90 % are steps of the last "
+    "training until the following rate on the validation clips reached 90 % of the text LLM's; `k of n` means that "
+    "only k of n seeds did. Training is the seconds of all trainings, with {workers} commands at the same time. "
+    "Silence, other clip and other instruction are controls, where a model that listens and follows must fail."
 )
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row with one seed, and the stages that it needs by key."""
+    """A row with a seed, and the stages that it needs, by key."""
 
     row: str
     seed: int
@@ -63,22 +63,22 @@ class Job:
 
 
 def overrides(rows: Mapping[str, Mapping | None], name: str, above: tuple[str, ...] = ()) -> dict:
-    """What a row changes in the base, with what it takes from the row that it is `of`.
+    """Return a row's changes to the base, including those of the row that it names in `of`.
 
     Raises:
-        ValueError: a row that is not there, or rows that are of each other.
+        ValueError: a row does not exist, or rows name each other in `of`.
     """
     if name not in rows:
-        raise ValueError(f"no row {name!r}; there are {', '.join(rows)}.")
+        raise ValueError(f"no row {name!r}; the rows are {', '.join(rows)}.")
     if name in above:
-        raise ValueError(f"the rows {' → '.join((*above, name))} are of each other.")
+        raise ValueError(f"the rows {' → '.join((*above, name))} name each other in `of`; remove one of these.")
     own = {key: value for key, value in (rows[name] or {}).items() if key not in ("of", "seeds")}
     other = (rows[name] or {}).get("of")
     return merge(overrides(rows, other, (*above, name)), own) if other else own
 
 
 def merge(settings: Mapping, changes: Mapping) -> dict:
-    """Settings with changes; those of a stage are changed one by one."""
+    """Return the settings with the changes; the options of a stage are changed one by one."""
     changed = {
         key: {**(settings.get(key) or {}), **value} if isinstance(value, dict) else value
         for key, value in changes.items()
@@ -87,10 +87,10 @@ def merge(settings: Mapping, changes: Mapping) -> dict:
 
 
 def read(config: str | Path) -> dict:
-    """A study's configuration.
+    """Read a study's configuration.
 
     Raises:
-        ValueError: it has other keys than `base`, `rows`, `trained`, `unseen` and `seeds`, or lacks one.
+        ValueError: its keys are not `base`, `rows`, `trained`, `unseen` and `seeds`.
     """
     content = read_yaml(config)
     if not isinstance(content, dict) or set(content) != KEYS:
@@ -100,16 +100,16 @@ def read(config: str | Path) -> dict:
 
 
 def jobs_of(config: Mapping, names: Sequence[str], seeds: Sequence[int], folder: Path) -> list[Job]:
-    """What is to be made, in order.
+    """Return the jobs of a study, in order.
 
     Args:
-        config: as `read` gives it.
-        names: of the rows; all if empty.
-        seeds: of every row; its own, or the configuration's, if empty.
-        folder: of the study.
+        config: the configuration, from `read`.
+        names: names of the rows; all if empty.
+        seeds: seeds of every row; if empty, those of the row or of the configuration.
+        folder: folder of the study.
 
     Raises:
-        ValueError: as `overrides` and `plan`; the row is named.
+        ValueError: as in `overrides` and `plan`. Names the row.
     """
     jobs = []
     for name in names or config["rows"]:
@@ -125,11 +125,11 @@ def jobs_of(config: Mapping, names: Sequence[str], seeds: Sequence[int], folder:
 
 
 def record_of(job: Job, folder: Path, trained: str, unseen: str) -> dict:
-    """The figures of a row with one seed: `name`, `seed`, those of `RESULTS` and `BESIDE` (None for none), `intervals`,
-    `parts` (the share right of every kind), `layers` and `folders`.
+    """Return the figures of a row with one seed: `name`, `seed`, those of `RESULTS` and `BESIDE` (None if missing),
+    `intervals`, `parts` (the share of right answers of each kind), `layers` and `folders`.
 
     Raises:
-        ValueError: the evaluation has no task of these names.
+        ValueError: the evaluation lacks the task `trained` or `unseen`.
     """
     folders = {key: folder / stage.name for key, stage in job.stages.items()}
     tasks = json.loads((folders["evaluate"] / "results.json").read_text(encoding="utf-8"))["tasks"]
@@ -164,7 +164,7 @@ def record_of(job: Job, folder: Path, trained: str, unseen: str) -> dict:
 
 
 def metrics_of(trained: Mapping, unseen: Mapping) -> dict[str, dict | None]:
-    """The figures of two tasks of `results.json`, each with its interval; None for what was not measured."""
+    """Return the figures of two tasks of `results.json` with their intervals; None for those that are missing."""
 
     def figure(task: Mapping, system: str, name: str | None = None, part: str | None = None) -> dict | None:
         scored = task["systems"].get(system, {})
@@ -189,8 +189,8 @@ def metrics_of(trained: Mapping, unseen: Mapping) -> dict[str, dict | None]:
 
 
 def summary(records: Sequence[dict], name: str) -> dict | None:
-    """One figure over a row's seeds: `value`, their mean; `low` and `high`; and how many of the `seeds` have it. None
-    if none has."""
+    """Return a figure over a row's seeds: `value` (the mean), `low`, `high`, and `seeds`, the number of seeds that have
+    it. None if no seed has it."""
     having = [record for record in records if record[name] is not None]
     if not having:
         return None
@@ -211,7 +211,7 @@ def cell(records: Sequence[dict], name: str) -> str:
 
 
 def write(config: Mapping, records: Sequence[dict], failed: Mapping[str, str], workers: int, folder: Path) -> None:
-    """`study.json`, `study.md` and the picture."""
+    """Write `study.json`, `study.md` and the picture."""
     by_row = {name: [record for record in records if record["name"] == name] for name in config["rows"]}
     by_row = {name: some for name, some in by_row.items() if some}
 
@@ -226,9 +226,9 @@ def write(config: Mapping, records: Sequence[dict], failed: Mapping[str, str], w
     kinds = {kind: kind for record in records for kind in record["parts"]}
     seeds = {name: ", ".join(str(record["seed"]) for record in some) for name, some in by_row.items()}
     changes = [[name, seeds[name], json.dumps(overrides(config["rows"], name))] for name in by_row]
-    parts = ["# Study", NOTE.format(workers=workers), table(RESULTS, cell), "Share right, kind by kind:"]
-    parts += [table(kinds, share), "Controls, and who stands beside:", table(BESIDE, cell)]
-    parts += ["What a row changes in the base:", to_markdown(["row", "seeds", "changes"], changes)]
+    parts = ["# Study", NOTE.format(workers=workers), table(RESULTS, cell), "Share of right answers by kind:"]
+    parts += [table(kinds, share), "Controls and other systems:", table(BESIDE, cell)]
+    parts += ["Changes of each row to the base:", to_markdown(["row", "seeds", "changes"], changes)]
     parts += [f"**{name} failed.**\n\n```\n{reason}\n```" for name, reason in failed.items()]
     write_whole(folder / "study.json", json.dumps({"rows": records, "failed": failed}, indent=1) + "\n")
     write_whole(folder / "study.md", "\n\n".join(parts) + "\n")
@@ -240,10 +240,10 @@ def write(config: Mapping, records: Sequence[dict], failed: Mapping[str, str], w
 
 
 def study(config: Mapping, names: Sequence[str], seeds: Sequence[int], workers: int, folder: Path) -> dict[str, str]:
-    """Make what is missing, and write the table whenever a row is whole; rows that were made before are in it, too.
+    """Run the missing stages, and write the table whenever a row is complete; it also has rows of earlier runs.
 
     Returns:
-        By row and seed of those that failed, why.
+        The reasons of failure by row and seed.
     """
     jobs = jobs_of(config, names, seeds, folder)
     known = {(job.row, job.seed): job for job in (*jobs_of(config, (), (), folder), *jobs)}
@@ -254,7 +254,7 @@ def study(config: Mapping, names: Sequence[str], seeds: Sequence[int], workers: 
         fresh = [key for key, job in known.items() if key not in whole and job.is_whole(folder)]
         for key in fresh:
             whole[key] = record_of(known[key], folder, config["trained"], config["unseen"])
-            logger.info("%s, seed %d is whole", *key)
+            logger.info("%s with seed %d is complete", *key)
         if fresh or failed:
             write(config, [whole[key] for key in known if key in whole], failed, workers, folder)
 

@@ -340,7 +340,7 @@ def validation_rows(args, store: AudioFeatureStore | None) -> Dataset | None:
     """The clips of `--following_corpus`, whose reading is measured; None if there is none.
 
     Args:
-        args: [`LsmScriptArguments`](recipes.training.arguments).
+        args: [`LsmScriptArguments`].
         store: of their features, if there is one.
     """
     if not args.following_corpus:
@@ -365,7 +365,7 @@ def needs_alignment(model: LsmForConditionalGeneration, args) -> bool:
     Args:
         model: the LSM. A projector that has learned already, or is a plain map, is left alone, unless `args` asks for
             it.
-        args: [`LsmTrainingArguments`](recipes.training.arguments).
+        args: [`LsmTrainingArguments`].
 
     Raises:
         ValueError: `args` asks for the alignment of a plain map.
@@ -403,7 +403,7 @@ def align(
         model: the LSM; its projector is changed.
         processor: its own.
         dataset: the training's rows, see [`alignment_rows`].
-        args: [`LsmTrainingArguments`](recipes.training.arguments), of which the `align_*` settings are used, and where
+        args: [`LsmTrainingArguments`], of which the `align_*` settings are used, and where
             and on what it runs. Checkpoints and log are in `OUTPUT_DIR/alignment`.
         store: of the clips' features.
         validation: clips whose reading is measured, as `dataset`.

@@ -71,4 +71,4 @@ def test_a_text_llm_hears_nothing(llm_dir, wav, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["chat", "--model", str(llm_dir), "--audio", wav])
     with pytest.raises(SystemExit):
         main()
-    assert "is a text LLM and hears nothing: leave out --audio, or name an LSM." in capsys.readouterr().err
+    assert "is a text LLM and cannot hear; leave out --audio, or name an LSM." in capsys.readouterr().err

@@ -8,7 +8,8 @@ from corpus_files import clip, json_lines, parquet, places, read, spoken, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset_builders.corpora.corpus import RefusedRowError, decode
+from dataset_builders.corpora.audio import decode
+from dataset_builders.corpora.corpus import RefusedRowError
 from dataset_builders.corpora.opening import load_corpus, open_corpus
 
 # Bad input: lines

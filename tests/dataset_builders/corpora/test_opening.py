@@ -8,7 +8,8 @@ import pytest
 from corpus_files import clip, json_lines, parquet, places, read, spoken, write
 from datasets import Audio, Features, Value
 
-from dataset_builders.corpora.corpus import RefusedRowError, choose_columns, duration_of
+from dataset_builders.corpora.audio import duration_of
+from dataset_builders.corpora.corpus import RefusedRowError, choose_columns
 from dataset_builders.corpora.local import AudioFolder, ManifestCorpus
 from dataset_builders.corpora.opening import PRESETS, HubCorpus, load_corpus, open_corpus
 from processing_lsm import load_audio

@@ -276,7 +276,7 @@ def test_an_interval_that_is_missing_leaves_a_bar_without_a_whisker(tmp_path):
 def test_bars_that_cannot_be_drawn_are_refused():
     with pytest.raises(ValueError, match="no style for 'whisper'; expected one of text_llm, "):
         bars("stem", {"whisper": {}})
-    with pytest.raises(ValueError, match="no score for keyword; expected some of intent, copies"):
+    with pytest.raises(ValueError, match="no system has a score for keyword; expected some of intent, copies"):
         bars("stem", order=["keyword"])
 
 

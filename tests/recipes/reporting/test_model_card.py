@@ -326,7 +326,7 @@ def test_a_folder_without_a_card_and_a_card_without_a_head_name_no_base_model(tm
 
 def test_a_head_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("---\nbase_model: [\n---\n")
-    with pytest.raises(ValueError, match=f"the head of the card of {tmp_path} is no YAML"):
+    with pytest.raises(ValueError, match=f"the metadata in the card of {tmp_path} is not valid YAML"):
         base_models_of(tmp_path)
 
 

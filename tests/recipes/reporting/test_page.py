@@ -197,7 +197,7 @@ def test_an_example_that_lacks_something_is_refused():
 
 
 def test_a_picture_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no picture .*none\.v1\.svg or .*none\.v1\.png; expected a file"):
+    with pytest.raises(ValueError, match=r"none\.v1\.svg or .*none\.v1\.png does not exist; expected a file"):
         page_of(Picture(tmp_path / "none.v1", "", ""))
 
 

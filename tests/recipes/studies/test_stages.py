@@ -130,8 +130,11 @@ def test_options_are_words_as_the_recipes_take_them():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"learn": {"run": "a", "model": "{base}"}}, "{base} in learn is no stage with a `run`; there are learn"),
-        ({"learn": {"model": "{base}"}}, "'learn' is no stage with a `run`"),
+        (
+            {"learn": {"run": "a", "model": "{base}"}},
+            "{base} in learn is not a stage with a `run`; the stages are learn",
+        ),
+        ({"learn": {"model": "{base}"}}, "'learn' is not a stage with a `run`"),
         ({"learn": {"run": "a", "x": "{b}"}, "b": {"run": "a", "x": "{learn}"}}, "learn → b → learn need each other"),
     ],
 )
@@ -161,7 +164,7 @@ def test_a_command_that_failed_is_named_with_the_end_of_its_log_and_goes_on_late
     settings = {"a": {"run": run, "fail": str(tmp_path / "off")}, "b": {"run": run, "of": "{a}"}, "c": {"run": run}}
     folders, failed = build(folder, settings, "b", "c")
     assert failed.keys() == {folders["a"].name, folders["b"].name}
-    assert "ended with 3" in failed[folders["b"].name] and "no power" in failed[folders["b"].name]
+    assert "ended with exit code 3" in failed[folders["b"].name] and "no power" in failed[folders["b"].name]
     assert not folders["a"].exists() and not folders["b"].exists() and (folders["c"] / "whole").exists()
 
     stages_before = plan(settings, ["b"], 0, folder)
@@ -172,7 +175,7 @@ def test_a_command_that_failed_is_named_with_the_end_of_its_log_and_goes_on_late
 
 def test_a_command_that_writes_no_folder_has_failed(folder):
     _, failed = build(folder, {"a": {"run": "python -c ''"}}, "a")
-    assert "wrote no a-" in next(iter(failed.values()))
+    assert "did not write a-" in next(iter(failed.values()))
 
 
 def test_as_many_run_at_a_time_as_there_are_workers(folder, run, tmp_path, monkeypatch):
@@ -230,7 +233,7 @@ def test_commands_die_with_whoever_started_them(folder, how):
 
 def test_a_folder_is_for_one_at_a_time(tmp_path):
     with alone_in(tmp_path / "new"):
-        second = pytest.raises(ValueError, match="another process is at work")
+        second = pytest.raises(ValueError, match="another process is using")
         with second, alone_in(tmp_path / "new"):
             pass
     with alone_in(tmp_path / "new"):

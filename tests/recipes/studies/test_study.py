@@ -79,8 +79,8 @@ def test_a_row_changes_what_it_says_and_takes_the_rest_from_the_row_it_is_of():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({"a": {"of": "b"}}, "no row 'b'; there are a"),
-        ({"a": {"of": "b"}, "b": {"of": "a"}}, "a → b → a are of each other"),
+        ({"a": {"of": "b"}}, "no row 'b'; the rows are a"),
+        ({"a": {"of": "b"}, "b": {"of": "a"}}, "a → b → a name each other in `of`"),
     ],
 )
 def test_rows_of_no_row_or_of_each_other_are_refused(rows, message):
@@ -120,7 +120,7 @@ def test_a_row_needs_its_evaluation_and_what_it_wants_besides_and_shares_what_is
 
 def test_a_row_that_cannot_be_planned_is_named():
     rows = {"odd": {"evaluate": {"model": "{adapt}"}}}
-    with pytest.raises(ValueError, match=r"row 'odd': {adapt} in evaluate is no stage"):
+    with pytest.raises(ValueError, match=r"row 'odd': {adapt} in evaluate is not a stage"):
         jobs_of({**STUDY, "rows": rows}, (), (), Path("out"))
 
 
@@ -320,7 +320,7 @@ def test_the_table_is_there_as_soon_as_one_row_is_whole(config, tmp_path, monkey
 
 def test_a_second_study_in_the_same_folder_is_refused(config, tmp_path):
     config({"ours": None})
-    with stages.alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another process is at work"):
+    with stages.alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another process is using"):
         command.main()
 
 
