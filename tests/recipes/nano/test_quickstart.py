@@ -10,11 +10,12 @@ import pytest
 import yaml
 from transformers import AutoModel, AutoProcessor
 
+from dataset_builders.files import append_lines
 from dataset_builders.nano.tasks import UNSEEN_TASKS
 from recipes.nano import quickstart
 from recipes.nano.quickstart import LiveTable, Quickstart, Stages, check_folder, run_trainings
 from recipes.nano.report import COMPARED, LABELS, percent, table
-from recipes.training.callbacks import FOLLOWING, LOG, append_line
+from recipes.training.callbacks import FOLLOWING, LOG
 
 
 def test_a_stage_that_fails_leaves_nothing_that_looks_whole(tmp_path):
@@ -125,10 +126,10 @@ def test_trainings_run_in_order_and_as_many_at_a_time_as_there_are_cores(tmp_pat
 def test_the_live_table_shows_a_look_once_and_counts_the_steps_of_an_alignment(tmp_path, capsys):
     live = LiveTable(tmp_path, {"ours": 5})
     live.show()  # nothing is there yet
-    append_line(tmp_path / "ours" / "alignment" / LOG, {"step": 2, "max_steps": 2, "reading_wer": 0.5})
+    append_lines(tmp_path / "ours" / "alignment" / LOG, [{"step": 2, "max_steps": 2, "reading_wer": 0.5}])
     live.show()
-    append_line(tmp_path / "ours" / LOG, {"step": 1, "max_steps": 3})
-    append_line(tmp_path / "ours" / FOLLOWING, {"step": 1, "following": 0.75, "wer": 0.1})
+    append_lines(tmp_path / "ours" / LOG, [{"step": 1, "max_steps": 3}])
+    append_lines(tmp_path / "ours" / FOLLOWING, [{"step": 1, "following": 0.75, "wer": 0.1}])
     live.show()
     assert (live.bars["ours"].n, live.bars["ours"].total) == (3, 5)
     live.close()
