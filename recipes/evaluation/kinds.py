@@ -109,18 +109,16 @@ def _translation(questions: Sequence[Question], responses: Sequence[str]) -> dic
 
 
 def _keywords(questions: Sequence[Question], responses: Sequence[str]) -> dict[str, Metric]:
-    references = [question.references for question in questions]
-    return {"f1": metrics.set_f1(references, [parse_list(response) or [] for response in responses])}
+    said = [parse_list(response) or [] for response in responses]
+    return {"f1": metrics.set_f1([question.references for question in questions], said)}
 
 
 def _has_keywords(question: Question, response: str) -> bool:
-    said = parse_list(response) or ()
-    return {word.casefold() for word in said} == {word.casefold() for word in question.references}
+    return set(map(str.casefold, parse_list(response) or ())) == set(map(str.casefold, question.references))
 
 
 def _is_transcript(question: Question, response: str) -> bool:
-    said, written = (metrics.normalize_text(text, question.language) for text in (question.references[0], response))
-    return said == written
+    return len({metrics.normalize_text(text, question.language) for text in (question.references[0], response)}) == 1
 
 
 def _keeps_to_form(question: Question, response: str) -> bool:
