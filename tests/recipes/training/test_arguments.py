@@ -50,7 +50,7 @@ def test_settings_of_the_training_that_cannot_be(setting, message, tmp_path):
 @pytest.mark.parametrize(
     ("option", "way_out"),
     [
-        ({"packing": True}, "--packing True has no effect here: .* puts rows of similar cost together .* Leave it out"),
+        ({"packing": True}, "--packing True has no effect here: .* puts rows of similar cost together. Leave it out"),
         ({"eval_packing": True}, "--eval_packing True"),
         ({"padding_free": True}, "--padding_free True"),
         ({"pad_to_multiple_of": 8}, "--pad_to_multiple_of 8"),
@@ -88,7 +88,7 @@ def test_options_that_ask_for_what_is_done_anyway_are_taken(tmp_path):
     [
         ({"load_in_4bit": True}, "--load_in_4bit True has no effect here: --llm qlora"),
         ({"load_in_8bit": True}, "--load_in_8bit True has no effect here: --llm qlora"),
-        ({"use_peft": True}, "--use_peft True, but --llm is frozen: set lora or qlora"),
+        ({"use_peft": True}, "--use_peft True, but --llm is frozen; set lora or qlora"),
     ],
 )
 def test_options_of_the_model_too_before_it_is_looked_for(option, way_out):

@@ -141,7 +141,7 @@ def test_an_adapter_is_merged_where_none_learns(train, adapter, lsm, llm, tmp_pa
 @pytest.mark.parametrize("setting", [{"lora_r": 4}, {"lora_alpha": 7}, {"use_dora": True}])
 def test_another_adapter_than_the_one_that_is_there_is_refused(train, adapter, setting, tmp_path):
     (name, value) = setting.popitem()
-    with pytest.raises(ValueError, match=rf"--{name} {value}, but the adapter .* leave --{name} out"):
+    with pytest.raises(ValueError, match=rf"--{name} is {value}, but the adapter .* leave --{name} out"):
         train(model_name_or_path=str(adapter), llm="lora", output_dir=str(tmp_path / "other"), **{name: value})
 
 
