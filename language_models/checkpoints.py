@@ -8,16 +8,8 @@ from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoProcessor,
-    PreTrainedModel,
-)
-from transformers.utils import (
-    cached_file,
-    find_adapter_config_file,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
+from transformers.utils import cached_file, find_adapter_config_file
 
 from language_models.extras import extra
 

@@ -6,28 +6,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import (
-    cached_file,
-)
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from configuration_lsm import num_positions
 from language_models.checkpoints import checkpoint_with
 
 logger = logging.getLogger(__name__)
 
-
 # One answer per prompt, whatever the generation settings of the checkpoint are.
 ONE_ANSWER = {"do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False}
-
-
 GREEDY = {**ONE_ANSWER, "num_beams": 1}
-
-
 # Generation settings that decide which of the others have an effect.
 DECIDING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
 

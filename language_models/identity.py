@@ -4,9 +4,7 @@ import hashlib
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import (
-    AutoConfig,
-)
+from transformers import AutoConfig
 
 from language_models.checkpoints import load_config, load_processor
 from language_models.tokenizers import text_processor

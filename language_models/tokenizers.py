@@ -11,11 +11,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
 )
-from transformers.utils import (
-    cached_file,
-    is_protobuf_available,
-    is_sentencepiece_available,
-)
+from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
 from language_models.checkpoints import checkpoint_with
 from language_models.generation import never_write

@@ -32,18 +32,18 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--data", required=True, help="self-powered set, or ASR corpus: folder, manifest or Hub id")
     parser.add_argument("--split", help="`test` if there is one, else the first")
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", required=True, help="folder of bias.json, pictures and report")
     parser.add_argument(
         "--slot", choices=("audio", "transcript"), default="audio", help="what stands where the speech belongs"
     )
     parser.add_argument("--target", choices=TARGETS, default="response", help="which response is traced")
-    parser.add_argument("--tasks", nargs="+", default=list(SELF_POWERED_TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(SELF_POWERED_TASKS), help="tasks whose answers are traced")
     parser.add_argument(
         "--pool",
         help="YAML file of tasks and their wordings, of which the held-out ones are asked about an ASR corpus; by "
         "default dataset_builders/instructions.yaml",
     )
-    parser.add_argument("--limit", type=int, default=120, help="rows at most")
+    parser.add_argument("--limit", type=int, default=120, help="largest number of rows")
     parser.add_argument(
         "--checker",
         default=BY_FORM,
@@ -54,9 +54,9 @@ def main() -> None:
     parser.add_argument(
         "--beside", nargs="*", default=[], metavar="LABEL=BIAS_JSON", help="other results to draw in the same figure"
     )
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=16, help="rows that are traced together")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="longest answer, in tokens")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     beside = {}

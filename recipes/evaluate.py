@@ -52,33 +52,36 @@ def parse_overrides(entries: Sequence[str]) -> dict[str, dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id of a speech LLM")
-    parser.add_argument("--tasks", nargs="+", default=["nano"], help="names or groups; --list shows them")
-    parser.add_argument("--output")
+    parser.add_argument("--tasks", nargs="+", help="names of tasks, or of their groups; --list shows them")
+    parser.add_argument("--output", help="folder of answers, results and report")
     parser.add_argument("--base", help="the text LLM that the model was made of")
     parser.add_argument("--vanilla", help="an LSM trained on transcription alone")
     parser.add_argument("--paper", help="an LSM trained as in the paper: the whole LLM, with cross-entropy")
     parser.add_argument("--asr", help="the cascade's ASR model (a Whisper or a speech LLM); the model by default")
     parser.add_argument("--systems", nargs="+", default=[], metavar="NAME", help=f"among {', '.join(SYSTEMS)}")
-    parser.add_argument("--data", nargs="+", default=[], metavar="TASK=PATH", help="where a task's corpus is")
+    parser.add_argument("--data", nargs="+", default=[], metavar="TASK=PATH", help="where the corpus of a task is")
     parser.add_argument("--task-file", help="YAML of your own tasks, in the form of evaluation/tasks.yaml")
     parser.add_argument("--list", action="store_true", help="show all tasks and stop")
-    parser.add_argument("--limit", type=int, help="utterances of a task at most")
-    parser.add_argument("--control-limit", type=int, help="utterances that the controls are asked about, at most")
+    parser.add_argument("--limit", type=int, help="largest number of utterances of a task")
+    parser.add_argument("--control-limit", type=int, help="largest number of utterances for the controls")
+    parser.add_argument("--audio-feature-store", help="folder of recipes.store_features, so that no clip is encoded")
+    parser.add_argument("--batch-size", type=int, default=16, help="questions that are answered together")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens")
     parser.add_argument(
-        "--audio-feature-store", help="folder of recipes.listening.features with the audio tower's output"
+        "--constrained",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether closed questions are also answered among the allowed answers alone",
     )
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--no-constrained", action="store_true", help="ask closed questions for free answers only")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto", help="data type of the models; auto is that of each checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     tasks = load_tasks(more=args.task_file)
     if args.list:
         sys.exit(print(list_tasks(tasks)))
-    if not args.model or not args.output:
-        parser.error("--model and --output are needed.")
+    if not (args.model and args.tasks and args.output):
+        parser.error("--model, --tasks and --output are needed; --list shows the tasks.")
     for name, settings in parse_overrides(args.data).items():
         tasks |= {task.name: override(task, settings) for task in choose_tasks([name], tasks)}
     checkpoints = ("model", "base", "vanilla", "paper", "asr")
@@ -91,7 +94,7 @@ def main() -> None:
         control_limit=args.control_limit,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
-        constrained=not args.no_constrained,
+        constrained=args.constrained,
         seed=args.seed,
         dtype=args.dtype,
         store=AudioFeatureStore(args.audio_feature_store) if args.audio_feature_store else None,

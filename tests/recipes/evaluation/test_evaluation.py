@@ -568,12 +568,14 @@ def test_tasks_of_ones_own_are_listed_too(monkeypatch, capsys, tmp_path):
     assert "My own." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--output", "out"], ["--model", "mine"], []])
-def test_a_model_and_a_folder_are_needed(monkeypatch, capsys, arguments):
+@pytest.mark.parametrize(
+    "arguments", [["--output", "out", "--tasks", "nano"], ["--model", "mine", "--output", "out"], ["--tasks", "nano"], []]
+)
+def test_a_model_tasks_and_a_folder_are_needed(monkeypatch, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, *arguments)
     assert stop.value.code == 2
-    assert "--model and --output are needed." in capsys.readouterr().err
+    assert "--model, --tasks and --output are needed; --list shows the tasks." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -596,7 +598,7 @@ def test_what_cannot_be_is_refused_before_any_checkpoint_is_loaded(
 ):
     monkeypatch.setattr(evaluation_module, "load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
-        command(monkeypatch, "--model", "mine", "--output", tmp_path / "out", *arguments)
+        command(monkeypatch, "--model", "mine", "--tasks", "nano", "--output", tmp_path / "out", *arguments)
 
 
 def test_corpora_and_their_settings_are_given_by_task():
@@ -626,7 +628,7 @@ def test_the_command_asks_what_it_is_told_and_prints_the_tables(scripted, corpus
 
 
 def peer_arguments(model, corpus_dir, output, *systems):
-    paths = ["--model", model, "--output", output, "--data", f"nano={corpus_dir}", "nano.split=train"]
+    paths = ["--model", model, "--tasks", "nano", "--output", output, "--data", f"nano={corpus_dir}", "nano.split=train"]
     amount = ["--limit", "2", "--max-new-tokens", "2", "--dtype", "float32"]
     return [*map(str, paths), *amount, *(["--systems", *systems] if systems else [])]
 
