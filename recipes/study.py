@@ -6,7 +6,8 @@
 A configuration (`configs/study.yaml`) has a `base`, whose stages are commands in the form that `stages.py` describes,
 and `rows`, each with its changes to the base. A row ends with the stage `evaluate` (`recipes.evaluate`) and the stages
 in its `also`, such as `bias` (`recipes.analyze_bias`). Only the stages that these need are run, so a row whose
-`evaluate` has `model: "{compose}"` trains nothing. `of: ROW` starts from the changes of another row. Rows share equal
+`evaluate` has `model: "{compose}"` trains nothing. `values` are names that stages mention in braces; `--set` replaces
+them, so one configuration serves several checkpoints and corpora. `of: ROW` starts from the changes of another row. Rows share equal
 stages. To continue a stopped study, run the same command again; a changed row gets new folders and leaves the old ones
 alone.
 
@@ -33,6 +34,9 @@ def main() -> None:
     parser.add_argument(
         "--config", default=str(Path(__file__).parent / "configs" / "study.yaml"), help="YAML file of stages and rows"
     )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="values that replace those of the configuration"
+    )
     parser.add_argument("--output", default="runs/study", help="folder of the stages and the table")
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="rows of the study to run; all if absent")
     parser.add_argument(
@@ -47,9 +51,12 @@ def main() -> None:
     folder = Path(args.output)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: expected 1 or more.")
+    if bad := next((entry for entry in args.set if not entry.partition("=")[1]), None):
+        parser.error(f"--set {bad}: expected NAME=VALUE.")
+    values = dict(entry.split("=", 1) for entry in args.set)
     try:
         with alone_in(folder):
-            failed = study(read(args.config), args.rows, args.seeds, args.workers, folder)
+            failed = study(read(args.config, values), args.rows, args.seeds, args.workers, folder)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; run the same command to continue.")
     print(f"{folder}/study.md" + (f"; failed: {'; '.join(failed)}" if failed else ""))

@@ -6,7 +6,7 @@ A stage is a command with its options, in YAML:
       run: python -m recipes.sft
       output: output_dir                 # the option that names the folder; `output` if this line is missing
       model_name_or_path: "{compose}"    # the folder of another stage, which runs before
-      seed: "{seed}"
+      seed: "{seed}"                     # a value: the seed of the row, or one of the `values`
       tasks: [intent, transcription]     # --tasks intent transcription
       bf16: true                         # --bf16, without a value
       packing: null                      # no such option
@@ -54,18 +54,24 @@ class Stage:
     needs: tuple[str, ...]
 
 
-def plan(settings: Mapping[str, Mapping], wanted: Iterable[str], seed: int, folder: Path) -> dict[str, Stage]:
+def plan(
+    settings: Mapping[str, Mapping], wanted: Iterable[str], values: Mapping[str, object], folder: Path
+) -> dict[str, Stage]:
     """Return the `wanted` stages and all that they need, by key, each after those that it needs.
 
     Args:
         settings: stages by key, as in the text above.
         wanted: keys of the wanted stages.
-        seed: replaces `{seed}`.
+        values: what replaces placeholders that are no stages, such as `{"seed": 0}`.
         folder: parent of the stages' folders.
 
     Raises:
-        ValueError: a stage does not exist or has no `run`, or stages need each other.
+        ValueError: a stage does not exist or has no `run`, stages need each other, or a stage and a value have the same
+            name.
     """
+    texts = {name: str(value) for name, value in values.items()}
+    if both := sorted(texts.keys() & settings.keys()):
+        raise ValueError(f"{both[0]!r} is the name of a stage and of a value; rename one of them.")
     found: dict[str, Stage] = {}
 
     def add(key: str, above: tuple[str, ...]) -> None:
@@ -74,16 +80,16 @@ def plan(settings: Mapping[str, Mapping], wanted: Iterable[str], seed: int, fold
         if not (settings.get(key) or {}).get("run"):
             where = f"{{{key}}} in {above[-1]}" if above else repr(key)
             raise ValueError(f"{where} is not a stage with a `run`; the stages are {', '.join(settings)}.")
-        words = _words(settings[key])
-        needs = [name for word in words for name in PLACE.findall(word) if name != "seed"]
+        words = _fill(_words(settings[key]), texts)
+        needs = [name for word in words for name in PLACE.findall(word)]
         for need in needs:
             if need not in found:
                 add(need, (*above, key))
-        names = {"seed": str(seed)} | {need: found[need].name for need in needs}
+        names = {need: found[need].name for need in needs}
         identity = [_fill(words, names), [fingerprint(word.rpartition("=")[2]) for word in words]]
         name = f"{key}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]}"
         output = [f"--{settings[key].get('output', 'output')}", str(partial_of(folder / name))]
-        command = _fill(words, {key: name if key == "seed" else str(folder / name) for key, name in names.items()})
+        command = _fill(words, {need: str(folder / name) for need, name in names.items()})
         found[key] = Stage(name, (*command, *output), tuple(found[need].name for need in needs))
 
     for key in wanted:
@@ -104,7 +110,8 @@ def _words(stage: Mapping) -> list[str]:
 
 
 def _fill(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    return [PLACE.sub(lambda place: names[place[1]], word) for word in words]
+    """Replace the placeholders that have a name; the others remain."""
+    return [PLACE.sub(lambda place: names.get(place[1], place[0]), word) for word in words]
 
 
 def make(stages: Iterable[Stage], folder: Path, workers: int, finished: Callable[[Stage], None]) -> dict[str, str]:

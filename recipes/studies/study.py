@@ -15,7 +15,7 @@ from recipes.training.callbacks import FOLLOWING, LOG
 
 logger = logging.getLogger(__name__)
 
-KEYS = {"base", "rows", "seeds", "trained", "unseen"}
+KEYS = {"base", "rows", "seeds", "trained", "unseen", "values"}
 SHARE = 0.9  # `steps` is when the following rate reaches this share of the text LLM's
 RESULTS = {
     "trained": "trained kinds",
@@ -86,17 +86,24 @@ def merge(settings: Mapping, changes: Mapping) -> dict:
     return {**settings, **changed}
 
 
-def read(config: str | Path) -> dict:
+def read(config: str | Path, values: Mapping[str, str] | None = None) -> dict:
     """Read a study's configuration.
 
+    Args:
+        config: YAML file with the keys `base`, `rows`, `trained`, `unseen` and `seeds`, and perhaps `values`.
+        values: replace those of the file.
+
     Raises:
-        ValueError: its keys are not `base`, `rows`, `trained`, `unseen` and `seeds`.
+        ValueError: the file has other keys, or a value that replaces none.
     """
     content = read_yaml(config)
-    if not isinstance(content, dict) or set(content) != KEYS:
+    if not isinstance(content, dict) or {*content, "values"} != KEYS:
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{config} has {found}; expected the keys {', '.join(sorted(KEYS))}.")
-    return content
+        raise ValueError(f"{config} has {found}; expected the keys {', '.join(sorted(KEYS))}, of which `values` is optional.")
+    known = content.get("values") or {}
+    if unknown := sorted(set(values or ()) - set(known)):
+        raise ValueError(f"{config} has no value {unknown[0]!r}; its values are {', '.join(known) or 'none'}.")
+    return {**content, "values": {**known, **(values or {})}}
 
 
 def jobs_of(config: Mapping, names: Sequence[str], seeds: Sequence[int], folder: Path) -> list[Job]:
@@ -118,7 +125,8 @@ def jobs_of(config: Mapping, names: Sequence[str], seeds: Sequence[int], folder:
         settings = merge(config["base"], changes)
         for place, seed in enumerate(seeds or (config["rows"][name] or {}).get("seeds", config["seeds"])):
             try:
-                jobs.append((place, Job(name, seed, plan(settings, wanted, seed, folder))))
+                values = {**config["values"], "seed": seed}
+                jobs.append((place, Job(name, seed, plan(settings, wanted, values, folder))))
             except ValueError as error:
                 raise ValueError(f"row {name!r}: {error}") from error
     return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]

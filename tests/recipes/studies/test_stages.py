@@ -53,7 +53,7 @@ def folder(tmp_path) -> Path:
 
 def build(folder, settings, *wanted, workers=1, told=None):
     """Make stages; returns their folders by key, and what failed."""
-    planned = plan(settings, wanted, 0, folder)
+    planned = plan(settings, wanted, {"seed": 0}, folder)
     failed = make(planned.values(), folder, workers, (told if told is not None else []).append)
     return {key: folder / stage.name for key, stage in planned.items()}, failed
 
@@ -69,7 +69,7 @@ SETTINGS = {
 
 
 def names(settings=SETTINGS, seed=0):
-    return {key: stage.name for key, stage in plan(settings, ["learn"], seed, Path("out")).items()}
+    return {key: stage.name for key, stage in plan(settings, ["learn"], {"seed": seed}, Path("out")).items()}
 
 
 def changed(**options):
@@ -79,7 +79,7 @@ def changed(**options):
 
 
 def test_only_what_is_needed_is_planned_and_each_comes_after_what_it_needs():
-    planned = plan(SETTINGS, ["learn"], 7, Path("out"))
+    planned = plan(SETTINGS, ["learn"], {"seed": 7}, Path("out"))
     assert list(planned) == ["base", "corpus", "learn"]
     base, corpus, learn = planned.values()
     assert base.command == (
@@ -102,7 +102,7 @@ def test_an_option_changes_its_own_folder_and_those_that_need_it():
 
 
 def test_where_the_study_stands_does_not_matter():
-    elsewhere = plan(SETTINGS, ["learn"], 0, Path("another/place"))
+    elsewhere = plan(SETTINGS, ["learn"], {"seed": 0}, Path("another/place"))
     assert {key: stage.name for key, stage in elsewhere.items()} == names()
 
 
@@ -113,14 +113,14 @@ def test_what_the_files_hold_that_a_command_names_matters(tmp_path):
     for content in ("weights", "other weights", "weights"):
         (tmp_path / "llm" / "model").write_text(content)
         stages.fingerprint.cache_clear()
-        found.append(plan(settings, ["base"], 0, Path("out"))["base"].name)
+        found.append(plan(settings, ["base"], {"seed": 0}, Path("out"))["base"].name)
     assert found[0] == found[2] != found[1]
 
 
 def test_options_are_words_as_the_recipes_take_them():
     options = {"flag": True, "off": False, "none": None, "list": ["a", "b=inf"], "rate": 1.0e-3, "more": {"a": 1}}
     settings = {"only": {"run": "accelerate launch 'a file.py'"} | options}
-    command = plan(settings, ["only"], 0, Path("out"))["only"].command
+    command = plan(settings, ["only"], {"seed": 0}, Path("out"))["only"].command
     assert command[:-2] == (
         *("accelerate", "launch", "a file.py", "--flag", "--off", "false", "--list", "a", "b=inf"),
         *("--rate", "0.001", "--more", '{"a": 1}'),
@@ -140,7 +140,7 @@ def test_options_are_words_as_the_recipes_take_them():
 )
 def test_a_plan_that_cannot_be_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        plan(settings, ["learn"], 0, Path("out"))
+        plan(settings, ["learn"], {"seed": 0}, Path("out"))
 
 
 # The folders
@@ -167,7 +167,7 @@ def test_a_command_that_failed_is_named_with_the_end_of_its_log_and_goes_on_late
     assert "ended with exit code 3" in failed[folders["b"].name] and "no power" in failed[folders["b"].name]
     assert not folders["a"].exists() and not folders["b"].exists() and (folders["c"] / "whole").exists()
 
-    stages_before = plan(settings, ["b"], 0, folder)
+    stages_before = plan(settings, ["b"], {"seed": 0}, folder)
     (tmp_path / "off").unlink()
     assert make(stages_before.values(), folder, 1, lambda stage: None) == {}
     assert len((folders["a"] / "starts").read_text()) == 2  # it went on with what the first attempt had left
@@ -214,10 +214,10 @@ def test_commands_die_with_whoever_started_them(folder, how):
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path; from recipes.studies.stages import make, plan\n"
         f"folder = Path({str(folder)!r})\n"
-        f"make(plan({settings!r}, ['a'], 0, folder).values(), folder, 1, print)"
+        f"make(plan({settings!r}, ['a'], {{'seed': 0}}, folder).values(), folder, 1, print)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    log = folder / f"{plan(settings, ['a'], 0, folder)['a'].name}.log"
+    log = folder / f"{plan(settings, ['a'], {'seed': 0}, folder)['a'].name}.log"
     while not (log.exists() and log.read_text().count("\n") == 2):
         assert process.poll() is None
         time.sleep(0.05)

@@ -100,7 +100,7 @@ BASE = {
     "evaluate": {"run": "python -m evaluate", "model": "{sft}"},
     "bias": {"run": "python -m bias", "model": "{sft}"},
 }
-STUDY = {"base": BASE, "rows": ROWS, "seeds": [0], "trained": "nano", "unseen": "nano_unseen"}
+STUDY = {"base": BASE, "rows": ROWS, "seeds": [0], "trained": "nano", "unseen": "nano_unseen", "values": {}}
 
 
 def test_the_first_seed_of_all_rows_comes_before_the_second_of_any():
