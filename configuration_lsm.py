@@ -98,6 +98,8 @@ class LsmConfig(PretrainedConfig):
             set to the encoder's width.
         text_config (`PretrainedConfig` or `dict`, *optional*): any causal LLM; Llama's defaults if absent.
         window_frames (`int`, defaults to 17): encoder frames (20 ms each) per Q-Former window, 1/3 s.
+        context_frames (`int`, defaults to 0): encoder frames before and behind its window that a speech token
+            also sees. If there are any, the projector knows the place of each frame by a learned vector.
         window_mode (`str`, defaults to `"fixed"`): `"fixed"` or `"proportional"`, see [`window_layout`].
         queries_per_window (`int`, defaults to 1): speech tokens per window.
         audio_padding (`str`, defaults to `"longest"`): `"longest"` pads to the longest clip of the batch and masks
@@ -131,6 +133,7 @@ class LsmConfig(PretrainedConfig):
         qformer_config=None,
         text_config=None,
         window_frames=17,
+        context_frames=0,
         window_mode="fixed",
         queries_per_window=1,
         audio_padding="longest",
@@ -159,6 +162,11 @@ class LsmConfig(PretrainedConfig):
         self.qformer_config.encoder_hidden_size = self.audio_config.d_model
         self.text_config = _sub_config("text_config", text_config, "llama")
         self.window_frames = window_frames
+        if isinstance(context_frames, bool) or not isinstance(context_frames, int) or context_frames < 0:
+            raise ValueError(f"`context_frames` must be an integer of 0 or more, got {context_frames!r}.")
+        if context_frames and window_mode != "fixed":
+            raise ValueError(f"`context_frames` {context_frames} needs windows of a fixed length; set it to 0.")
+        self.context_frames = context_frames
         self.window_mode = window_mode
         self.queries_per_window = queries_per_window
         self.audio_padding = audio_padding

@@ -20,6 +20,9 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder to write the LSM to")
     parser.add_argument("--window-frames", type=int, default=17, help="encoder frames (20 ms) per window")
     parser.add_argument(
+        "--context-frames", type=int, default=0, help="encoder frames that a token sees before and behind its window"
+    )
+    parser.add_argument(
         "--window-mode",
         default="fixed",
         choices=["fixed", "proportional"],

@@ -35,6 +35,7 @@ def compose(
     output: str | None = None,
     *,
     window_frames: int = 17,
+    context_frames: int = 0,
     window_mode: str = "fixed",
     queries_per_window: int = 1,
     audio_padding: str = "longest",
@@ -58,7 +59,8 @@ def compose(
             token; a chat template is `DEFAULT_CHAT_TEMPLATE`; and where the template takes no system message,
             `FOLD_SYSTEM` puts that into the user's first (`language_models/templates.py`).
         output: folder to save model, processor, code and card to, if given. It is there once it could be loaded again.
-        window_frames, window_mode, queries_per_window, audio_padding, pieces_per_token: as in [`LsmConfig`].
+        window_frames, context_frames, window_mode, queries_per_window, audio_padding, pieces_per_token: as in
+            [`LsmConfig`].
         qformer_layers, qformer_hidden, qformer_heads: size of the Q-Former.
         qformer_ffn: width of the Q-Former's feed-forward layers, four times its hidden size if None.
         instruction_first: whether the prompt has the instruction before the speech.
@@ -88,6 +90,7 @@ def compose(
             },
             text_config=llm.config.get_text_config(),
             window_frames=window_frames,
+            context_frames=context_frames,
             window_mode=window_mode,
             queries_per_window=queries_per_window,
             audio_padding=audio_padding,

@@ -26,6 +26,8 @@ class Transcriber:
     def __init__(self, source: str | Path, dtype: str = "auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pipe = pipeline("automatic-speech-recognition", model=str(source), dtype=dtype, device=device)
+        if self.pipe.tokenizer.pad_token is None:  # else the pipeline refuses batches
+            self.pipe.tokenizer.pad_token = self.pipe.tokenizer.eos_token
         self.name = Path(source).name if Path(source).exists() else str(source)
 
     def respond(self, rows: Sequence[dict], slot: str = "audio", store=None, batch_size: int = 16, **_) -> list[Reply]:

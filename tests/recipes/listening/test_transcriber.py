@@ -1,5 +1,7 @@
 """A recogniser stands where a speech LLM may: a tiny random Whisper of the real class."""
 
+import shutil
+
 import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
@@ -84,3 +86,13 @@ def test_it_can_hear_nothing_but_the_clip(whisper, clip):
 
 def test_a_speech_llm_may_do_the_hearing_too(lsm_dir):
     assert isinstance(load_recogniser(lsm_dir), Lsm)
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end(whisper, clip, tmp_path):
+    folder = shutil.copytree(whisper, tmp_path / "whisper")
+    words = WhisperTokenizer.from_pretrained(folder)
+    words.pad_token = None
+    words.save_pretrained(folder)
+    rows = [{"audio": clip(seconds)} for seconds in (0.4, 0.7)]
+    padded = [reply.text for reply in Transcriber(folder).respond(rows, batch_size=2)]
+    assert padded == [reply.text for reply in Transcriber(whisper).respond(rows, batch_size=2)]
