@@ -113,6 +113,10 @@ class LsmConfig(PretrainedConfig):
         responder (`dict`, *optional*): which LLM is inside, `{"model", "revision", "template"}`: the id, the commit
             or content hash of its weights, and the hash of the prompt layout. Training compares it with the LLM that
             wrote the responses, since they must be the same for a set to be self-powered.
+        sources (`dict`, *optional*): where encoder and LLM come from, `{"audio": source, "text": source}` with
+            `{"model", "revision", "content"}` each: the Hub id or folder name, the commit or file hash, and the hash of
+            the weights as they are inside. A checkpoint of the projector alone is joined to these weights.
+        projector_only (`bool`, defaults to `False`): whether the checkpoint holds the projector alone.
 
     Raises:
         ValueError: for a setting that cannot be used; the message names it.
@@ -136,6 +140,8 @@ class LsmConfig(PretrainedConfig):
         audio_token_id=None,
         lm_head_bias=False,
         responder=None,
+        sources=None,
+        projector_only=False,
         **kwargs,
     ):
         validate_windowing(window_frames, window_mode, queries_per_window, audio_padding)
@@ -163,7 +169,13 @@ class LsmConfig(PretrainedConfig):
         self.projector_trained = projector_trained
         self.audio_token_id = audio_token_id
         self.lm_head_bias = lm_head_bias
-        self.responder = _validate_responder(responder)
+        self.responder = _validate_keys("responder", responder, {"model", "revision", "template"})
+        self.sources = _validate_keys("sources", sources, {"audio", "text"})
+        for name, source in (sources or {}).items():
+            _validate_keys(f"sources[{name!r}]", source, {"model", "revision", "content"})
+        if projector_only and sources is None:
+            raise ValueError("`projector_only` is True, so `sources` must say which encoder and LLM belong to it.")
+        self.projector_only = projector_only
 
         vocab_size = getattr(self.text_config, "vocab_size", None)
         if audio_token_id is not None and vocab_size is not None and not 0 <= audio_token_id < vocab_size:
@@ -209,11 +221,10 @@ def _sub_config(name: str, config, model_type: str, defaults: dict | None = None
     return CONFIG_MAPPING[model_type](**settings)
 
 
-def _validate_responder(responder: dict | None) -> dict | None:
-    keys = {"model", "revision", "template"}
-    if responder is not None and (not isinstance(responder, dict) or set(responder) != keys):
-        raise ValueError(f"`responder` must be None or a dict with the keys {sorted(keys)}, got {responder!r}.")
-    return responder
+def _validate_keys(name: str, value: dict | None, keys: set[str]) -> dict | None:
+    if value is not None and (not isinstance(value, dict) or set(value) != keys):
+        raise ValueError(f"`{name}` must be None or a dict with the keys {sorted(keys)}, got {value!r}.")
+    return value
 
 
 LsmConfig.register_for_auto_class()

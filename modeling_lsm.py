@@ -3,19 +3,32 @@
 Architecture: "Self-Powered LLM Modality Expansion for Large Speech-Text Models", arXiv 2410.03798.
 """
 
-from collections.abc import Callable
+import contextlib
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    WhisperModel,
+)
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import ModelOutput, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 from transformers.utils.generic import can_return_tuple
 
 try:
@@ -27,6 +40,10 @@ logger = logging.get_logger(__name__)
 # The blank's bias begins above 0: from 0, the most frequent piece took the blank's place with two seeds of three.
 BLANK_BIAS, READING_SCALE = 3.0, 10.0
 VOCABULARY_CHUNK = 16_384  # embeddings that are compared with speech at a time
+# Beginnings of the names of the weights that come from another checkpoint.
+PARTS = {"audio": ("model.audio_tower.",), "text": ("model.language_model.", "lm_head.")}
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+SAMPLE = 256  # values of a weight that its hash depends on
 AUDIO_INPUTS = ("input_features", "input_features_mask", "audio_hidden_states", "audio_embeds")
 
 
@@ -522,6 +539,107 @@ class LsmModel(LsmPreTrainedModel):
         )
 
 
+def content_of(weights: Mapping[str, torch.Tensor], part: str, dtype: torch.dtype) -> str:
+    """Return `"sha256:"` and 16 hex digits of the encoder (`"audio"`) or the LLM (`"text"`) of an LSM.
+
+    It depends on some values of every weight, as bfloat16, so that it is the same for every data type but float16 and
+    takes no time. Every training changes some of them.
+
+    Args:
+        weights: an LSM's `state_dict()`.
+        part: a key of `PARTS`.
+        dtype: the data type that the LSM was composed in.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(name for name in weights if name.startswith(PARTS[part])):
+        values = weights[name].flatten()
+        values = values[:: -(-len(values) // SAMPLE)].to("cpu", dtype).to(torch.bfloat16).contiguous()
+        digest.update(f"{name} {tuple(weights[name].shape)}".encode() + values.view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _join(
+    source, config: LsmConfig, replacements: Mapping[str, str | None], allow_other_weights: bool, options: Mapping
+) -> dict[str, torch.Tensor]:
+    """Return all weights of an LSM of which the checkpoint holds the projector alone.
+
+    Args:
+        source: folder or Hub id of the checkpoint.
+        config: its configuration.
+        replacements: folders or Hub ids of `audio` and `text`, None for those that the configuration names.
+        allow_other_weights: whether these may have other content.
+        options: of `from_pretrained`.
+
+    Raises:
+        OSError, ValueError: as in [`LsmForConditionalGeneration.from_pretrained`].
+    """
+    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    place = {name: options[name] for name in ("revision", "subfolder") if options.get(name)}
+    weights = load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub, **place))
+    for part, load in {"audio": _load_tower, "text": _load_llm}.items():
+        known = config.sources[part]
+        name, revision = replacements[part], None
+        try:
+            if name is None and known["revision"].startswith("sha256:"):
+                name = _folder_near(source, known["model"])
+            elif name is None:
+                name, revision = known["model"], known["revision"]
+            weights |= load(str(name), config, {**hub, "revision": revision})
+        except OSError as error:
+            raise OSError(
+                f"{source} is a projector for {known['model']} ({known['revision']}), which cannot be loaded: {error} "
+                f"Download it, put its folder beside the projector's, or name it with `{part}_model=FOLDER`."
+            ) from error
+        content = content_of(weights, part, config.dtype or torch.float32)
+        if content != known["content"] and not allow_other_weights:
+            raise ValueError(
+                f"{source} is a projector for {known['model']} ({known['revision']}, weights {known['content']}), but "
+                f"{name} has other weights ({content}): name the right ones with `{part}_model=...`, or pass "
+                "`allow_other_weights=True`."
+            )
+    return weights
+
+
+def _folder_near(source, name: str) -> Path:
+    """Return the folder of this name in or beside the folder `source`, or beside the folder that this one is in.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = Path(source).resolve()
+    places = [near / name for near in (folder, *folder.parents[:2])] if folder.is_dir() else []
+    if not (found := [place for place in places if place.is_dir()]):
+        raise FileNotFoundError(f"the folder {name} is not there.")
+    return found[0]
+
+
+def _load_tower(source: str, config: LsmConfig, options: dict) -> dict[str, torch.Tensor]:
+    whisper, loaded = WhisperModel.from_pretrained(source, dtype="auto", output_loading_info=True, **options)
+    _refuse_missing(source, [name for name in loaded["missing_keys"] if name.startswith("encoder.")])
+    return {PARTS["audio"][0] + name: value for name, value in whisper.encoder.state_dict().items()}
+
+
+def _load_llm(source: str, config: LsmConfig, options: dict) -> dict[str, torch.Tensor]:
+    llm, loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True, **options)
+    _refuse_missing(source, loaded["missing_keys"])
+    modules = dict(zip(PARTS["text"], (llm.get_decoder(), llm.get_output_embeddings()), strict=True))
+    weights = {begin + name: value for begin, module in modules.items() for name, value in module.state_dict().items()}
+    # The audio placeholder may need a row of its own, as `recipes/compose.py` adds it: zeros.
+    rows, known = config.text_config.vocab_size, llm.get_input_embeddings().num_embeddings
+    tables = {llm.get_input_embeddings().weight.data_ptr(), llm.get_output_embeddings().weight.data_ptr()}
+    for name, value in weights.items():
+        if rows > known and (value.data_ptr() in tables or name == "lm_head.bias"):
+            weights[name] = nn.functional.pad(value, (0, 0) * (value.ndim - 1) + (0, rows - known))
+    return weights
+
+
+def _refuse_missing(source: str, missing) -> None:
+    if missing:
+        raise ValueError(
+            f"{source} lacks weights, which would be random: {len(missing)}, such as {sorted(missing)[:3]}."
+        )
+
+
 class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
     """A large speech-text model: reads text and speech, writes text."""
 
@@ -537,14 +655,86 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         self._no_split_modules = self.model._no_split_modules
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a checkpoint that lacks weights, or has others, is a `ValueError`."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+    def from_pretrained(
+        cls,
+        source,
+        *args,
+        audio_model: str | None = None,
+        text_model: str | None = None,
+        allow_other_weights: bool = False,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """As in transformers, but a checkpoint that lacks weights, or has others, is a `ValueError`.
+
+        A checkpoint of the projector alone (`save_pretrained(..., projector_only=True)`) is joined to its Whisper
+        encoder and its LLM.
+
+        Args:
+            source: folder or Hub id.
+            audio_model, text_model: folder or Hub id of the Whisper checkpoint and of the LLM, instead of those that
+                the projector names. Folders are also searched in and beside the projector's folder.
+            allow_other_weights: join the projector to weights that it was not trained with.
+
+        Raises:
+            OSError: encoder or LLM cannot be found.
+            ValueError: the weights do not fit, or are others than those that the projector was trained with.
+        """
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        config, replacements = kwargs.get("config"), {"audio": audio_model, "text": text_model}
+        if source is not None and not hasattr(config, "projector_only"):  # any class: remote code has one of its own
+            place = {name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}
+            with contextlib.suppress(OSError):  # not an LSM, perhaps an adapter: transformers says what is missing
+                config = LsmConfig.from_pretrained(config or source, **hub, **place)
+        joined = getattr(config, "projector_only", False)
+        if not joined and (named := next(filter(None, replacements.values()), None)):
+            raise ValueError(
+                f"{source} has an encoder and an LLM of its own, so {named!r} has no effect; leave it out."
+            )
+        if joined:
+            config = copy.deepcopy(config)
+            config.projector_only = False
+            kwargs |= {"config": config, "state_dict": _join(source, config, replacements, allow_other_weights, kwargs)}
+        model, info = super().from_pretrained(None if joined else source, *args, output_loading_info=True, **kwargs)
+        if joined:
+            model.name_or_path = model.config._name_or_path = str(source)
+            model.generation_config = GenerationConfig.from_pretrained(source, **hub)
         problems = {kind: sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys")}
         if any(problems.values()):
             listed = "; ".join(f"{len(keys)} {kind}: {keys[:5]}" for kind, keys in problems.items() if keys)
             raise ValueError(f"The checkpoint does not fit the model, which would leave weights random. {listed}")
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *, projector_only: bool = False, **kwargs):
+        """As in transformers.
+
+        Args:
+            save_directory: folder.
+            projector_only: save the projector alone, in the LLM's data type, without the encoder and the LLM that it
+                was composed of. `from_pretrained` joins it to them again.
+
+        Raises:
+            ValueError: `projector_only`, but the encoder or the LLM is not known, or has been trained.
+        """
+        if not projector_only:
+            return super().save_pretrained(save_directory, **kwargs)
+        weights, sources = self.state_dict(), self.config.sources
+        for part in PARTS:
+            if sources is None or sources[part]["content"] != content_of(weights, part, self.dtype):
+                trouble = "is not named in the configuration" if sources is None else f"is not {sources[part]} any more"
+                raise ValueError(
+                    f"The {part} model {trouble}, so the projector alone would not give this LSM again: save the whole "
+                    "LSM, or compose it again and train it with `--llm frozen`."
+                )
+        own = {name: value for name, value in weights.items() if not name.startswith(sum(PARTS.values(), ()))}
+        dtype = self.get_input_embeddings().weight.dtype
+        self.config.projector_only = True
+        try:
+            super().save_pretrained(
+                save_directory, state_dict={name: value.to(dtype) for name, value in own.items()}, **kwargs
+            )
+        finally:
+            self.config.projector_only = False
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

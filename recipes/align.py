@@ -113,7 +113,7 @@ def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_
         main_process=main_process,
     )
     if main_process:
-        model.save_pretrained(output)
+        model.save_pretrained(output, projector_only=script_args.projector_only)
         processor.save_pretrained(output)
         write_trained_card(
             output,

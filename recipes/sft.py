@@ -77,6 +77,23 @@ def rows_of(script_args, training_args, model, processor, costs: Costs) -> tuple
     return rows, row_costs, store
 
 
+def save_projector(trainer: LsmTrainer) -> None:
+    """Save the projector and the processor, without encoder and LLM.
+
+    Raises:
+        ValueError: the weights are divided among the devices.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "--projector_only needs the whole LSM on each device, which FSDP and DeepSpeed divide: leave it out, then "
+            "load the LSM and call save_pretrained(FOLDER, projector_only=True)."
+        )
+    if trainer.args.should_save:
+        folder = trainer.args.output_dir
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, projector_only=True)
+        trainer.processor.save_pretrained(folder)
+
+
 def train(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
     settings = settings_of(script_args, training_args, model_args) | contents_of(script_args, model_args)
     settings["num_processes"] = PartialState().num_processes
@@ -142,7 +159,10 @@ def train(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, 
         trainer.train(resume_from_checkpoint=checkpoint)
 
         # Save and share
-        trainer.save_model(training_args.output_dir)
+        if script_args.projector_only:
+            save_projector(trainer)
+        else:
+            trainer.save_model(training_args.output_dir)
         trainer.save_state()
         trainer.create_model_card()
         if training_args.push_to_hub:

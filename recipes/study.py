@@ -6,10 +6,10 @@
 A configuration (`configs/study.yaml`) has a `base`, whose stages are commands in the form that `stages.py` describes,
 and `rows`, each with its changes to the base. A row ends with the stage `evaluate` (`recipes.evaluate`) and the stages
 in its `also`, such as `bias` (`recipes.analyze_bias`). Only the stages that these need are run, so a row whose
-`evaluate` has `model: "{compose}"` trains nothing. `values` are names that stages mention in braces; `--set` replaces
-them, so one configuration serves several checkpoints and corpora. `of: ROW` starts from the changes of another row. Rows share equal
-stages. To continue a stopped study, run the same command again; a changed row gets new folders and leaves the old ones
-alone.
+`evaluate` has `model: "{compose}"` trains nothing. `of: ROW` starts from the changes of another row. Rows share equal
+stages. `values` are names that stages mention in braces; `--set` replaces them, so that one configuration serves
+several checkpoints and corpora. To continue a stopped study, run the same command again; a changed row gets new folders
+and leaves the old ones alone.
 
 `study.json`, `study.md` and `study.png`/`.svg` are written whenever a row is complete. Rows run in the order of the
 file, so the longest should come first. The first seed of all rows runs before the second.

@@ -16,6 +16,7 @@ from recipes.evaluation.rows import Answer, Question
 from recipes.listening.features import audio_key
 
 Replies = tuple[list[Reply], list[str | None]]  # free and constrained answers
+Likelihoods = list[tuple[float | None, int | None]]  # log-likelihood and tokens of the text LLM's answers
 FEATURES = Features(
     {
         "task": Value("string"),  # of the registry
@@ -30,6 +31,8 @@ FEATURES = Features(
         "correct": Value("bool"),
         "finished": Value("bool"),  # the model ended it, within its limit of tokens
         "seconds": Value("float64"),  # the batch's time, shared evenly
+        "log_likelihood": Value("float64"),  # of the text LLM's answer, the sum over its tokens
+        "tokens": Value("int64"),  # of the text LLM's answer
     }
 )
 
@@ -40,15 +43,19 @@ def answer(
     file: Path,
     size: int,
     name: str = "answers",
+    measure: Callable[[Sequence[Question], list[Reply]], Likelihoods] | None = None,
 ) -> list[Answer]:
     """Answers to `rows`, in order; those that the file holds are not asked for again, unless the row is another by now.
 
     Args:
         rows: with unique `id`s.
-        respond: free and constrained answers to some of the rows.
+        respond: returns free and constrained answers to some of the rows.
         file: JSON Lines, appended to after every `size` rows, with a hash of each. A line that a killed run tore is
             dropped.
         size: rows asked at a time.
+        name: of the progress bar.
+        measure: returns how likely the text LLM's answers to these rows are, from the rows and the free answers. Its
+            time is not part of the answers' time. None leaves that unknown.
     """
     asked = {row.id: _content(row) for row in rows}
     known = {r["id"]: Answer(**r) for r in read_lines(file) if r.pop("row", None) == asked.get(r["id"])}
@@ -61,9 +68,10 @@ def answer(
             began = time.perf_counter()
             replies, constrained = respond(some)
             seconds = (time.perf_counter() - began) / len(some)
+            likelihoods = measure(some, replies) if measure else [(None, None)] * len(some)
             answers = [
-                Answer(row.id, reply.text, choice, reply.finish == "stop", round(seconds, 6))
-                for row, reply, choice in zip(some, replies, constrained, strict=True)
+                Answer(row.id, reply.text, choice, reply.finish == "stop", round(seconds, 6), *likelihood)
+                for row, reply, choice, likelihood in zip(some, replies, constrained, likelihoods, strict=True)
             ]
             append_lines(file, [vars(answer) | {"row": asked[answer.id]} for answer in answers])
             known |= {answer.id: answer for answer in answers}

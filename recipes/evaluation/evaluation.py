@@ -9,9 +9,10 @@ from pathlib import Path
 
 from dataset_builders.files import content_of, write_whole
 from dataset_builders.instructions import TRANSCRIPTION, Task, digest_of, load_pool
+from dataset_builders.responders.exchange import Reply
 from language_models.tokenizers import text_processor
 from recipes.evaluation import pages
-from recipes.evaluation.answers import Replies, answer, to_parquet
+from recipes.evaluation.answers import Likelihoods, Replies, answer, to_parquet
 from recipes.evaluation.kinds import allowed_answers
 from recipes.evaluation.questions import read_rows
 from recipes.evaluation.results import SystemResult, collect
@@ -102,8 +103,7 @@ class Evaluation:
         if any(system.change == "recognised" for system in self.chosen):
             for task in self.tasks:
                 self.recognise(task, rows[task.name])
-        # Checkpoint by checkpoint: loading is what costs.
-        for system in sorted(self.chosen, key=lambda system: str(self.paths[system.checkpoint])):
+        for system in self._in_order():
             for task in self.tasks:
                 some = rows[task.name]
                 if system.is_control and self.control_limit is not None:
@@ -111,13 +111,26 @@ class Evaluation:
                 if system.slot == "transcript" and not all(row.transcript for row in some):
                     logger.warning("%s has rows without a transcript, so %s is left out", task.name, system.name)
                     continue
-                results[task.name, system.name] = self.ask(task, system, some)
+                results[task.name, system.name] = result = self.ask(task, system, some)
+                if system.name == "text_llm":  # the others are compared with it
+                    pairs = zip(some, result.responses, strict=True)
+                    rows[task.name] = [dataclasses.replace(row, text_response=said) for row, said in pairs]
         if not results:
             raise ValueError("nothing could be asked: no system here can do without a transcript.")
         report = collect(self.tasks, self.chosen, results) | {"checkpoints": self.settings["checkpoints"]}
         to_parquet(list(_predictions(results)), self.output / "predictions.parquet")
         pages.write(self.output, report, results)
         return report
+
+    def _in_order(self) -> list[System]:
+        """The systems checkpoint by checkpoint, because loading takes long, and the text LLM first."""
+        base = self.paths["base"]
+
+        def place(system: System) -> tuple[bool, str, bool]:
+            path = self.paths[system.checkpoint]
+            return path != base, str(path), system.name != "text_llm"
+
+        return sorted(self.chosen, key=place)
 
     def pool_of(self, task: EvaluationTask) -> dict[str, Task]:
         """The instruction pool of a task, read once."""
@@ -157,7 +170,10 @@ class Evaluation:
         def respond(some: Sequence[Question]):
             return self.respond(self.llm(system.checkpoint), system, some)
 
-        return answer(rows, respond, file, CHUNK * self.batch_size, f"{task.name}, {name}")
+        def measure(some: Sequence[Question], replies: list[Reply]):
+            return self.measure(self.llm(system.checkpoint), system, some, replies)
+
+        return answer(rows, respond, file, CHUNK * self.batch_size, f"{task.name}, {name}", measure)
 
     def respond(self, llm: SpeechLLM | Transcriber, system: System, rows: Sequence[Question]) -> Replies:
         """Free answers, and to closed questions those among the allowed ones."""
@@ -172,6 +188,21 @@ class Evaluation:
             for place, reply in zip(allowed, among, strict=True):
                 constrained[place] = reply.text
         return replies, constrained
+
+    def measure(
+        self, llm: SpeechLLM | Transcriber, system: System, rows: Sequence[Question], replies: list[Reply]
+    ) -> Likelihoods:
+        """Return how likely the text LLM's answers are for a system; of the text LLM itself, its own answers."""
+        said = [
+            reply.text if system.name == "text_llm" else row.text_response
+            for row, reply in zip(rows, replies, strict=True)
+        ]
+        asked = [row.as_row() | {"response": text} for row, text in zip(rows, said, strict=True) if text]
+        if not asked or isinstance(llm, Transcriber):
+            return [(None, None)] * len(rows)
+        store = self.store if system.slot == "audio" else None
+        values = iter(llm.log_likelihoods(asked, system.slot, store, self.batch_size))
+        return [next(values) if text else (None, None) for text in said]
 
     @cached_property
     def settings(self) -> dict:

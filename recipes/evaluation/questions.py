@@ -84,9 +84,10 @@ def _ask(task: EvaluationTask, utterance: dict, line: dict, seed: int, pool: Map
 
 
 def _draw(task: EvaluationTask, seed: int, pool: Mapping[str, Task]) -> Draw:
-    """One task for an utterance, in held-out wordings, and transcription besides if that is among them."""
+    """Tasks for an utterance, in held-out wordings, and transcription besides if that is among them."""
     weights = {name: math.inf if name == TRANSCRIPTION else 1.0 for name in task.tasks}
-    return Draw(pool, weights, min(2, len(weights)) if TRANSCRIPTION in weights else 1, seed, "held_out")
+    count = task.tasks_per_utterance + (TRANSCRIPTION in weights)
+    return Draw(pool, weights, min(count, len(weights)), seed, "held_out")
 
 
 def _finish(task: EvaluationTask, rows: list[dict]) -> list[Question]:

@@ -9,9 +9,10 @@ from importlib.metadata import version
 import numpy as np
 
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION
+from recipes.evaluation import forms
 from recipes.evaluation.following import is_copy
 from recipes.evaluation.kinds import KINDS, is_right
-from recipes.evaluation.metrics import DRAWS, Metric, accuracy, bootstrap_ratio, mean
+from recipes.evaluation.metrics import DRAWS, Metric, accuracy, bootstrap_ratio, chrf, mean
 from recipes.evaluation.rows import Answer, Question
 from recipes.evaluation.systems import System
 from recipes.evaluation.tasks import EvaluationTask
@@ -68,7 +69,7 @@ def collect(
             "prompts": list(dict.fromkeys(row.instruction for row in rows))[:SHOWN_PROMPTS],
             "rows": len(rows),
             "utterances": len({row.utterance for row in rows}),
-            "systems": {name: figures_of(result) for name, result in answered.items()},
+            "systems": {name: figures_of(result, answered.get("text_llm")) for name, result in answered.items()},
             "comparisons": compare(answered),
         }
     about = {system.name: {"label": system.label, "hears": system.slot} for system in systems}
@@ -77,27 +78,36 @@ def collect(
     return {"systems": about, "tasks": scored, "versions": versions}
 
 
-def figures_of(result: SystemResult) -> dict:
-    """Figures of one system's answers to one task, and of the parts of a task that asks several questions."""
+def figures_of(result: SystemResult, text_llm: SystemResult | None = None) -> dict:
+    """Figures of one system's answers to one task, and of the parts of a task that asks several questions.
+
+    Args:
+        text_llm: what the text LLM answered, which the answers are compared with.
+    """
     answers, parts = result.answers, result.parts()
     report = {"rows": len(answers), "truncated": mean([not answer.finished for answer in answers]).as_dict()}
     seconds = [answer.seconds for answer in answers if answer.seconds]
     if len(seconds) == len(answers):  # seconds of audio for one of computing
         report["rtfx"] = bootstrap_ratio([row.duration for row in result.questions], seconds).as_dict()
     if len(parts) == 1:
-        return report | {"figures": _as_dicts(score_kind(result))}
+        return report | {"figures": _as_dicts(score_kind(result) | agreement(result, text_llm))}
     scored = {
-        name: {"kind": part.questions[0].kind, "rows": len(part.questions), "figures": _as_dicts(score_kind(part))}
+        name: {
+            "kind": part.questions[0].kind,
+            "rows": len(part.questions),
+            "figures": _as_dicts(score_kind(part) | agreement(part, text_llm)),
+        }
         for name, part in parts.items()
     }
-    return report | {"figures": _as_dicts(score_pool(result)), "parts": scored}
+    return report | {"figures": _as_dicts(score_pool(result) | agreement(result, text_llm)), "parts": scored}
 
 
 def score_kind(result: SystemResult) -> dict[str, Metric]:
     """The figures of questions of one kind: those of the field, `right` (the share of right answers), and for all but
-    transcriptions and restatements `transcript_copy`. There are none where nobody knows what is right."""
+    transcriptions and restatements `transcript_copy`. Where nobody knows what is right, there are only the latter and
+    `form`, the share of answers of the form that was asked for, if that is known."""
     if None in result.hits:
-        return {}
+        return _form(result) | _transcript_copy(result)
     kind = KINDS[result.questions[0].kind]
     figures = dict(kind.figures(result.questions, result.responses))
     figures["right"] = mean(result.hits)
@@ -114,10 +124,44 @@ def score_pool(result: SystemResult) -> dict[str, Metric]:
     asked = zip(result.questions, result.hits, strict=True)
     hits = [(row.task, hit) for row, hit in asked if row.kind != TRANSCRIPTION and hit is not None]
     if not hits:
-        return _transcript_copy(result)
+        return _form(result) | _transcript_copy(result)
     tasks = [task for task, _ in hits]
     name = "following" if set(tasks) & set(SELF_POWERED_TASKS) else "right"
     return {name: mean([hit for _, hit in hits], tasks)} | _transcript_copy(result)
+
+
+def agreement(result: SystemResult, text_llm: SystemResult | None) -> dict[str, Metric]:
+    """Compare a system with the text LLM, transcriptions apart: does it say from speech what that says from text?
+
+    Returns:
+        `agreement`, the chrF of its greedy answers with the text LLM's; and `likelihood_lost`, by how much the text
+        LLM's answers are less likely for it than for the text LLM itself, in nats per token. Empty without a text LLM,
+        or if that gave no answer.
+    """
+    if text_llm is None:
+        return {}
+    theirs = {answer.id: answer for answer in text_llm.answers if answer.response}
+    rows = zip(result.questions, result.answers, strict=True)
+    pairs = [(own, theirs[own.id]) for row, own in rows if row.kind != TRANSCRIPTION and own.id in theirs]
+    if not pairs:
+        return {}
+    figures = {"agreement": chrf([[their.response] for _, their in pairs], [own.response for own, _ in pairs])}
+    sums = [(own.log_likelihood, their.log_likelihood, their.tokens) for own, their in pairs]
+    known = [(their - own, tokens) for own, their, tokens in sums if own is not None and their is not None and tokens]
+    if known:
+        lost, tokens = zip(*known, strict=True)
+        figures["likelihood_lost"] = bootstrap_ratio(lost, tokens)
+    return figures
+
+
+def _form(result: SystemResult) -> dict[str, Metric]:
+    """`form`: the share of answers of the form that was asked for, a mean over the tasks whose form is known."""
+    rows = zip(result.questions, result.responses, strict=True)
+    judged = [
+        (row.task, forms.is_correct(row.task, row.transcript, said)) for row, said in rows if row.kind != TRANSCRIPTION
+    ]
+    judged = [(task, hit) for task, hit in judged if hit is not None]
+    return {"form": mean([hit for _, hit in judged], [task for task, _ in judged])} if judged else {}
 
 
 def _transcript_copy(result: SystemResult) -> dict[str, Metric]:

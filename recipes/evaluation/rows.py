@@ -23,6 +23,7 @@ class Question:
     language: str | None = "en"  # spoken
     target_language: str | None = None  # of a translation
     constraint: str | None = None  # the name of the demand on the answer's form, of kind `constraints`
+    text_response: str = ""  # what the text LLM answers, once it was asked; compared with what the others answer
 
     def as_row(self) -> dict:
         """As a `SpeechLLM` takes what it is asked."""
@@ -38,3 +39,7 @@ class Answer:
     constrained: str | None = None  # the answer among the only ones allowed
     finished: bool = True  # the model ended it, within its limit of tokens
     seconds: float | None = None  # the batch's time, shared evenly; None if no model was run
+    # Of the text LLM's answer, given what this system was given: the sum of its tokens' log-likelihoods (natural
+    # logarithms), and their number. None if the text LLM gave no answer.
+    log_likelihood: float | None = None
+    tokens: int | None = None

@@ -77,7 +77,7 @@ def swap_instructions(rows: Sequence[Question], pool: Mapping[str, Task]) -> lis
 def transcription_rows(rows: Sequence[Question], pool: Mapping[str, Task]) -> list[Question]:
     """One row for every utterance, which asks for its transcription as the pool does: what a cascade hears."""
     first: dict[int, Question] = {}
-    asked: dict = {"task": TRANSCRIPTION, "kind": TRANSCRIPTION, "labels": []}
+    asked: dict = {"task": TRANSCRIPTION, "kind": TRANSCRIPTION, "labels": [], "text_response": ""}
     for row in rows:
         first.setdefault(row.utterance, row)
     return [

@@ -48,7 +48,8 @@ class EvaluationTask:
     answer: str = "{}"  # what an answer that is constrained to the labels looks like
     oracle: str | None = None  # module with `answers(task, transcript)`, where no column has the answers
     task: str | None = None  # whose answers the oracle gives, and whose held-out wordings stand in for a prompt
-    tasks: tuple[str, ...] = ()  # of the pool; every utterance gets one of them, and transcription if that is named
+    tasks: tuple[str, ...] = ()  # of the pool; every utterance gets some of them, and transcription if that is named
+    tasks_per_utterance: int = 1  # of the pool, transcription apart
     skip_unlabelled: bool = False  # pass over rows without a reference, or with one that is no label
 
 
@@ -145,7 +146,7 @@ def _check_type(key: str, value: object, hint: typing.Any) -> None:
         if not all(isinstance(name, str) and isinstance(column, str | None) for name, column in items):
             raise ValueError(f"`{key}` must be a mapping from names to columns, got {value!r}")
     elif kind is not tuple and not isinstance(value, hint):  # tuples are checked where they are made
-        expected = "true or false" if hint is bool else "a text"
+        expected = {bool: "true or false", int: "a whole number"}.get(hint, "a text")
         raise ValueError(f"`{key}` must be {expected}, got {value!r}; quote what YAML takes for others")
 
 
@@ -163,6 +164,8 @@ def _check_columns(data: Data) -> None:
 def _check_answers(task: EvaluationTask) -> None:
     if task.kind == POOL and not task.tasks:
         raise ValueError("kind 'pool' needs `tasks`, names of the instruction pool")
+    if task.tasks_per_utterance < 1:
+        raise ValueError(f"`tasks_per_utterance` is {task.tasks_per_utterance}; expected 1 or more")
     if task.oracle is not None and task.task is None and task.kind != POOL:
         raise ValueError("`oracle` needs `task`, which says what it is asked")
     for kind in _scored_kinds(task):

@@ -18,11 +18,11 @@ from transformers import (
 
 from configuration_lsm import LsmConfig
 from dataset_builders.files import partial_of
-from language_models.checkpoints import load_config, open_model, refuse_missing
+from language_models.checkpoints import adapter_of, load_config, open_model, refuse_missing
 from language_models.generation import generation_settings
 from language_models.identity import identify
 from language_models.tokenizers import load_tokenizer, make_room, non_text_token_ids, speech_processor
-from modeling_lsm import LsmForConditionalGeneration, LsmProjector
+from modeling_lsm import LsmForConditionalGeneration, LsmProjector, content_of
 from processing_lsm import LsmProcessor
 from recipes.reporting.model_card import write_base_card
 
@@ -108,7 +108,14 @@ def compose(
         instruction_first=instruction_first,
         template_settings=template_settings,
     )
-    config.responder = {**identify(text), "template": processor.template_hash}
+    origin = identify(text)
+    config.responder = {**origin, "template": processor.template_hash}
+    if weights and adapter_of(text) is None:  # an adapter's LLM is nowhere else as it is here
+        state = model.state_dict()
+        config.sources = {
+            part: {**known, "content": content_of(state, part, model.dtype)}
+            for part, known in {"audio": identify(audio), "text": origin}.items()
+        }
     if output is not None:
         with whole_checkpoint(output) as partial:
             model.save_pretrained(partial)

@@ -139,6 +139,44 @@ class SpeechLLM:
         return self.model(**inputs, use_cache=False).logits[:, kept]
 
     @torch.inference_mode()
+    def log_likelihoods(
+        self, rows: Sequence[dict], slot: str = "audio", store: AudioFeatureStore | None = None, batch_size: int = 16
+    ) -> list[tuple[float, int]]:
+        """Return how likely each row's `response` is after its prompt: the sum of the log-likelihoods of its tokens
+        (natural logarithms, without the end of the answer), and the number of these tokens.
+
+        Args:
+            rows: with a `response` that is not empty; else as in `inputs`.
+            slot, store: as in `inputs`.
+        """
+        order = sorted(range(len(rows)), key=lambda place: len(rows[place]["response"]))
+        values: dict[int, tuple[float, int]] = {}
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            values |= zip(batch, self._log_likelihoods([rows[place] for place in batch], slot, store), strict=True)
+        return [values[place] for place in range(len(rows))]
+
+    def _log_likelihoods(self, rows: Sequence[dict], slot: str, store) -> list[tuple[float, int]]:
+        inputs = self.inputs(rows, slot, store).to(self.model.device)
+        end = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        ends = end if isinstance(end, list) else [end]
+        responses = [[token for token in self.response_ids(row, slot) if token not in ends] for row in rows]
+        counts = torch.tensor([len(response) for response in responses])
+        first, longest = inputs["input_ids"].shape[1], int(counts.max())
+        ids = torch.tensor([[*ids, *[ends[0]] * (longest - len(ids))] for ids in responses]).to(self.model.device)
+        real = (torch.arange(longest) < counts[:, None]).to(self.model.device)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], real.to(inputs["attention_mask"])], 1)
+        if not self.hears:  # an LSM counts positions itself
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        kept = torch.arange(first - 1, first + longest - 1, device=ids.device)
+        logits = self.logits(inputs, kept).float()
+        never = torch.tensor(self.model.generation_config.suppress_tokens or [], dtype=torch.long, device=ids.device)
+        log_probs = logits.index_fill(-1, never, -torch.inf).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        sums = log_probs.masked_fill(~real, 0.0).sum(1).tolist()
+        return list(zip(sums, counts.tolist(), strict=True))
+
+    @torch.inference_mode()
     def respond(
         self,
         rows: Sequence[dict],

@@ -34,6 +34,10 @@ CITATION = """\
 }
 ```
 """
+PROJECTOR_ONLY = (
+    "This folder holds the projector alone. Loading joins it to the encoder and the LLM that it was trained with, and "
+    "refuses others; `audio_model=FOLDER` and `text_model=FOLDER` name them where they are not found.\n"
+)
 LOAD_ADAPTER = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -95,7 +99,7 @@ def write_trained_card(
     lines = [
         f"# {title}\n",
         _about(base_models, adapter_of),
-        *_usage(name_of(folder), adapter_of),
+        *_usage(name_of(folder), adapter_of, bool(settings.get("projector_only"))),
         *_data(datasets, rows),
         *_settings(settings),
         *_results(log, following),
@@ -162,9 +166,10 @@ def _about(base_models: Sequence[str], adapter_of: str | None) -> str:
     )
 
 
-def _usage(name: str, adapter_of: str | None) -> list[str]:
+def _usage(name: str, adapter_of: str | None, projector_only: bool) -> list[str]:
     if adapter_of is None:
-        return ["## How to use it\n", f"```python\n{LOAD.format(name=json.dumps(name))}{ASK}```\n"]
+        alone = [PROJECTOR_ONLY] if projector_only else []
+        return ["## How to use it\n", *alone, f"```python\n{LOAD.format(name=json.dumps(name))}{ASK}```\n"]
     load = LOAD_ADAPTER.format(name=json.dumps(name), base=json.dumps(named(adapter_of)))
     return [
         "## How to use it\n",

@@ -99,7 +99,9 @@ def read(config: str | Path, values: Mapping[str, str] | None = None) -> dict:
     content = read_yaml(config)
     if not isinstance(content, dict) or {*content, "values"} != KEYS:
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{config} has {found}; expected the keys {', '.join(sorted(KEYS))}, of which `values` is optional.")
+        raise ValueError(
+            f"{config} has {found}; expected the keys {', '.join(sorted(KEYS))}, of which `values` is optional."
+        )
     known = content.get("values") or {}
     if unknown := sorted(set(values or ()) - set(known)):
         raise ValueError(f"{config} has no value {unknown[0]!r}; its values are {', '.join(known) or 'none'}.")

@@ -83,6 +83,12 @@ class LsmScriptArguments(ScriptArguments):
             "help": "Rows with the transcript in place of the speech, per row with speech: the LLM keeps reading."
         },
     )
+    projector_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Save the projector alone in the end, for `--llm frozen`; loading joins it to its encoder and LLM."
+        },
+    )
     allow_foreign_responses: bool = field(
         default=False, metadata={"help": "Train on rows that another LLM or prompt template wrote."}
     )
@@ -124,6 +130,8 @@ class LsmScriptArguments(ScriptArguments):
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise ValueError(f"--{name} {value} must be {least} or more, and finite.")
+        if self.projector_only and self.llm != "frozen":
+            raise ValueError(f"--projector_only needs an LLM that stays as it is, but --llm is {self.llm}; set frozen.")
         if (self.audio is None) != (self.text is None):
             raise ValueError(f"--audio is {self.audio} and --text is {self.text}; a new LSM needs both, so give both.")
         if self.dataset_streaming and self.audio_feature_store is not None:
@@ -199,6 +207,7 @@ class LsmTrainingArguments(SFTConfig):
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         self.remove_unused_columns = False  # the collator needs them
         self.dataset_kwargs = {"skip_prepare_dataset": True}
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
         if self.bf16 is None and not self.fp16:  # TRL's default is True, even without a GPU that supports it
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.global_batch_size is not None:

@@ -1,14 +1,14 @@
 """Answers on disk: what a killed run leaves, and that nobody is asked twice."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pyarrow.parquet as pq
 import pytest
 
 from dataset_builders.responders.exchange import Reply
 from recipes.evaluation.answers import FEATURES, answer, to_parquet
-from recipes.evaluation.rows import Question
+from recipes.evaluation.rows import Answer, Question
 
 ROWS = [
     Question(f"u{place}", place, {"bytes": b"clip"}, "said", duration, "here", "intent", "oracle", "Do.")
@@ -27,6 +27,8 @@ PREDICTION = {
     "correct": None,
     "finished": True,
     "seconds": 0.5,
+    "log_likelihood": -3.5,
+    "tokens": 7,
 }
 
 
@@ -73,7 +75,7 @@ def test_a_record_says_whether_the_model_came_to_an_end_and_how_long_it_took(fil
     assert {record.id: record.constrained for record in records} == {"u1": "yes", "u0": None}
     assert all(record.seconds >= 0 for record in records)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert list(lines[0]) == ["id", "response", "constrained", "finished", "seconds", "row"]
+    assert list(lines[0]) == [*(field.name for field in fields(Answer)), "row"]
 
 
 def test_every_batch_is_on_disk_before_the_next_is_asked(file):

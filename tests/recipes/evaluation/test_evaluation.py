@@ -292,6 +292,14 @@ class Scripted:
         Scripted.asked += [(self.path, slot, row["id"], TASK_OF[row["instruction"]]) for row in rows]
         return [Reply(self.say(row, slot)) for row in rows]
 
+    def log_likelihoods(self, rows, slot, store=None, batch_size=16):
+        """An answer that it gives itself is likely, and any other is not."""
+        own = [self.say(row, slot) == row["response"] for row in rows]
+        return [
+            (-len(row["response"].split()) * (0.1 if same else 2.0), len(row["response"].split()))
+            for row, same in zip(rows, own, strict=True)
+        ]
+
     def say(self, row, slot):
         if slot == "silence":
             return "I hear nothing."
@@ -340,8 +348,11 @@ def test_kinds_that_were_never_trained_tell_who_was_drilled_from_who_does_as_it_
     found = evaluation("nano_unseen", systems=["text_llm", "model", "paper"]).run()
     systems = found["tasks"]["nano_unseen"]["systems"]
     rates = {name: {key: one["value"] for key, one in systems[name]["figures"].items()} for name in systems}
-    assert rates["text_llm"] == rates["model"] == {"right": 1.0, "transcript_copy": 0.0}
-    assert rates["paper"] == {"right": 0.0, "transcript_copy": 1.0}
+    same = {"agreement": 100.0, "likelihood_lost": 0.0}
+    assert rates["text_llm"] == rates["model"] == {"right": 1.0, "transcript_copy": 0.0, **same}
+    assert rates["paper"].items() >= {"right": 0.0, "transcript_copy": 1.0}.items()
+    assert rates["paper"]["agreement"] < 50
+    assert rates["paper"]["likelihood_lost"] == pytest.approx(1.9)
 
 
 def test_the_figures_are_those_of_the_predictions(evaluation, tmp_path):
@@ -569,7 +580,8 @@ def test_tasks_of_ones_own_are_listed_too(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--output", "out", "--tasks", "nano"], ["--model", "mine", "--output", "out"], ["--tasks", "nano"], []]
+    "arguments",
+    [["--output", "out", "--tasks", "nano"], ["--model", "mine", "--output", "out"], ["--tasks", "nano"], []],
 )
 def test_a_model_tasks_and_a_folder_are_needed(monkeypatch, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
@@ -628,7 +640,17 @@ def test_the_command_asks_what_it_is_told_and_prints_the_tables(scripted, corpus
 
 
 def peer_arguments(model, corpus_dir, output, *systems):
-    paths = ["--model", model, "--tasks", "nano", "--output", output, "--data", f"nano={corpus_dir}", "nano.split=train"]
+    paths = [
+        "--model",
+        model,
+        "--tasks",
+        "nano",
+        "--output",
+        output,
+        "--data",
+        f"nano={corpus_dir}",
+        "nano.split=train",
+    ]
     amount = ["--limit", "2", "--max-new-tokens", "2", "--dtype", "float32"]
     return [*map(str, paths), *amount, *(["--systems", *systems] if systems else [])]
 

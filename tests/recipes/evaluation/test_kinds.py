@@ -274,7 +274,7 @@ def test_what_is_no_self_powered_task_is_right_or_wrong_and_no_following(read):
 def test_a_pool_without_an_oracle_still_shows_copies(read):
     rows = read("nano", oracle="")
     responses = [row.transcript for row in rows]
-    assert values(score_pool(answered(rows, responses))) == {"transcript_copy": 1.0}
+    assert values(score_pool(answered(rows, responses))) == {"form": 0.0, "transcript_copy": 1.0}
     assert not any(has_its_form(row.task, row.transcript, row.transcript) for row in rows[::2])
 
 

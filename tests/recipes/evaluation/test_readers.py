@@ -69,6 +69,7 @@ def test_librispeech_as_it_is_released(tmp_path, name):
         "language": "en",
         "target_language": None,
         "constraint": None,
+        "text_response": "",
     }
     assert facts(rows, "utterance") == [0, 1]
     assert type(rows[0].duration) is float

@@ -14,7 +14,7 @@ from dataset_builders.nano.tasks import answers
 from recipes.evaluation import pages
 from recipes.evaluation.pages import draw, examples, playable, write
 from recipes.evaluation.questions import read_rows
-from recipes.evaluation.results import SystemResult, collect, compare, figures_of, relative
+from recipes.evaluation.results import SystemResult, agreement, collect, compare, figures_of, relative
 from recipes.evaluation.rows import Answer
 from recipes.evaluation.systems import SYSTEMS
 from recipes.evaluation.tables import comparisons, details, markdown, model_index, show, summary
@@ -99,14 +99,42 @@ def test_what_took_no_time_has_no_speed(rows):
     assert "rtfx" not in figures_of(said(rows["nano_asr"], right, seconds=None))
 
 
-def test_a_part_of_which_nobody_knows_what_is_right_has_no_figures(corpus_dir):
+def test_a_part_of_which_nobody_knows_what_is_right_has_figures_of_its_form_alone(corpus_dir):
     task = override(TASKS["nano"], {"corpus": str(corpus_dir), "split": "train", "oracle": ""})
     some = read_rows(task)
     scored = figures_of(said(some, parrot))
     assert value(scored, "transcript_copy") == 1.0
-    known = {name for name, part in scored["parts"].items() if part["figures"]}
-    assert known == {"transcription"}
+    told = {name for part in scored["parts"].values() for name in part["figures"]}
+    assert told == {"form", "transcript_copy", "wer", "right"}
     assert compare({"model": said(some, parrot), "text_llm": said(some, parrot)}) == {}
+
+
+# Against the text LLM, where nobody knows what is right
+
+
+def test_agreement_compares_answers_with_those_of_the_text_llm_and_likelihoods_token_by_token(rows):
+    some = rows["nano"]
+    likely, less = {"log_likelihood": -2.0, "tokens": 4}, {"log_likelihood": -8.0, "tokens": 4}
+    text_llm = said(some, right, **likely)
+    of_itself, of_parrot = agreement(text_llm, text_llm), agreement(said(some, parrot, **less), text_llm)
+    assert (of_itself["agreement"].value, of_itself["likelihood_lost"].value) == (100.0, 0.0)
+    assert of_parrot["agreement"].value < 60
+    assert of_parrot["likelihood_lost"].value == pytest.approx((8.0 - 2.0) / 4)  # nats per token
+    assert of_parrot["likelihood_lost"].low <= 1.5 <= of_parrot["likelihood_lost"].high
+
+
+def test_agreement_leaves_out_transcriptions_and_what_the_text_llm_did_not_answer(rows):
+    some = rows["nano"]
+    mute = {row.id for row in some if row.kind != "transcription"}
+    text_llm = said(some, lambda row: "" if row.id in mute else right(row))
+    assert agreement(said(some, parrot), text_llm) == {}
+    assert agreement(said(some, parrot), None) == {}
+
+
+def test_a_system_whose_likelihoods_are_unknown_has_an_agreement_all_the_same(rows):
+    some = rows["nano"]
+    text_llm = said(some, right, log_likelihood=-2.0, tokens=4)
+    assert set(agreement(said(some, parrot), text_llm)) == {"agreement"}
 
 
 # Fewer rows, fewer systems
@@ -247,7 +275,7 @@ def test_details_have_every_figure_of_every_system(rows):
     found, _ = found_of({"nano_intent": rows["nano_intent"]}, text_llm=right, model=parrot)
     header, lines = details(found["tasks"]["nano_intent"])
     assert header[:2] == ["system", "question"] and header[-2:] == ["truncated", "× real time"]
-    assert {"accuracy", "macro_f1", "unparsed", "right", "transcript_copy"} == set(header[2:-2])
+    assert {"accuracy", "macro_f1", "unparsed", "right", "transcript_copy", "agreement"} == set(header[2:-2])
     by_system = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
     assert by_system["model"]["transcript_copy"].startswith("100.0 %")
     assert by_system["text_llm"]["right"].startswith("100.0 %")

@@ -334,6 +334,38 @@ def test_a_model_that_can_only_give_all_logits_will_do(open_llm, spoken, monkeyp
     close(llm.logits(inputs, kept), expected)
 
 
+# How likely an answer is
+
+
+def answered(spoken):
+    return [row | {"response": text} for row, text in zip(spoken, ("a b", "the cat sat on a mat", "no"), strict=False)]
+
+
+@pytest.mark.parametrize(("name", "slot"), GIVEN)
+def test_likelihoods_stand_in_order_and_do_not_depend_on_the_batch(open_llm, spoken, name, slot):
+    llm, rows = open_llm(name), answered(spoken)
+    alone = [llm.log_likelihoods([row], slot)[0] for row in rows]
+    assert len({tokens for _, tokens in alone}) > 1
+    for batch_size in (2, 16):
+        together = llm.log_likelihoods(rows, slot, batch_size=batch_size)
+        assert [tokens for _, tokens in together] == [tokens for _, tokens in alone]
+        assert [total for total, _ in together] == pytest.approx([total for total, _ in alone], rel=1e-4)
+
+
+@torch.no_grad()
+def test_an_answer_is_as_likely_as_its_tokens_one_after_the_other(open_llm, spoken):
+    llm, row = open_llm("lsm"), answered(spoken)[1]
+    ids = [token for token in llm.response_ids(row, "audio") if token != llm.model.generation_config.eos_token_id]
+    inputs, total = llm.inputs([row]), 0.0
+    for token in ids:
+        logits = llm.logits(inputs, torch.tensor([inputs["input_ids"].shape[1] - 1]))[0, 0]
+        logits[llm.model.generation_config.suppress_tokens] = -torch.inf  # is never written, so it has no probability
+        total += float(logits.log_softmax(-1)[token])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    assert llm.log_likelihoods([row]) == [(pytest.approx(total, rel=1e-4), len(ids))]
+
+
 # What every token of a prompt is
 
 

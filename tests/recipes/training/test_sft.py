@@ -8,6 +8,7 @@ import torch
 import transformers
 from hub_clients import start
 from packaging import version
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM
 from trl import ModelConfig
 
@@ -43,6 +44,21 @@ def test_what_moves_and_that_it_loads_again(llm, trained, train, lsm, rows):
     assert processor.template_hash == lsm.config.responder["template"]
     assert len(Lsm(model, processor).respond(rows[:1], max_new_tokens=2, progress=False)) == 1
     assert [line["step"] for line in read_lines(output / "log.jsonl") if "loss" in line] == [1, 2]
+
+
+def test_the_projector_is_saved_alone_if_that_is_asked_for(train, lsm, whisper_dir, llm_dir):
+    output = train(llm="frozen", projector_only=True)
+    assert {name.split(".")[1] for name in load_file(output / "model.safetensors")} == {"projector"}
+    parts = {"audio_model": str(whisper_dir), "text_model": str(llm_dir)}
+    model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True, **parts)
+    assert moved(lsm, model)[0] == {"projector"}
+    assert "holds the projector alone" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("llm", ["full", "lora", "qlora"])
+def test_an_llm_that_learns_is_not_left_out(train, llm):
+    with pytest.raises(ValueError, match=f"--projector_only needs an LLM that stays as it is, but --llm is {llm}"):
+        train(llm=llm, projector_only=True)
 
 
 def test_rows_are_of_the_prompts_that_the_processor_lays_out_now(lsm_dir, train, tmp_path):
