@@ -6,7 +6,8 @@ Three stages of `recipes/configs/quickstart_real.yaml`, on rows of a self-powere
 
 - building: answers of at most 80 tokens. Without: a plain loop of `generate` over the same prompts sorted by length,
   in batches of 64, with torch's attention. Before: batches of one task in that loop, as the responder made them.
-- training: a step of distillation, the LLM frozen and the features stored. Without: torch's attention.
+- training: a step of distillation, the LLM frozen and the features stored. Without: torch's attention; and float32,
+  which a CPU got when nobody named a data type.
 - storing: the audio tower's output of clips. Without: torch's attention.
 
 Seconds are of the process on its cores, not of the clock, so that other jobs on the machine change them little. In
@@ -39,7 +40,7 @@ from recipes.training.arguments import LsmScriptArguments
 from recipes.training.costs import Costs
 from recipes.training.models import load_model
 from recipes.training.objectives import distillation_loss, predicts
-from recipes.training.throughput import Throughput, matmul_rate
+from recipes.training.throughput import Throughput
 
 CPU = torch.device("cpu")
 LOOP_BATCH, BATCH, MOST = 64, 16, 80
@@ -52,6 +53,12 @@ def seconds_of(job: Callable[[], object]) -> tuple[float, object]:
     start = time.process_time()
     found = job()
     return time.process_time() - start, found
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of products of 1024 × 1024 in the same seconds: the best of twenty."""
+    left, right = torch.randn(2, 1024, 1024).to(dtype)
+    return 2 * 1024**3 / min(seconds_of(lambda: left @ right)[0] for _ in range(20))
 
 
 def with_attention(model, name: str, job: Callable[[], object]) -> Callable[[], object]:
@@ -148,7 +155,10 @@ def measure(source: str, rows: Dataset, dtype: str, count: int, rounds: int, sta
             if stage == "building":
                 jobs = building(source, dtype, asked[:count])
             elif stage == "training":
-                jobs = training(source, dtype, list(rows.select(range(BATCH))), Path(folder), more)
+                some = list(rows.select(range(BATCH)))
+                jobs = training(source, dtype, some, Path(folder), more)
+                if dtype == "bfloat16":
+                    jobs["float32"] = training(source, "float32", some, Path(folder), {})["sdpa"]
             else:
                 jobs = storing(source, dtype, list(rows.select(range(count))), Path(folder))
             seconds: dict[str, list[float]] = {name: [] for name in jobs}
@@ -165,7 +175,7 @@ def measure(source: str, rows: Dataset, dtype: str, count: int, rounds: int, sta
             if stage == "building":
                 more["same"] = sum(mine == theirs for mine, theirs in zip(last["fast"], last["loop"], strict=True))
             if "flops" in more:
-                rate = matmul_rate(CPU, getattr(torch, dtype))
+                rate = matrix_rate(getattr(torch, dtype))
                 more["of_matrix_rate"] = {name: more["flops"] / min(spent) / rate for name, spent in seconds.items()}
             result["stages"][stage] = more
             print(stage, json.dumps(more), flush=True)
