@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
+from language_models.attention import attend_fast
 from language_models.extras import extra
 
 
@@ -73,6 +74,8 @@ def open_model(
     if adapter is None:
         model, loaded = auto.from_pretrained(str(source), revision=revision, output_loading_info=True, **settings)
         refuse_missing(source, loaded["missing_keys"])
+        if settings.get("attn_implementation") is None:
+            attend_fast(model)
         return model
     base = base_of(source, revision)
     from peft import PeftModel  # which `base_of` found installed

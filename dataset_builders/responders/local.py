@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dataset_builders.responders.exchange import Reply, Request
 from language_models.checkpoints import base_of, open_model
+from language_models.decoding import greedy_rows
 from language_models.generation import ONE_ANSWER, changed_decoding, context_of, kv_bytes_per_token, read_answers
 from language_models.identity import load_identity
 from language_models.tokenizers import make_room
@@ -31,7 +32,6 @@ class Prompt(NamedTuple):
 
     text: str
     tokens: list[int]
-    task: str
 
 
 class Responder:
@@ -103,7 +103,7 @@ class Responder:
         conversations = [processor.conversation(asked.instruction, transcript=asked.transcript) for asked in requests]
         texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
         tokens = processor.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-        return [Prompt(text, ids, asked.task) for text, ids, asked in zip(texts, tokens, requests, strict=True)]
+        return [Prompt(text, ids) for text, ids in zip(texts, tokens, strict=True)]
 
     def _generate(self, prompts: list[Prompt]) -> list[Reply]:
         """Answer the prompts, in order."""
@@ -154,21 +154,21 @@ class LocalResponder(Responder):
     def _generate(self, prompts: list[Prompt]) -> list[Reply]:
         replies = [Reply("")] * len(prompts)
         with tqdm(total=len(prompts), desc="responses", unit="row", leave=False) as progress:
-            for batch in self._batches([len(prompt.tokens) for prompt in prompts], [prompt.task for prompt in prompts]):
+            for batch in self._batches([len(prompt.tokens) for prompt in prompts]):
                 answers = self._generate_batch([prompts[index].tokens for index in batch])
                 for index, reply in zip(batch, answers, strict=True):
                     replies[index] = reply
                 progress.update(len(batch))
         return replies
 
-    def _batches(self, lengths: list[int], tasks: list[str]) -> list[list[int]]:
-        """Group the rows into batches of one task and similar length within the token budget, longest rows first."""
+    def _batches(self, lengths: list[int]) -> list[list[int]]:
+        """Group the rows into batches of similar length within the token budget, longest rows first."""
         batches: list[list[int]] = []
-        for index in sorted(range(len(lengths)), key=lambda index: (tasks[index], -lengths[index])):
+        for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
             batch = batches[-1] if batches else []
             longest = lengths[batch[0]] if batch else 0
             full = (len(batch) + 1) * (longest + self.max_new_tokens) > self.token_budget or len(batch) == MOST_ROWS
-            if not batch or full or tasks[index] != tasks[batch[0]]:
+            if not batch or full:
                 batches.append([])
             batches[-1].append(index)
         return batches
@@ -177,7 +177,8 @@ class LocalResponder(Responder):
     def _generate_batch(self, rows: list[list[int]]) -> list[Reply]:
         tokenizer, end = self.processor.tokenizer, self.model.generation_config.eos_token_id
         inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.model.device)
-        output = self.model.generate(**inputs, **ONE_ANSWER, max_new_tokens=self.max_new_tokens)
+        plain = None if self.settings else greedy_rows  # beams and penalties remember all rows of the batch
+        output = self.model.generate(**inputs, **ONE_ANSWER, max_new_tokens=self.max_new_tokens, custom_generate=plain)
         answers = output[:, inputs.input_ids.shape[1] :]
         finished = torch.isin(answers, torch.tensor(end, device=answers.device)).any(dim=1).tolist()
         texts = read_answers(tokenizer, answers.tolist())

@@ -38,6 +38,7 @@ from recipes.nano.report import COMPARED, NAMES, SHORT, percent, scores_of, writ
 from recipes.studies.stages import die_with_parent
 from recipes.training.alignment import FOLDER as ALIGNMENT
 from recipes.training.callbacks import FOLLOWING, LOG
+from recipes.training.throughput import has_fast_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -244,13 +245,6 @@ class Quickstart:
         clip = load_corpus(self.folder / "corpus", "test", limit=1)[0]["audio"]
         soundfile.write(self.folder / "example.wav", load_audio(clip), 16_000)
         return report
-
-
-def has_fast_bf16() -> bool:
-    """Whether bf16 matrix products have hardware here; elsewhere they are slower than fp32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 class LiveTable:

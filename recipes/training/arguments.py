@@ -9,6 +9,7 @@ import torch
 from trl import ScriptArguments, SFTConfig
 
 from recipes.evaluation.following import BY_FORM
+from recipes.training.throughput import has_fast_bf16
 
 MODES = ("full", "lora", "qlora", "frozen")
 OBJECTIVES = ("response", "distill")
@@ -208,8 +209,8 @@ class LsmTrainingArguments(SFTConfig):
         self.remove_unused_columns = False  # the collator needs them
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
-        if self.bf16 is None and not self.fp16:  # TRL's default is True, even without a GPU that supports it
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.bf16 is None and not self.fp16:  # TRL's default is True, even where it is slower
+            self.bf16 = has_fast_bf16()
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = accumulation(
                 self.global_batch_size, self.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,8 +1,10 @@
 """Benchmarks run, on next to nothing; what they measure is for them to say."""
 
 import pytest
+from datasets import Audio, Dataset, load_dataset
 
 from benchmarks.build_memory import peak_memory
+from benchmarks.real_size import measure as measure_real_size
 from benchmarks.self_powered import measure
 
 
@@ -15,3 +17,17 @@ def test_building_is_measured_against_a_plain_loop():
 def test_a_build_that_fails_is_no_measurement():
     with pytest.raises(ChildProcessError, match="(?s)the build ended with 1: .*OSError"):
         peak_memory("no-such-llm", rows=7, threads=1)
+
+
+def test_the_stages_of_a_real_size_are_measured_against_what_is_slower(lsm_dir, corpus_dir):
+    clips = load_dataset(str(corpus_dir), split="train").cast_column("audio", Audio(decode=False))
+    rows = [
+        {**clips[index % len(clips)], "task": "keyword", "instruction": "Say it.", "response": "yes", "duration": 0.5}
+        for index in range(16)
+    ]
+    found = measure_real_size(str(lsm_dir), Dataset.from_list(rows), "float32", count=3, rounds=1)
+    assert set(found["stages"]) == {"training", "building", "storing"}
+    for name, stage in found["stages"].items():
+        assert {ratio > 0 for ratios in stage["ratios"].values() for ratio in ratios} == {True}, name
+    assert found["stages"]["building"]["same"] == 3
+    assert set(found["stages"]["training"]["of_matrix_rate"]) == {"fast", "sdpa"}

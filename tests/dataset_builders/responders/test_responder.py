@@ -78,19 +78,19 @@ def test_a_plain_llm_reads_and_answers_as_it_does_inside_an_lsm(responder, llm_d
     assert plain.provenance == responder.provenance
 
 
-def test_a_batch_is_of_one_task_within_the_token_budget_and_the_longest_come_first(responder, monkeypatch):
+def test_a_batch_is_within_the_token_budget_and_the_longest_come_first(responder, monkeypatch):
     monkeypatch.setattr(responder, "token_budget", 150)
-    lengths, tasks = [10, 50, 20, 40, 30, 45, 7], ["a", "a", "a", "a", "a", "a", "b"]
-    batches = responder._batches(lengths, tasks)
+    lengths = [10, 50, 20, 40, 30, 45, 7]
+    batches = responder._batches(lengths)
     assert sorted(index for batch in batches for index in batch) == list(range(7))
     assert all(len(batch) * (max(lengths[i] for i in batch) + 4) <= 150 for batch in batches)
     assert batches[0] == [1, 5]
-    assert batches[-1] == [6]
+    assert batches[-1][-1] == 6
 
 
 def test_a_request_over_the_budget_still_gets_a_batch(responder, monkeypatch):
     monkeypatch.setattr(responder, "token_budget", 150)
-    assert responder._batches([1000, 3], ["", ""]) == [[0], [1]]
+    assert responder._batches([1000, 3]) == [[0], [1]]
 
 
 def test_the_budget_is_what_keys_and_values_take(lsm_dir):
@@ -132,9 +132,11 @@ def test_provenance_tells_what_the_checkpoint_changes_in_greedy_decoding(llm_dir
     folder = shutil.copytree(llm_dir, tmp_path / "penal")
     settings = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 1.1, "top_p": 0.5}))
-    decoding = json.loads(LocalResponder(folder).provenance)["decoding"]
+    penal = LocalResponder(folder, max_new_tokens=4)
+    decoding = json.loads(penal.provenance)["decoding"]
     assert decoding["repetition_penalty"] == 1.1
     assert "top_p" not in decoding
+    assert [reply.finish for reply in penal.respond(REQUESTS)] == ["length"] * 3
 
 
 @pytest.fixture(params=[True, False], ids=["special", "plain"])

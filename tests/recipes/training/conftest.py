@@ -50,6 +50,7 @@ def defaults(lsm_dir, set_dir, tmp_path) -> dict:
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "use_cpu": True,
+        "bf16": False,
         "gradient_checkpointing": False,
         "save_strategy": "no",
         "report_to": "none",

@@ -118,9 +118,13 @@ def test_speech_is_never_cut_nor_its_columns_taken_away(tmp_path):
     assert args.max_length is None and args.remove_unused_columns is False
 
 
-def test_half_precision_is_asked_for_where_it_can_be_had(tmp_path):
-    """TRL asks for it everywhere, and so needs `--use_cpu --bf16 false` on a machine without a GPU."""
-    assert LsmTrainingArguments(output_dir=str(tmp_path)).bf16 == torch.cuda.is_available()
+@pytest.mark.parametrize("has", [True, False])
+def test_half_precision_is_asked_for_where_it_is_fast(tmp_path, monkeypatch, has):
+    """TRL asks for it everywhere. A CPU may have it, too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
+    assert LsmTrainingArguments(output_dir=str(tmp_path)).bf16 is has
+    assert LsmTrainingArguments(output_dir=str(tmp_path), bf16=not has).bf16 is not has
 
 
 def test_a_card_has_what_was_said_and_no_more(tmp_path):
