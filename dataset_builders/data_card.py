@@ -102,8 +102,8 @@ def _metadata(builds: list[BuildFolder], summaries: Mapping[str, Summary]) -> Da
     tasks = sorted({task for summary in summaries.values() for task in summary.rows})
     total = sum(sum(summary.rows.values()) for summary in summaries.values())
     splits = {
-        name: [split for split, summary in summaries.items() if any(summary.rows[task] for task in of)]
-        for name, of in {"all": tasks, **{task: [task] for task in tasks}}.items()
+        name: [split for split, summary in summaries.items() if any(summary.rows[task] for task in names)]
+        for name, names in {"all": tasks, **{task: [task] for task in tasks}}.items()
     }
     # A hash of the rows goes into the description: datasets 5.2 keys its cache on the folder's name and its
     # configurations, and would otherwise return the rows of another folder of the same name.
@@ -237,7 +237,7 @@ def rebuild_command(settings: dict) -> str:
         **{f"{role}-column": column for role, column in corpus["columns"].items()},
         "llm": responder["model"],
         "max-new-tokens": responder["decoding"]["max_new_tokens"],
-        "template-settings": json.dumps(found) if (found := responder.get("template_settings")) else None,
+        "template-settings": json.dumps(template) if (template := responder.get("template_settings")) else None,
         "seed": draw["seed"],
         "tasks-per-utterance": draw["tasks_per_utterance"],
         "limit": settings["limit"],

@@ -52,10 +52,10 @@ def content_of(source: str | Path | None, revision: str | None = None, repo_type
     if source is None or os.path.exists(source):
         return source and fingerprint(source)
     try:
-        found = snapshot_download(str(source), revision=revision, repo_type=repo_type, allow_patterns="config.json")
-    except (OSError, ValueError):  # no such repository, no network, no Hub id
+        snapshot = snapshot_download(str(source), revision=revision, repo_type=repo_type, allow_patterns="config.json")
+    except (OSError, ValueError):  # the repository or the network is missing, or it is not a Hub id
         return None
-    return Path(found).name
+    return Path(snapshot).name  # the commit
 
 
 def middle(file: Path) -> bytes:
@@ -106,14 +106,14 @@ def _tensors(content: BinaryIO, size: int) -> list[int]:
 def differences(before: Mapping, now: Mapping) -> dict[str, tuple]:
     """Return the settings that differ, as `{name: (before, now)}`. Nested names are joined with dots, and a missing
     value is None."""
-    found = {}
+    differing = {}
     for name in sorted(before.keys() | now.keys()):
         pair = before.get(name), now.get(name)
         if all(isinstance(value, Mapping) for value in pair):
-            found |= {f"{name}.{inner}": values for inner, values in differences(*pair).items()}
+            differing |= {f"{name}.{inner}": values for inner, values in differences(*pair).items()}
         elif pair[0] != pair[1]:
-            found[name] = pair
-    return found
+            differing[name] = pair
+    return differing
 
 
 class _Loader(yaml.SafeLoader):

@@ -73,14 +73,14 @@ def load_pool(path: str | Path | None = None, slots: Mapping[str, Sequence[str]]
     known = {slot for fields in content["tasks"].values() for slot in fields.get("slots", {})}
     if unknown := sorted(set(slots) - known):
         raise ValueError(f"{path}: no task has the slot {unknown[0]!r}; there are {sorted(known)}")
-    found: dict[str, str] = {}  # paraphrase -> where it was first found
+    places: dict[str, str] = {}  # paraphrase -> its first place
     for task in pool.values():
         lines = [("seen", line) for line in task.seen] + [("held_out", line) for line in task.held_out]
         for split, line in lines if not task.without_instruction else ():
             here = f"{task.name}.{split}"
-            if first := found.get(line.casefold()):
+            if first := places.get(line.casefold()):
                 raise ValueError(f"{path}: task {task.name!r}: {line!r} is a duplicate, in {first} and {here}")
-            found[line.casefold()] = here
+            places[line.casefold()] = here
     return pool
 
 

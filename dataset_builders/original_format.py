@@ -95,12 +95,12 @@ def import_original(rows: OriginalRows, output: str | Path, shard_size: int = SH
     folder.settle()
     lines = rows.lines(0)
     for chunk in itertools.count():
-        some = list(itertools.islice(lines, shard_size))
-        if not some:
+        shard_lines = list(itertools.islice(lines, shard_size))
+        if not shard_lines:
             break
         if not folder.is_done(Shard(0, chunk)):
-            kept, refused = read(rows, some)
-            folder.commit(Shard(0, chunk), to_tables(kept), report(len(some), refused, kept, kept, {}))
+            kept, refused = read(rows, shard_lines)
+            folder.commit(Shard(0, chunk), to_tables(kept), report(len(shard_lines), refused, kept, kept, {}))
     folder.end(0, chunk)
     return finish(folder, pool={})
 
