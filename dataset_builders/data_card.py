@@ -23,10 +23,10 @@ _COLUMNS = """\
 |---|---|
 | `id` | source, utterance and task |
 | `audio` | the corpus's own file, byte for byte; `cast_column("audio", Audio(16_000))` decodes it |
-| `transcript` | what was said, as the LLM read it |
+| `transcript` | the text of the speech, as the LLM read it |
 | `task` | kind of instruction |
 | `instruction` | the instruction, in one of the wordings below |
-| `response` | what the LLM answered; for `transcription`, the transcript |
+| `response` | the LLM's answer; for `transcription`, the transcript |
 | `duration` | seconds of audio |
 | `source` | corpus and split |
 | `responder` | LLM that answered: name, revision, hash of the prompt template, decoding settings |
@@ -213,7 +213,7 @@ def _settings(builds: list[BuildFolder], pool: Mapping) -> list[str]:
         "\n</details>\n",
         "Filters:\n",
         *(filters or ["- none"]),
-        "\nTo build it again (`POOL`, if it is there, is the YAML file with the wordings above):\n",
+        "\nTo build it again (`POOL`, if the command has it, is the YAML file with the wordings above):\n",
         "```bash",
         *(rebuild_command(build.settings) for build in builds),
         "```\n",

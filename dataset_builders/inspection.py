@@ -1,7 +1,7 @@
 """Inspect a self-powered set before training on it: counts, histograms, and a few rows to read and listen to.
 
-`survey` counts, `draw_samples` draws rows, `render_text` and `render_html` show them; `inspect_set` does it all. The
-same set gives the same text and page, byte for byte. Words are separated by white space.
+`survey` counts the rows, `draw_samples` draws some, and `render_text` and `render_html` show both; `inspect_set` does
+all of this. The same set gives the same text and page, byte for byte. Words are separated by white space.
 """
 
 import base64
@@ -190,8 +190,8 @@ def render_html(survey: Survey, samples: list[dict]) -> str:
     """Render the survey, histograms and samples with their audio as one self-contained page.
 
     Args:
-        survey: what `survey` returned.
-        samples: what `draw_samples` returned.
+        survey: result of `survey`.
+        samples: result of `draw_samples`.
     """
     return read_template(Path(__file__).with_name("inspection.html")).render(
         survey=survey,

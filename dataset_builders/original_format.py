@@ -2,7 +2,7 @@
 
 `audio` is a path and `text` is the response. The transcripts are in another JSONL with `audio` and `text`, an ordinary
 manifest (`corpora/opening.py`). Neither names the task or the responder, so imported rows say `unknown`, and
-`recipes/sft.py` refuses them as rows of another LLM unless told otherwise.
+`recipes/sft.py` refuses them as rows of another LLM, unless `--allow_foreign_responses` is set.
 """
 
 import itertools

@@ -175,7 +175,7 @@ def test_an_unknown_task_or_split_is_refused_with_the_known_ones():
         ({"a": 0}, 1, "at least as many tasks with a weight above 0"),
         ({"a": 1, "b": 0}, 2, "cannot draw 2 tasks"),
         ({"a": 1}, 0, "cannot draw 0 tasks .* expected 1 or more"),
-        ({"a": math.inf, "b": math.inf, "c": 1}, 1, "no more than that with an infinite one"),
+        ({"a": math.inf, "b": math.inf, "c": 1}, 1, "at most as many with an infinite weight"),
         ({"a": -1, "b": 2}, 1, "weight of task 'a' is -1; expected a number, 0 or above"),
         ({"a": math.nan}, 1, "weight of task 'a' is nan"),
     ],
@@ -280,8 +280,8 @@ GOOD = {"description": "d", "seen": ["Sing."], "held_out": ["Do sing."]}
             {"description": "d", "seen": ["Sing in {key}."], "held_out": ["Sing."], "slots": {"key": ["C"]}},
             "`held_out` holds 'Sing.', which lacks the slot {key}",
         ),
-        (GOOD | {"seen": ["Sing in {key}."]}, "'Sing in {key}.', whose slot {key} is none of []"),
-        (GOOD | {"seen": ["Sing {}."]}, "'Sing {}.', whose slot {} is none of []"),
+        (GOOD | {"seen": ["Sing in {key}."]}, "'Sing in {key}.', whose slot {key} is none of the task's slots []"),
+        (GOOD | {"seen": ["Sing {}."]}, "'Sing {}.', whose slot {} is none of the task's slots []"),
         (GOOD | {"seen": ["Sing in {key!r}."], "slots": {"key": ["C"]}}, "lacks the slot {key}"),
         (GOOD | {"seen": ["Sing in {key:{width}}."], "slots": {"key": ["C"]}}, "lacks the slot {key}"),
         (GOOD | {"seen": ["Sing in {key."]}, "'Sing in {key.', whose braces do not match"),
@@ -291,7 +291,7 @@ GOOD = {"description": "d", "seen": ["Sing."], "held_out": ["Do sing."]}
         (GOOD | {"slots": {"a key": ["C"]}}, "`slots` must be a mapping from names"),
         (GOOD | {"slots": {"key": []}}, "slot 'key' must have a list of texts, got []"),
         (GOOD | {"slots": {"key": "C"}}, "slot 'key' must have a list of texts, got 'C'"),
-        (GOOD | {"slots": {"key": ["da", False]}}, "got ['da', False]; quote those"),  # YAML's `no`
+        (GOOD | {"slots": {"key": ["da", False]}}, "got ['da', False]; quote texts"),  # YAML's `no`
         (GOOD | {"slots": {"key": ["C", " "]}}, "slot 'key' must have a list of texts"),
         (
             {"description": "d", "seen": ["Sing {key}."], "held_out": ["Do {key}."], "slots": {"key": ["C", "C"]}},
@@ -406,7 +406,7 @@ def test_a_pool_without_held_out_wordings_is_trained_on_and_cannot_measure(tmp_p
     pool = load_pool(tmp_path / "papers.yaml")
     asked = {line for id in IDS[:200] for _, line in Draw(pool, {"continuation": 1}).of(id)}
     assert asked == set(pool["continuation"].seen) and len(asked) == 5
-    with pytest.raises(ValueError, match="'continuation' of the pool has no held_out wordings .* add `held_out` to"):
+    with pytest.raises(ValueError, match="'continuation' of the pool has no held_out wordings; add `held_out` to"):
         Draw(pool, {"continuation": 1}, paraphrases="held_out")
 
 

@@ -128,7 +128,7 @@ def test_a_noisy_corpus_is_not_taken_for_a_clean_one(tmp_path):
 
 @pytest.mark.parametrize("snr", [float("nan"), float("inf")])
 def test_a_ratio_that_is_no_number_is_refused(tmp_path, snr):
-    with pytest.raises(ValueError, match="signal-to-noise ratio of (nan|inf) dB"):
+    with pytest.raises(ValueError, match="signal-to-noise ratio is (nan|inf) dB"):
         build(tmp_path / "corpus", {"test": 1}, snr=snr)
     assert not (tmp_path / "corpus").exists()
 
@@ -143,7 +143,7 @@ def test_sizes_that_cannot_be_are_refused_before_anything_is_written(tmp_path, s
 def test_a_full_disk_is_told_before_hours_are_spent(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=3 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=r"3 MiB free and the corpus needs about 191 MiB"):
+    with pytest.raises(OSError, match=r"3 MiB free, but the corpus needs about 191 MiB"):
         build(tmp_path, {"train": 1000})
     assert list(tmp_path.iterdir()) == []
 
@@ -195,5 +195,5 @@ def test_a_speaker_that_is_killed_is_told(monkeypatch):
     speaker.row(1)
     speaker.process.kill()
     monkeypatch.setattr(nano_speech, "LOADS", 9)
-    with pytest.raises(ChildProcessError, match="ended with -9"):
+    with pytest.raises(ChildProcessError, match="ended with exit code -9"):
         speaker.row(2)

@@ -126,10 +126,10 @@ def test_a_clip_takes_as_many_tokens_as_are_heard_of_it():
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([5, 9, 8, 7], "token 2 of the prompt is 8, its text says 6"),
-        ([1, 5, 9, 6, 7], "token 0 of the prompt is 1, its text says 5"),  # a second BOS
-        ([5, 9, 6, 7, 7], "token 4 of the prompt is 7, its text says None"),
-        ([5, 9, 6], "the prompt ends after 3 tokens, its text goes on"),
+        ([5, 9, 8, 7], "token 2 of the prompt is 8, but 6 in its text"),
+        ([1, 5, 9, 6, 7], "token 0 of the prompt is 1, but 5 in its text"),  # a second BOS
+        ([5, 9, 6, 7, 7], "token 4 of the prompt is 7, but None in its text"),
+        ([5, 9, 6], "the prompt ends after 3 tokens, but its text is longer"),
     ],
 )
 def test_another_prompt_than_was_taken_apart_is_refused(prompt, message):
