@@ -56,12 +56,11 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 def settings_of(*arguments) -> dict:
     """Return the arguments of the recipe that the loss curve depends on."""
-    found = {}
+    settings = {}
     for part in arguments:
-        values = part.to_dict() if hasattr(part, "to_dict") else dataclasses.asdict(part)
-        found |= {name: value for name, value in values.items() if name not in FREE}
-    found = {name: value for name, value in found.items() if not name.startswith(FREE_PREFIXES)}
-    return json.loads(json.dumps(found, default=str))
+        settings |= part.to_dict() if hasattr(part, "to_dict") else dataclasses.asdict(part)
+    fixed = {n: value for n, value in settings.items() if n not in FREE and not n.startswith(FREE_PREFIXES)}
+    return json.loads(json.dumps(fixed, default=str))
 
 
 def contents_of(script_args, model_args, corpus: Corpus | None = None) -> dict[str, str]:
@@ -71,10 +70,10 @@ def contents_of(script_args, model_args, corpus: Corpus | None = None) -> dict[s
         script_args, model_args: arguments of the recipe.
         corpus: corpus of the training, if its clips do not come from a set.
     """
-    found = {name: content_of(getattr(script_args, name)) for name in ("audio", "text")}
-    found["model_name_or_path"] = content_of(model_args.model_name_or_path, model_args.model_revision)
-    found["dataset_name"] = corpus.revision if corpus else content_of(script_args.dataset_name, repo_type="dataset")
-    return {f"content of {name}": content for name, content in found.items() if content is not None}
+    contents = {name: content_of(getattr(script_args, name)) for name in ("audio", "text")}
+    contents["model_name_or_path"] = content_of(model_args.model_name_or_path, model_args.model_revision)
+    contents["dataset_name"] = corpus.revision if corpus else content_of(script_args.dataset_name, repo_type="dataset")
+    return {f"content of {name}": content for name, content in contents.items() if content is not None}
 
 
 def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_process: bool = True) -> str | None:
@@ -131,8 +130,8 @@ def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_pro
 
 def _changes(before: dict, now: dict) -> list[str]:
     """Return the changed settings, except those that only one side has, as other versions have other settings."""
-    known = {name: value for name, value in before.items() if name in now}
-    changed = differences(known, {name: now[name] for name in known})
+    common = before.keys() & now.keys()
+    changed = differences(*({name: settings[name] for name in common} for settings in (before, now)))
     return [f"{name} was {was}, now {value}" for name, (was, value) in changed.items()]
 
 

@@ -29,10 +29,10 @@ from recipes.training.alignment import (
     Slot,
     alignment_rows,
     ctc_loss,
-    known_pieces,
     needs_alignment,
     piece_counts,
     speech_tokens_needed,
+    text_pieces,
 )
 from recipes.training.checkpoints import last_checkpoint
 
@@ -137,7 +137,7 @@ def test_a_clips_loss_does_not_depend_on_its_neighbours():
 
 
 def test_a_reading_merges_repeats_and_drops_blanks(small_lsm, processor, monkeypatch):
-    pieces = known_pieces(processor, 300)
+    pieces = text_pieces(processor, 300)
     model = AlignmentModel(small_lsm, pieces)
     places, lengths = torch.tensor([0, 5, 5, 0, 5, 7, 7]), torch.tensor([4, 3])
     log_probs = torch.nn.functional.one_hot(places, 9).float()
@@ -147,7 +147,7 @@ def test_a_reading_merges_repeats_and_drops_blanks(small_lsm, processor, monkeyp
 
 def test_windows_are_cut_elsewhere_and_clips_keep_their_tokens(small_lsm, processor):
     """Of 25 speech tokens per second, from windows of two frames: shifted by both, all but the first are as before."""
-    model, pieces = AlignmentModel(small_lsm, known_pieces(processor, 300)), torch.arange(20, 30)
+    model, pieces = AlignmentModel(small_lsm, text_pieces(processor, 300)), torch.arange(20, 30)
     dataset = alignment_rows(
         concatenate_datasets([clips_of(SAID[:2], 1.2), clips_of(["so be it"], 32.0)]), processor, 300
     )
@@ -191,7 +191,7 @@ def test_the_pieces_are_those_of_the_prompt(processor, instruction_first, monkey
 
 
 def test_no_piece_is_a_special_token(processor):
-    pieces = set(known_pieces(processor, 300).tolist())
+    pieces = set(text_pieces(processor, 300).tolist())
     special = {*processor.tokenizer.all_special_ids, processor.audio_token_id}
     assert not pieces & special and len(pieces) == len(processor.tokenizer) - len(special)
 
@@ -213,7 +213,7 @@ def test_clips_that_cannot_be_aligned_are_counted_and_said(processor, caplog):
 
 def test_a_step_chooses_among_its_own_pieces_and_others_of_the_set(processor, clips):
     rows = alignment_rows(clips, processor, 300)
-    pieces = known_pieces(processor, 300)
+    pieces = text_pieces(processor, 300)
     counts = piece_counts(rows, pieces, 300)
     assert counts[pieces].min() == 1 and counts.sum() == len(pieces) + sum(map(len, rows["pieces"]))
     collate = AlignmentCollator(processor, counts=counts, others=20)
@@ -231,7 +231,7 @@ def test_a_step_chooses_among_its_own_pieces_and_others_of_the_set(processor, cl
 
 
 def test_a_small_vocabulary_is_chosen_from_as_a_whole(processor, clips):
-    rows, pieces = alignment_rows(clips, processor, 300), known_pieces(processor, 300)
+    rows, pieces = alignment_rows(clips, processor, 300), text_pieces(processor, 300)
     batch = AlignmentCollator(processor, counts=piece_counts(rows, pieces, 300))(list(rows))
     assert sorted(batch["pieces"].tolist()) == pieces.tolist()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
+from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, non_defaults
 from recipes.training.command_line import parse
 from recipes.training.models import check_model, load_model
 
@@ -125,7 +125,7 @@ def test_half_precision_is_asked_for_where_it_can_be_had(tmp_path):
 
 def test_a_card_has_what_was_said_and_no_more(tmp_path):
     training = LsmTrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, use_cpu=True, max_steps=5)
-    found = given(LsmScriptArguments(dataset_name="mine", llm="lora"), training, ModelConfig(lora_r=4))
+    found = non_defaults(LsmScriptArguments(dataset_name="mine", llm="lora"), training, ModelConfig(lora_r=4))
     expected = {"dataset_name": "mine", "llm": "lora", "learning_rate": 1e-3, "max_steps": 5, "lora_r": 4}
     assert expected.items() <= found.items()
     assert not {"weight_decay", "seed", "max_length", "dataset_kwargs"} & set(found)
