@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, WhisperConfig
 
 from benchmarks import comparing, generation, growth, inference, same_loss, training, workloads
-from benchmarks.comparing import Found, Setup
+from benchmarks.comparing import Results, Setup
 from benchmarks.contestants import CONTESTANTS, LEVERS, Ours
 from benchmarks.workloads import WORKLOADS, Row, draw_rows, grouped_batches, representative, static_batches
 
@@ -131,7 +131,7 @@ def test_training_gives_the_contracts_ratios(run, capsys, tmp_path):
         assert ratios.keys() == {"librispeech", "common_voice"} and min(ratios.values()) > 0
     assert found["limit"]["librispeech"].keys() == {"tower", "projector", "LLM", "head", "step"}
     printed = capsys.readouterr().out
-    assert "| original |" in printed and "1 threads" in printed and "of the matrix-product rate" in printed
+    assert "| original |" in printed and "1 threads" in printed and "relative to a matrix product" in printed
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
@@ -155,7 +155,7 @@ def test_generation_asks_once_and_one_by_one(run, monkeypatch):
 
 
 def test_ratios_are_of_the_same_round():
-    found = Found("a machine", "steps")
+    found = Results("a machine", "steps")
     found.add("ours", "librispeech", [1.0, 2.0, 4.0])
     found.add("original", "librispeech", [3.0, 4.0, 12.0])
     summary = found.summary()

@@ -117,7 +117,7 @@ def test_a_clip_that_the_llm_has_no_positions_for_is_refused():
 
 def test_several_gpus_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="2 GPUs are visible; expected one: set CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(ValueError, match="2 GPUs are visible; expected one. Set CUDA_VISIBLE_DEVICES=0"):
         Bench(Sweep(**TINY), str(tmp_path))
 
 
