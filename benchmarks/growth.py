@@ -36,7 +36,6 @@ from recipes.training.rows import RowSizes
 from recipes.training.throughput import peak_memory
 
 CPU = torch.device("cpu")
-WINDOW = 17
 
 
 def ours(dtype: torch.dtype = torch.float32, **settings) -> Ours:

@@ -38,43 +38,11 @@ logger = logging.getLogger(__name__)
 
 _LANGUAGES = ("en-us", "en", "en-gb-x-rp", "en-us-nyc", "en-gb-x-gbclan", "en-029")
 _VARIANTS = (
-    *(
-        "f1",
-        "f3",
-        "f4",
-        "m1",
-        "m2",
-        "m4",
-        "m5",
-        "m6",
-        "m8",
-        "Alex",
-        "Alicia",
-        "Andy",
-        "Annie",
-        "Denis",
-        "Gene",
-        "Jacky",
-    ),
-    *("Lee", "Mario", "Michael", "Mike", "Reed", "adam", "aunty", "belinda", "benjamin", "caleb", "david", "ed"),
-    *(
-        "edward",
-        "grandma",
-        "grandpa",
-        "ian",
-        "iven",
-        "john",
-        "klatt",
-        "linda",
-        "max",
-        "paul",
-        "quincy",
-        "rob",
-        "robert",
-    ),
-    *("shelby", "steph", "travis", "victor", "zac"),
+    "f1 f3 f4 m1 m2 m4 m5 m6 m8 Alex Alicia Andy Annie Denis Gene Jacky Lee Mario Michael Mike Reed adam aunty "
+    "belinda benjamin caleb david ed edward grandma grandpa ian iven john klatt linda max paul quincy rob "
+    "robert shelby steph travis victor zac"
 )
-TRAIN_VOICES = tuple(f"{language}+{variant}" for language in _LANGUAGES for variant in _VARIANTS)
+TRAIN_VOICES = tuple(f"{language}+{variant}" for language in _LANGUAGES for variant in _VARIANTS.split())
 TEST_VOICES = ("en-us+f2", "en-us+m3", "en-gb-x-rp+f5", "en-us+m7")
 FEATURES = Features(
     {

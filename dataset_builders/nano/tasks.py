@@ -14,7 +14,6 @@ from dataset_builders.corpora.transcripts import bare_words
 from dataset_builders.nano.grammar import Sentence, lexicon
 
 POOL_PATH = Path(__file__).with_name("instructions.yaml")  # the instructions of each task
-FOLLOWING_TASKS = ("continuation", "repetition", "keyword", "intent", "sentiment", "translation")
 # No training row of an LSM has these tasks. `spanish_who` asks for an answer in Spanish, and `numbered` for a list.
 UNSEEN_TASKS = ("question_who", "question_what", "question_circumstance", "question_deed", "spanish_who", "numbered")
 

@@ -6,10 +6,11 @@ import random
 import pytest
 
 from dataset_builders.corpora.transcripts import bare_words
+from dataset_builders.instructions import SELF_POWERED_TASKS
 from dataset_builders.nano.grammar import SPLITS, sample_sentence
-from dataset_builders.nano.tasks import FOLLOWING_TASKS, UNSEEN_TASKS, answers, is_correct
+from dataset_builders.nano.tasks import UNSEEN_TASKS, answers, is_correct
 
-TASKS = [*FOLLOWING_TASKS, "transcription", "reply", *UNSEEN_TASKS]
+TASKS = [*SELF_POWERED_TASKS, "transcription", "reply", *UNSEEN_TASKS]
 SPOKEN = "the farmer proudly repaired the old clock in the attic"
 
 
