@@ -1,4 +1,4 @@
-"""What cannot be used is refused with the place where it stands and the reason, and nothing else is lost."""
+"""An utterance that cannot be used is refused with its place and the reason, and all others are read."""
 
 import json
 import os
@@ -59,7 +59,7 @@ BAD_LINES = {
 
 @pytest.fixture
 def files(tmp_path):
-    """A folder `asr` of audio that is good, and bad in several ways; and a secret beside it."""
+    """Make a folder `asr` with one good audio file and several bad ones, and a secret file beside the folder."""
     piped = bytearray(clip(0, "FLAC"))
     piped[8 + 13] &= 0xF0  # the 36 bits of the header that count the samples
     piped[8 + 14 : 8 + 18] = bytes(4)
@@ -78,7 +78,7 @@ def test_a_bad_line_is_refused_by_its_number_and_the_others_are_read(files, bad)
     assert places(refused) == [("speech.jsonl line 2", reason)]
     with pytest.raises(RefusedRowError, match=rf"^speech.jsonl line 2: {reason}: .*{message}"):
         raise refused[0]
-    str(refused[0]).encode()  # a log can take it
+    str(refused[0]).encode()  # a log can print it
 
 
 @pytest.mark.parametrize(
