@@ -269,8 +269,8 @@ def _count(survey: Survey, task: str, path: Path, batch: pa.RecordBatch) -> None
     columns, seconds = table.to_pydict(), table["duration"].to_numpy()
     if not ((seconds >= 0) & (seconds < np.inf)).all():
         raise ValueError(f"{path}: a duration is negative or not a number; expected seconds.")
-    if strangers := set(columns["task"]) - {task}:
-        raise ValueError(f"{path} has rows of task {min(strangers)!r}; expected only {task!r}.")
+    if others := set(columns["task"]) - {task}:
+        raise ValueError(f"{path} has rows of task {min(others)!r}; expected only {task!r}.")
     transcript_words, response_words = (
         np.array([len(text.split()) for text in columns[name]], dtype=np.int64) for name in ("transcript", "response")
     )

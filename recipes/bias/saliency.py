@@ -114,7 +114,7 @@ def response_loss(llm: SpeechLLM, batch: TeacherForcedBatch) -> torch.Tensor:
     Tokens that are suppressed in generation have no probability, because their rows in the head may be arbitrary.
     """
     ids = batch.inputs["input_ids"]
-    never = torch.tensor(llm.model.generation_config.suppress_tokens or [], dtype=torch.long, device=ids.device)
+    suppressed = torch.tensor(llm.model.generation_config.suppress_tokens or [], dtype=torch.long, device=ids.device)
     spans = [batch.queries(row) for row in range(len(batch.lengths))]
     positions = sorted({place for span in spans for place in range(span.start, span.stop)})
     kept = torch.tensor(positions, device=ids.device)
@@ -122,7 +122,7 @@ def response_loss(llm: SpeechLLM, batch: TeacherForcedBatch) -> torch.Tensor:
     losses = []
     for row, span in enumerate(spans):
         first = positions.index(span.start)
-        predicted = logits[row, first : first + span.stop - span.start].float().index_fill(-1, never, -torch.inf)
+        predicted = logits[row, first : first + span.stop - span.start].float().index_fill(-1, suppressed, -torch.inf)
         losses.append(torch.nn.functional.cross_entropy(predicted, ids[row, span.start + 1 : span.stop + 1]))
     return torch.stack(losses).sum()
 

@@ -92,7 +92,8 @@ class AlignmentModel(nn.Module):
         input_features_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """
+        """Return the loss of a batch of clips.
+
         Args:
             labels: `(sum of label_lengths,)` int64, the pieces of all transcripts, one transcript after the other, as
                 indices of `pieces` plus one.

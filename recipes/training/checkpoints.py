@@ -76,14 +76,14 @@ def contents_of(script_args, model_args, corpus: Corpus | None = None) -> dict[s
     return {f"content of {name}": content for name, content in contents.items() if content is not None}
 
 
-def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_process: bool = True) -> str | None:
+def find_checkpoint(output_dir: str, settings: dict, resume_from: str | None, main_process: bool = True) -> str | None:
     """Return the checkpoint to resume from, the last complete one in the training's folder; None to start.
 
     Args:
         output_dir: folder of the training.
         settings: `settings_of` and `contents_of` the training; they are saved beside the checkpoints.
-        asked: `--resume_from_checkpoint`: a checkpoint's folder, `true` for the last one even with other settings, or
-            `false` to start again.
+        resume_from: `--resume_from_checkpoint`: a checkpoint's folder, `true` for the last one even with other
+            settings, or `false` to start again.
         main_process: whether this process writes.
 
     Raises:
@@ -95,22 +95,22 @@ def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_pro
         raise ValueError(
             f"{output_dir} holds checkpoints of another program ({RUN} is missing); name another --output_dir."
         )
-    if asked and asked.lower() not in ("true", "false"):
-        if not (Path(asked) / COMPLETE).is_file():
+    if resume_from and resume_from.lower() not in ("true", "false"):
+        if not (Path(resume_from) / COMPLETE).is_file():
             raise ValueError(
-                f"--resume_from_checkpoint {asked} is not a complete checkpoint; the last complete one in "
+                f"--resume_from_checkpoint {resume_from} is not a complete checkpoint; the last complete one in "
                 f"{output_dir} is {last}."
             )
-        last = Path(asked)
-    elif asked and asked.lower() == "false":
+        last = Path(resume_from)
+    elif resume_from and resume_from.lower() == "false":
         last = None
-    elif asked and last is None:
+    elif resume_from and last is None:
         raise ValueError(
-            f"--resume_from_checkpoint {asked}: {output_dir} has no complete checkpoint; leave the option out to start "
-            "a new training."
+            f"--resume_from_checkpoint {resume_from}: {output_dir} has no complete checkpoint; leave the option out to "
+            "start a new training."
         )
     elif (
-        not asked
+        not resume_from
         and last
         and run.is_file()
         and (changes := _changes(json.loads(run.read_text(encoding="utf-8")), settings))

@@ -166,14 +166,14 @@ def count_tasks(dataset: Dataset) -> dict[str, int]:
 
 
 class RowSizes:
-    """Measures rows without decoding audio: texts are tokenised, and the length of a clip comes from `duration`."""
+    """Measures rows without decoding audio: texts are tokenised, and the length of a clip comes from `duration`.
+
+    Args:
+        processor: the LSM's processor.
+        context: number of positions of the LLM, None if unknown.
+    """
 
     def __init__(self, processor: LsmProcessor, context: int | None = None):
-        """
-        Args:
-            processor: the LSM's processor.
-            context: number of positions of the LLM, None if unknown.
-        """
         self.processor, self.context = processor, context
         bare = render_prompt(processor, {"instruction": ""})
         self.template = len(processor.tokenizer(bare, add_special_tokens=False).input_ids) - 1  # the placeholder
