@@ -15,6 +15,7 @@ from recipes.evaluation import following
 from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import SpeechLLM
 from recipes.reporting import figures
+from recipes.reporting.markdown import percent
 from recipes.reporting.page import Facts, Picture, Table, Text, write_page
 
 logger = logging.getLogger(__name__)
@@ -121,9 +122,6 @@ DEFINITIONS = (
 
 
 def _behaviour(biases: dict[str, dict]) -> list[list[str]]:
-    def percent(value):
-        return "–" if value is None else f"{100 * value:.1f} %"
-
     return [
         [name, percent(bias.get("following")), percent(bias.get("transcript_copy")), str(bias["rows"])]
         for name, bias in biases.items()

@@ -34,7 +34,8 @@ from recipes.evaluation.tasks import load_tasks, override
 from recipes.listening.composing import compose
 from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import load
-from recipes.nano.report import COMPARED, NAMES, SHORT, percent, scores_of, write_report
+from recipes.nano.report import COMPARED, NAMES, SHORT, scores_of, write_report
+from recipes.reporting.markdown import percent
 from recipes.studies.stages import die_with_parent
 from recipes.training.alignment import FOLDER as ALIGNMENT
 from recipes.training.callbacks import FOLLOWING, LOG

@@ -15,7 +15,7 @@ from dataset_builders.nano.tasks import UNSEEN_TASKS
 from recipes.evaluation.pages import STYLES, playable
 from recipes.evaluation.tables import NOTE, comparisons, summary
 from recipes.reporting import figures
-from recipes.reporting.markdown import to_markdown
+from recipes.reporting.markdown import percent, to_markdown
 from recipes.reporting.page import Examples, Facts, Picture, Table, Text, write_page
 from recipes.training.alignment import FOLDER as ALIGNMENT
 from recipes.training.callbacks import FOLLOWING, LOG
@@ -36,10 +36,6 @@ LABELS = {
 SHORT = {name: label.partition(":")[0] for name, label in LABELS.items()}
 COMPARED = ("text_llm", "cascade", "self_powered", "paper", "vanilla")
 LSMS = COMPARED[2:]
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def scores_of(scored: Mapping) -> dict:

@@ -14,7 +14,8 @@ from dataset_builders.files import append_lines
 from dataset_builders.nano.tasks import UNSEEN_TASKS
 from recipes.nano import quickstart
 from recipes.nano.quickstart import LiveTable, Quickstart, Stages, check_folder, run_trainings
-from recipes.nano.report import COMPARED, LABELS, percent, table
+from recipes.nano.report import COMPARED, LABELS, table
+from recipes.reporting.markdown import percent
 from recipes.training.callbacks import FOLLOWING, LOG
 
 
