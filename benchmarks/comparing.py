@@ -96,12 +96,12 @@ def take_turns(jobs: dict[str, list[Job]], rounds: int, device: torch.device) ->
 
     Before the rounds, each contestant does its first job once. Each round begins with another contestant.
     """
-    for own in jobs.values():
-        own[0]()
+    for first, *_ in jobs.values():
+        first()
     names, seconds = list(jobs), {name: [] for name in jobs}
     for turn in tqdm(range(rounds), desc="rounds", leave=False):
         for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
-            seconds[name].append(seconds_of(lambda own=jobs[name]: [job() for job in own], device))
+            seconds[name].append(seconds_of(lambda todo=jobs[name]: [job() for job in todo], device))
     return seconds
 
 

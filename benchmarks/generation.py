@@ -49,8 +49,8 @@ def questions(ours: Ours) -> dict[str, list]:
 def decode_limit(ours: Ours, tokens: int = 64, repeats: int = 3) -> dict[str, float]:
     """Return the rate at which weights are read while decoding, relative to the memory bandwidth, by kind of cache."""
     llm, prompt = ours.model.model.language_model, ours.prompts([Row(5.0, 0)])
-    read = [*llm.layers.parameters(), ours.model.lm_head.weight]
-    floor = sum(weight.numel() * weight.element_size() for weight in read) / bandwidth(ours.device, ours.dtype)
+    weights = [*llm.layers.parameters(), ours.model.lm_head.weight]
+    floor = sum(weight.numel() * weight.element_size() for weight in weights) / bandwidth(ours.device, ours.dtype)
     ways = {"dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}}
     if ours.device.type == "cuda":
         ways["compiled"] = {"cache_implementation": "static"}

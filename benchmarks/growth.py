@@ -114,10 +114,10 @@ def measure(line: str, size: int, repeats: int) -> dict[str, float]:
     return {"size": size, "seconds": best, "gib": peak_memory(CPU) - before}
 
 
-def power(points: list[dict[str, float]], of: str) -> float:
+def power(points: list[dict[str, float]], figure: str) -> float:
     """Return the slope between the last two points, on logarithmic axes."""
     first, last = points[-2:]
-    return math.log(last[of] / first[of]) / math.log(last["size"] / first["size"])
+    return math.log(last[figure] / first[figure]) / math.log(last["size"] / first["size"])
 
 
 def table(results: dict) -> str:

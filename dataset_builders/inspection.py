@@ -245,7 +245,7 @@ def _files(folder: str | Path) -> dict[str, list[Path]]:
             f"{folder} has no data/TASK/*.parquet; expected a folder that `python -m dataset_builders.self_powered "
             "build` wrote."
         )
-    return {task: list(mine) for task, mine in itertools.groupby(paths, key=lambda path: path.parent.name)}
+    return {task: list(files) for task, files in itertools.groupby(paths, key=lambda path: path.parent.name)}
 
 
 @contextmanager

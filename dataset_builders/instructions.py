@@ -70,17 +70,17 @@ def load_pool(path: str | Path | None = None, slots: Mapping[str, Sequence[str]]
     if trouble := _trouble_in_slots(slots):
         raise ValueError(f"{path}: {trouble}")
     pool = {str(name): _read_task(str(name), fields, slots, path) for name, fields in content["tasks"].items()}
-    known = {slot for fields in content["tasks"].values() for slot in fields.get("slots", {})}
-    if unknown := sorted(set(slots) - known):
-        raise ValueError(f"{path}: no task has the slot {unknown[0]!r}; there are {sorted(known)}")
+    all_slots = {slot for fields in content["tasks"].values() for slot in fields.get("slots", {})}
+    if unknown := sorted(set(slots) - all_slots):
+        raise ValueError(f"{path}: no task has the slot {unknown[0]!r}; there are {sorted(all_slots)}")
     places: dict[str, str] = {}  # paraphrase -> its first place
     for task in pool.values():
         lines = [("seen", line) for line in task.seen] + [("held_out", line) for line in task.held_out]
         for split, line in lines if not task.without_instruction else ():
-            here = f"{task.name}.{split}"
+            place = f"{task.name}.{split}"
             if first := places.get(line.casefold()):
-                raise ValueError(f"{path}: task {task.name!r}: {line!r} is a duplicate, in {first} and {here}")
-            places[line.casefold()] = here
+                raise ValueError(f"{path}: task {task.name!r}: {line!r} is a duplicate, in {first} and {place}")
+            places[line.casefold()] = place
     return pool
 
 
@@ -90,7 +90,7 @@ def _read_task(name: str, fields: object, slots: Mapping[str, Sequence[str]], pa
         raise ValueError(f"{path}: task {name!r}: expected a name of letters, digits, - and _, other than 'all'")
     if trouble := _trouble(fields):
         raise ValueError(f"{path}: task {name!r}: {trouble}")
-    values = {slot: slots.get(slot, given) for slot, given in fields.get("slots", {}).items()}
+    values = {slot: slots.get(slot, choices) for slot, choices in fields.get("slots", {}).items()}
     fillings = [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
     written = {split: [""] for split in SPLITS} if fields.get("without_instruction") else fields
     lines = {

@@ -34,9 +34,9 @@ def duration_of(audio: dict) -> float:
         raise ValueError(f"{audio.get('path') or 'the audio'} has no length in its header; convert the file again.")
     seconds = info.frames / info.samplerate
     if promise := _PROMISE.search(info.extra_info):
-        said, there = map(int, promise.groups())
-        if said < _STREAMED:
-            _check_whole(audio, seconds, seconds * said / max(there, 1))
+        promised, existing = map(int, promise.groups())
+        if promised < _STREAMED:
+            _check_whole(audio, seconds, seconds * promised / max(existing, 1))
     return seconds
 
 

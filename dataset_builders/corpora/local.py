@@ -125,14 +125,14 @@ class AudioFolder(FileCorpus):
     )
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:
-        tables, read = self._find("metadata.jsonl") or self._find("metadata.csv"), self._metadata_lines
+        tables, read_lines = self._find("metadata.jsonl") or self._find("metadata.csv"), self._metadata_lines
         if not tables:
-            tables, read = self._find("*.trans.txt"), self._chapter_lines
+            tables, read_lines = self._find("*.trans.txt"), self._chapter_lines
         if not tables:
             yield from self._sidecar_lines()
             return
         named = set()
-        for where, line in itertools.chain.from_iterable(map(read, tables)):
+        for where, line in itertools.chain.from_iterable(map(read_lines, tables)):
             texts = line.values() if isinstance(line, dict) else ()
             named.update(os.path.normpath(self.data_root / text) for text in texts if _is_audio(text))
             yield where, line

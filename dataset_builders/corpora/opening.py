@@ -130,11 +130,11 @@ class HubCorpus(Corpus):
         *inside, file = path.split("::")
         if self.folder is not None:
             file = os.path.normpath(self.folder / file)
-            own = Path(file).is_relative_to(self.folder)
+            is_inside = Path(file).is_relative_to(self.folder)
         else:
-            own = file.startswith((f"hf://datasets/{self.name}@", f"hf://datasets/{self.name}/"))
-            own = own and ".." not in file.split("/")
-        if not own or not all(hop.startswith("zip://") for hop in inside):
+            is_inside = file.startswith((f"hf://datasets/{self.name}@", f"hf://datasets/{self.name}/"))
+            is_inside = is_inside and ".." not in file.split("/")
+        if not is_inside or not all(hop.startswith("zip://") for hop in inside):
             root = (
                 f"under {self.folder}; a build takes another --data-root" if self.folder else f"a file of {self.name}"
             )

@@ -96,8 +96,8 @@ class Sentence:
         parts = {name: next((word for word in words if word in slot), None) for name, slot in slots.items()}
         phrases = (phrase for phrase in lex.circumstances if transcript.endswith(" " + phrase))
         sentence = cls(**parts, circumstance=next(phrases, None))
-        whole = all((sentence.subject, sentence.verb, sentence.object, sentence.circumstance))
-        if not whole or str(sentence) != " ".join(words):
+        is_complete = all((sentence.subject, sentence.verb, sentence.object, sentence.circumstance))
+        if not is_complete or str(sentence) != " ".join(words):
             raise ValueError(
                 f"{transcript!r} is not a sentence of the nano language; expected "
                 "'the SUBJECT [ADVERB] VERB the [ADJECTIVE] OBJECT CIRCUMSTANCE' with words of lexicon.yaml."

@@ -82,8 +82,8 @@ def _visible(mask: torch.Tensor | None, row: int, rows: slice, length: int, devi
     """Return which keys each query sees, `(queries, keys)` bool; without a mask, those up to its own position."""
     if mask is None:
         return torch.arange(length, device=device) <= torch.arange(rows.start, rows.stop, device=device)[:, None]
-    seen = mask[min(row, mask.shape[0] - 1), 0, rows, :length]
-    return seen if seen.dtype == torch.bool else seen == 0
+    part = mask[min(row, mask.shape[0] - 1), 0, rows, :length]
+    return part if part.dtype == torch.bool else part == 0
 
 
 @contextlib.contextmanager
@@ -117,8 +117,7 @@ def response_loss(llm: SpeechLLM, batch: TeacherForcedBatch) -> torch.Tensor:
     suppressed = torch.tensor(llm.model.generation_config.suppress_tokens or [], dtype=torch.long, device=ids.device)
     spans = [batch.queries(row) for row in range(len(batch.lengths))]
     positions = sorted({place for span in spans for place in range(span.start, span.stop)})
-    kept = torch.tensor(positions, device=ids.device)
-    logits = llm.logits(batch.inputs, kept)
+    logits = llm.logits(batch.inputs, torch.tensor(positions, device=ids.device))
     losses = []
     for row, span in enumerate(spans):
         first = positions.index(span.start)

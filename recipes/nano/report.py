@@ -42,13 +42,13 @@ def scores_of(scored: Mapping) -> dict:
     """Return the figures of a system's results (`evaluation/results.py`) that the report shows: `tasks`, the share of
     right answers to each; `following` (or `right`, for never-trained kinds) and its `_interval`; `transcript_copy`; and
     `wer`. Figures that were not measured are left out."""
-    whole, parts = scored["figures"], scored.get("parts", {})
+    measured, parts = scored["figures"], scored.get("parts", {})
     scores: dict = {"tasks": {name: part["figures"]["right"]["value"] for name, part in parts.items()}}
     for name in ("following", "right", "transcript_copy"):
-        if name in whole:
-            scores[name] = whole[name]["value"]
-    for name in {"following", "right"} & set(whole):
-        scores[f"{name}_interval"] = [round(whole[name][side], 4) for side in ("low", "high")]
+        if name in measured:
+            scores[name] = measured[name]["value"]
+    for name in {"following", "right"} & set(measured):
+        scores[f"{name}_interval"] = [round(measured[name][side], 4) for side in ("low", "high")]
     if "transcription" in parts:
         scores["wer"] = parts["transcription"]["figures"]["wer"]["value"]
     return scores
@@ -87,11 +87,11 @@ def _kinds(report: dict) -> tuple[list[str], list[list[str]]]:
 
 def _attention(biases: Mapping[str, dict]) -> tuple[list[str], list[list[str]]]:
     """Return a table of the shares of saliency and attention, means over the layers."""
-    figures = {"saliency": "layers", "attention": "attention", "per token": "per_token"}
-    columns = [(title, role) for title in figures for role in ("instruction", "speech")]
+    keys = {"saliency": "layers", "attention": "attention", "per token": "per_token"}
+    columns = [(title, role) for title in keys for role in ("instruction", "speech")]
     lines = []
     for name, bias in biases.items():
-        means = [float(np.mean([layer[role] for layer in bias[figures[title]]])) for title, role in columns]
+        means = [float(np.mean([layer[role] for layer in bias[keys[title]]])) for title, role in columns]
         lines.append([SHORT[name], *map(percent, means[:4]), *(f"{mean:.2f}" for mean in means[4:])])
     return ["", *(f"{title}, {role}" for title, role in columns)], lines
 

@@ -50,8 +50,8 @@ class WholeCheckpoints:
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """Return the last complete checkpoint in a training's folder, None if there is none."""
-    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def settings_of(*arguments) -> dict:
