@@ -29,10 +29,7 @@ def peak_memory(llm: str, rows: int, threads: int) -> float:
         options = ["--llm", llm, "--limit", str(rows), "--tasks-per-utterance", "7", "--output", f"{folder}/set"]
         with open(f"{folder}/log", "w") as log:
             process = subprocess.Popen(
-                [*COMMAND, *options],
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                [*COMMAND, *options], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
             )
             _, status, usage = os.wait4(process.pid, 0)
         if code := os.waitstatus_to_exitcode(status):

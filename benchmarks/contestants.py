@@ -27,15 +27,7 @@ from transformers import (
     VoxtralForConditionalGeneration,
 )
 
-from benchmarks.workloads import (
-    MELS,
-    SIZES,
-    Row,
-    draw_rows,
-    grouped_batches,
-    representative,
-    static_batches,
-)
+from benchmarks.workloads import MELS, SIZES, Row, draw_rows, grouped_batches, representative, static_batches
 from configuration_lsm import LsmConfig, num_audio_tokens
 from modeling_lsm import LsmForConditionalGeneration, LsmWindowAttention
 from recipes.training.costs import Costs

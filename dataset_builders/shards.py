@@ -60,10 +60,7 @@ class Worker(NamedTuple):
             step = _integer(environment, "SLURM_ARRAY_TASK_STEP") if "SLURM_ARRAY_TASK_STEP" in environment else 1
             first = _integer(environment, "SLURM_ARRAY_TASK_MIN")
             index = (_integer(environment, "SLURM_ARRAY_TASK_ID") - first) // step
-            rank, world_size = (
-                index * world_size + rank,
-                world_size * _integer(environment, "SLURM_ARRAY_TASK_COUNT"),
-            )
+            rank, world_size = (index * world_size + rank, world_size * _integer(environment, "SLURM_ARRAY_TASK_COUNT"))
         if not 0 <= rank < world_size:
             raise ValueError(
                 f"the environment says rank {rank} of {world_size} processes; expected 0 to {world_size - 1}."

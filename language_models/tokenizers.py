@@ -5,12 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    WhisperFeatureExtractor,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, WhisperFeatureExtractor
 from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
 from language_models.checkpoints import checkpoint_with

@@ -106,13 +106,7 @@ class Corpus:
         for value in (id, text, audio["path"] or ""):
             if value != _printable(value):
                 raise RefusedRowError(where, "not UTF-8", f"{value!r}; convert the text to UTF-8")
-        return {
-            "id": id,
-            "audio": audio,
-            "transcript": text,
-            "duration": np.float32(duration),
-            "source": self.source,
-        }
+        return {"id": id, "audio": audio, "transcript": text, "duration": np.float32(duration), "source": self.source}
 
     def id_of(self, where: str, line: dict, audio: dict) -> str:
         """Return the corpus's id of the utterance, or its place if there is none."""

@@ -58,12 +58,7 @@ PRESETS = {
     ),
     # A release has TSV files and a folder clips/. The path of a TSV file is passed as the corpus.
     "common_voice": Preset(
-        None,
-        {"transcript": "sentence", "id": "path"},
-        "common_voice",
-        "cc0-1.0",
-        language=None,
-        audio_folder="clips",
+        None, {"transcript": "sentence", "id": "path"}, "common_voice", "cc0-1.0", language=None, audio_folder="clips"
     ),
     "gigaspeech": Preset(
         "speechcolab/gigaspeech", {"audio": "audio", "transcript": "text", "id": "segment_id"}, "gigaspeech", None

@@ -59,8 +59,7 @@ class LsmScriptArguments(ScriptArguments):
     )
     text: str | None = field(default=None, metadata={"help": "Hub id or folder of the LLM of a new LSM."})
     composition: dict | None = field(
-        default=None,
-        metadata={"help": "More options of `recipes.compose` (YAML: `window_frames: 17`, ...)."},
+        default=None, metadata={"help": "More options of `recipes.compose` (YAML: `window_frames: 17`, ...)."}
     )
     llm: str = field(
         default="frozen",
@@ -152,8 +151,7 @@ class LsmTrainingArguments(SFTConfig):
         },
     )
     response_tasks: list[str] | None = field(
-        default=None,
-        metadata={"help": "With `distill`: tasks whose rows are learned by cross-entropy instead."},
+        default=None, metadata={"help": "With `distill`: tasks whose rows are learned by cross-entropy instead."}
     )
     align_steps: int | None = field(
         default=None,

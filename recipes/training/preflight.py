@@ -25,13 +25,7 @@ from recipes.listening.composing import compose
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import Costs, count
 from recipes.training.memory import Target, estimate
-from recipes.training.models import (
-    check_model,
-    check_vocabulary,
-    drop_audio_modules,
-    prepare,
-    update_template,
-)
+from recipes.training.models import check_model, check_vocabulary, drop_audio_modules, prepare, update_template
 from recipes.training.rows import RowSizes, check_response_tasks, check_row, open_stream, refuse_foreign, task_names
 from recipes.training.throughput import GIB
 from recipes.training.trainer import LsmTrainer

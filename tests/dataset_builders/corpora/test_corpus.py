@@ -22,11 +22,7 @@ BAD_LINES = {
     "a long name": ({"audio": "a" * 5000, "text": "hi"}, "unreadable audio", "too long"),
     "no audio file": ({"audio": "junk.wav", "text": "hi"}, "unreadable audio", "cannot read junk.wav as audio: Format"),
     "an empty file": ({"audio": "empty.wav", "text": "hi"}, "unreadable audio", "cannot read empty.wav as audio"),
-    "no samples": (
-        {"audio": "still.wav", "text": "hi"},
-        "unreadable audio",
-        "still.wav has no samples; expected a",
-    ),
+    "no samples": ({"audio": "still.wav", "text": "hi"}, "unreadable audio", "still.wav has no samples; expected a"),
     "no length": ({"audio": "piped.flac", "text": "hi"}, "unreadable audio", "piped.flac has no length in its header"),
     "no path": ({"audio": "", "text": "hi"}, "no audio", "'audio' is ''; expected the path of an audio file"),
     "null path": ({"audio": None, "text": "hi"}, "no audio", "'audio' is None"),

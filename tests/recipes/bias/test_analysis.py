@@ -58,12 +58,7 @@ def check(bias: dict, layers: int, rows: int = 8) -> None:
 
 # The whole command
 
-RUNS = {
-    ("lsm", "audio"): 2,
-    ("lsm", "transcript"): 2,
-    ("text", "transcript"): 2,
-    ("qwen2_audio", "audio"): 3,
-}
+RUNS = {("lsm", "audio"): 2, ("lsm", "transcript"): 2, ("text", "transcript"): 2, ("qwen2_audio", "audio"): 3}
 
 
 @pytest.mark.parametrize(("name", "slot"), RUNS)

@@ -31,8 +31,7 @@ def moved(before, after):
 
 
 @pytest.mark.parametrize(
-    ("llm", "trained"),
-    [("full", {"projector", "language_model", "lm_head"}), ("frozen", {"projector"})],
+    ("llm", "trained"), [("full", {"projector", "language_model", "lm_head"}), ("frozen", {"projector"})]
 )
 def test_the_right_parts_change_and_the_result_can_be_loaded(llm, trained, train, lsm, rows):
     output = train(llm=llm)
