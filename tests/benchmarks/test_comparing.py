@@ -141,7 +141,7 @@ def test_inference_leaves_out_contestants_that_truncate_the_clip(run, capsys, mo
     found = run(inference, *options, "--workload", "common_voice,ten_minutes")
     assert found["ratios"]["original"].keys() == {"common_voice"}
     assert found["ratios"]["voxtral"].keys() == {"common_voice", "ten_minutes"}
-    assert "Left out of ten_minutes: original" in capsys.readouterr().out
+    assert "too long for them: original." in capsys.readouterr().out
 
 
 def test_generation_asks_once_and_one_by_one(run, monkeypatch):
