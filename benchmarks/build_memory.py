@@ -20,19 +20,16 @@ COMMAND = [sys.executable, "-m", "dataset_builders.self_powered", "build", "--co
 
 
 def peak_memory(llm: str, rows: int, threads: int) -> float:
-    """MiB that a build of so many rows takes at most.
+    """Return the peak memory in MiB of a build with this number of rows.
 
     Raises:
-        ChildProcessError: the build fails; with the end of its log.
+        ChildProcessError: the build fails. Shows the end of its log.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = ["--llm", llm, "--limit", str(rows), "--tasks-per-utterance", "7", "--output", f"{folder}/set"]
         with open(f"{folder}/log", "w") as log:
             process = subprocess.Popen(
-                [*COMMAND, *options],
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                [*COMMAND, *options], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
             )
             _, status, usage = os.wait4(process.pid, 0)
         if code := os.waitstatus_to_exitcode(status):
@@ -50,7 +47,7 @@ def main() -> None:
     peaks = {rows: peak_memory(args.llm, rows, args.threads) for rows in args.rows}
     smallest = peaks[min(peaks)]
     for rows, peak in peaks.items():
-        print(f"{rows} rows: {peak:.0f} MiB at most, {peak / smallest:.3f} of the smallest build's")
+        print(f"{rows} rows: at most {peak:.0f} MiB, {peak / smallest:.3f} times that of the smallest build")
     if args.json:
         Path(args.json).write_text(json.dumps({str(rows): peak for rows, peak in peaks.items()}), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Side-by-side timing: all contestants get the same rows in turns, and each turn gives a ratio."""
+"""Compare times: all contestants process the same rows in turns, and each turn gives a ratio."""
 
 import argparse
 import gc
@@ -22,7 +22,7 @@ Job = Callable[[], object]
 
 
 def arguments(description: str, workloads: Iterable[str]) -> argparse.ArgumentParser:
-    """The options that all comparisons have."""
+    """Return a parser with the options of all comparisons."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     commas = {"type": lambda text: text.split(",")}
     parser.add_argument("--only", default=list(PEERS), **commas, help=f"contestants: {','.join(CONTESTANTS)}")
@@ -39,14 +39,15 @@ def arguments(description: str, workloads: Iterable[str]) -> argparse.ArgumentPa
 
 @dataclass
 class Setup:
-    """What the options come to. bfloat16 on a GPU, float32 on a CPU, which is slower at anything else.
+    """Device, dtype and size of the models, from the options. The dtype is bfloat16 on a GPU, and float32 on a CPU,
+    where it is the fastest.
 
     Raises:
-        ValueError: an option that cannot be measured, by its name.
+        ValueError: an option is invalid. Names it.
     """
 
     options: argparse.Namespace
-    known: Iterable[str]
+    workloads: Iterable[str]
     device: torch.device = field(init=False)
     dtype: torch.dtype = field(init=False)
     size: str = field(init=False)
@@ -55,13 +56,10 @@ class Setup:
         options = self.options
         if options.levers:
             options.only = ["ours", *LEVERS]
-        for name, values, known in (
-            ("only", options.only, CONTESTANTS),
-            ("workload", options.workload, list(self.known)),
-        ):
-            for value in values:
-                if value not in known:
-                    raise ValueError(f"--{name} {value!r} is unknown; expected some of {','.join(known)}.")
+        for name, choices in {"only": list(CONTESTANTS), "workload": list(self.workloads)}.items():
+            for value in getattr(options, name):
+                if value not in choices:
+                    raise ValueError(f"--{name} {value!r} is unknown; expected some of {','.join(choices)}.")
         if "ours" not in options.only:
             raise ValueError(f"--only {','.join(options.only)} lacks ours, which the others are compared with.")
         if options.rounds < 1 or (options.threads or 1) < 1:
@@ -75,10 +73,11 @@ class Setup:
         self.size = options.size or ("large" if cuda else "tiny")
 
     def contestants(self) -> Iterable[list[Contestant]]:
-        """Those who take turns. On a GPU each has the memory for itself, and steady clocks make up for the turns."""
+        """Yield groups of contestants that take turns. On a GPU, each contestant is alone, so that it has all memory;
+        turns are not necessary there, because the clock rate is steady."""
         names = self.options.only
-        together = [names] if self.device.type == "cpu" else [[name] for name in names]
-        for group in together:
+        groups = [names] if self.device.type == "cpu" else [[name] for name in names]
+        for group in groups:
             yield [CONTESTANTS[name](self.size, self.device, self.dtype) for name in group]
             gc.collect()
             if self.device.type == "cuda":
@@ -93,25 +92,25 @@ def name_of(contestant: Contestant) -> str:
 
 
 def take_turns(jobs: dict[str, list[Job]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of all of a contestant's jobs together, for every round.
+    """Return the seconds that each contestant takes for all its jobs, in each round.
 
-    Everyone does its first job once beforehand; in every round someone else begins.
+    Before the rounds, each contestant does its first job once. Each round begins with another contestant.
     """
-    for own in jobs.values():
-        own[0]()
+    for first, *_ in jobs.values():
+        first()
     names, seconds = list(jobs), {name: [] for name in jobs}
     for turn in tqdm(range(rounds), desc="rounds", leave=False):
         for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
-            seconds[name].append(seconds_of(lambda own=jobs[name]: [job() for job in own], device))
+            seconds[name].append(seconds_of(lambda todo=jobs[name]: [job() for job in todo], device))
     return seconds
 
 
 @dataclass
-class Found:
+class Results:
     """Seconds by contestant, workload and round."""
 
     machine: str
-    unit: str  # what the seconds are of
+    unit: str  # the work that takes the seconds
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     more: dict = field(default_factory=dict)
@@ -120,27 +119,27 @@ class Found:
         self.seconds.setdefault(name, {})[workload] = seconds
 
     def ratios(self, name: str, workload: str) -> list[float]:
-        """Theirs over ours, round by round."""
+        """Return their seconds over ours, for each round."""
         ours, theirs = self.seconds["ours"][workload], self.seconds[name][workload]
         return [slow / fast for slow, fast in zip(theirs, ours, strict=True)]
 
     def summary(self) -> dict:
-        """`ratios`, their `spread` (least and most) and `seconds`, by contestant and workload."""
+        """Return `ratios`, their `spread` (smallest and largest) and `seconds`, by contestant and workload."""
         ratios, spread = {}, {}
         for name, workloads in self.seconds.items():
             if name != "ours":
-                found = {workload: self.ratios(name, workload) for workload in workloads}
-                ratios[name] = {workload: statistics.median(values) for workload, values in found.items()}
-                spread[name] = {workload: [min(values), max(values)] for workload, values in found.items()}
+                by_round = {workload: self.ratios(name, workload) for workload in workloads}
+                ratios[name] = {workload: statistics.median(values) for workload, values in by_round.items()}
+                spread[name] = {workload: [min(values), max(values)] for workload, values in by_round.items()}
         seconds = {
             name: {workload: statistics.median(values) for workload, values in workloads.items()}
             for name, workloads in self.seconds.items()
         }
-        found = {"machine": self.machine, "seconds_of": self.unit, "ratios": ratios, "spread": spread}
-        return {**found, "seconds": seconds, "notes": self.notes, **self.more}
+        figures = {"ratios": ratios, "spread": spread, "seconds": seconds}
+        return {"machine": self.machine, "seconds_of": self.unit, **figures, "notes": self.notes, **self.more}
 
     def table(self) -> str:
-        """Markdown: seconds, and the ratio to ours with its spread."""
+        """Return a Markdown table of the seconds, and of the ratios to ours with their spread."""
         workloads = list(self.seconds["ours"])
         lines = [["", *workloads], ["---"] * (1 + len(workloads))]
         for name, seconds in self.seconds.items():
@@ -159,7 +158,7 @@ class Found:
         return "\n".join([f"{self.unit}; {self.machine}.\n", *rows, *(f"\n{note}" for note in self.notes)])
 
     def plot(self, path: Path) -> None:
-        """The ratios as bars, ours as the line at 1."""
+        """Plot the ratios as bars, with a line at 1 for ours."""
         summary = self.summary()
         figure = Figure(figsize=(9, 1.2 + 0.5 * len(summary["ratios"])), layout="constrained")
         axes, workloads = figure.subplots(), list(self.seconds["ours"])

@@ -1,7 +1,7 @@
 """The contestants: models of similar sizes with random weights, and their inputs for the same rows.
 
-All encoders are frozen, and everything else learns. Each model runs as its users run it: its own processor, its
-`forward` and a plain `Trainer` decide batches, padding and logits.
+All encoders are frozen, and everything else learns. Batches, padding and logits are those of the model's processor, its
+`forward` and an ordinary `Trainer`.
 """
 
 import math
@@ -27,15 +27,7 @@ from transformers import (
     VoxtralForConditionalGeneration,
 )
 
-from benchmarks.workloads import (
-    MELS,
-    SIZES,
-    Row,
-    draw_rows,
-    grouped_batches,
-    representative,
-    static_batches,
-)
+from benchmarks.workloads import MELS, SIZES, Row, draw_rows, grouped_batches, representative, static_batches
 from configuration_lsm import LsmConfig, num_audio_tokens
 from modeling_lsm import LsmForConditionalGeneration, LsmWindowAttention
 from recipes.training.costs import Costs
@@ -45,14 +37,15 @@ CHUNK = 3000  # mel frames of Whisper's 30 s
 
 
 class Contestant:
-    """One model and its way with rows.
+    """A model and its inputs for rows.
 
     Args:
         size: `tiny` or `large`.
-        device, dtype: where and in what it runs.
+        device: device of the model.
+        dtype: dtype of the model.
     """
 
-    longest = math.inf  # seconds of audio that it takes
+    longest = math.inf  # seconds of the longest audio that it takes
     batches: Callable[[list[Row], int], list[list[Row]]] = staticmethod(static_batches)
 
     def __init__(self, size: str, device: torch.device, dtype: torch.dtype):
@@ -66,7 +59,7 @@ class Contestant:
         self.encoder().requires_grad_(False)
         self.model.train()
         self.model.generation_config.pad_token_id = 0
-        self.model.generation_config.eos_token_id = None  # or an answer's length would be a matter of chance
+        self.model.generation_config.eos_token_id = None  # otherwise the length of an answer would be random
 
     def make(self) -> nn.Module:
         raise NotImplementedError
@@ -75,28 +68,28 @@ class Contestant:
         return self.model.model.audio_tower
 
     def audio(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """The audio inputs of a batch, and how many tokens each row's speech takes."""
+        """Return the audio inputs of a batch, and the number of speech tokens of each row."""
         raise NotImplementedError
 
     def loss(self, batch: dict) -> torch.Tensor:
         return self.model(**batch, use_cache=False).loss
 
     def text(self, llm: type, **more):
-        """The LLM's configuration, as one of another family."""
+        """Return a configuration of another family of LLMs with the same sizes."""
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         shapes = {name: getattr(self.llama, name) for name in (*names, "max_position_embeddings")}
         return llm(**shapes, num_key_value_heads=self.llama.num_attention_heads, **more)
 
     def some_batches(self, workload: str, size: int, count: int) -> list[list[Row]]:
-        """Those of its batches that stand for all of a workload."""
+        """Return a few of its batches, which represent all batches of a workload."""
         return representative(self.batches(draw_rows(workload), size), count)
 
     def training_batch(self, rows: Sequence[Row]) -> dict:
-        """Prompts, each with its response, padded on the right, with labels."""
+        """Return a batch of prompts with their responses and labels, padded on the right."""
         return self._batch(rows, answered=True)
 
     def prompts(self, rows: Sequence[Row]) -> dict:
-        """Prompts alone, padded on the left."""
+        """Return a batch of prompts without responses, padded on the left."""
         return self._batch(rows, answered=False)
 
     def _batch(self, rows: Sequence[Row], answered: bool) -> dict:
@@ -125,7 +118,7 @@ class Contestant:
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
     def step(self, batch: dict) -> torch.Tensor:
-        """Forwards and backwards; the loss."""
+        """Run a forward and a backward pass, and return the loss."""
         loss = self.loss(batch)
         loss.backward()
         self.model.zero_grad()
@@ -133,7 +126,7 @@ class Contestant:
 
     @torch.inference_mode()
     def write(self, batch: dict, tokens: int, **settings) -> torch.Tensor:
-        """Greedy answers of so many tokens."""
+        """Generate greedy answers with this number of tokens."""
         self.model.eval()
         answer = self.model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **settings)
         self.model.train()
@@ -141,14 +134,15 @@ class Contestant:
 
     @staticmethod
     def pad_frames(features: Sequence[torch.Tensor], frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(rows, mels, frames)`, zero where nothing is, and `(rows, frames)`, 1 where something is."""
+        """Return the features, padded with zeros, `(rows, mels, frames)`, and their mask `(rows, frames)`, with 1 for
+        frames that are not padding."""
         padded = torch.stack([nn.functional.pad(row, (0, frames - row.shape[1])) for row in features])
         lengths = torch.tensor([row.shape[1] for row in features])
         return padded, (torch.arange(frames) < lengths[:, None]).long()
 
     @staticmethod
     def chunks(rows: Sequence[Row]) -> list[list[torch.Tensor]]:
-        """Each row's features, in pieces of at most 30 s."""
+        """Return the features of each row, in pieces of at most 30 s."""
         return [list(row.features().split(CHUNK, dim=1)) for row in rows]
 
 
@@ -174,7 +168,7 @@ class Ours(Contestant):
         frames = CHUNK if config.audio_padding == "max_length" else max(piece.shape[1] for piece in pieces)
         features, mask = self.pad_frames(pieces, frames)
         if config.audio_padding == "max_length":
-            mask = torch.ones_like(mask)  # silence is heard
+            mask = torch.ones_like(mask)  # the padding counts as silence
         counts = iter(
             num_audio_tokens(
                 [(length + 1) // 2 for length in mask.sum(1).tolist()],
@@ -194,7 +188,7 @@ class Ours(Contestant):
         return response_loss(logits, tokens) / len(tokens)
 
     def flops(self, rows: Sequence[Row]) -> float:
-        """Of a training step: unpadded frames and tokens, and labelled logits."""
+        """Return the useful FLOPs of a training step: those of unpadded frames, unpadded tokens and labelled logits."""
         costs, (_, counts) = Costs.of(self.model, "full"), self.audio(rows)
         frames, speech = torch.tensor([float(row.encoder_frames) for row in rows]), torch.tensor(counts)
         before, after, response = rows[0].tokens(self.vocabulary)
@@ -203,19 +197,21 @@ class Ours(Contestant):
 
 
 class ProjectsFrames(LsmWindowAttention):
-    """The Q-Former's attention as transformers and the original code have it: what ours falls back on."""
+    """The Q-Former's attention of transformers and of the original code, which projects each frame."""
 
     def _has_weights_at(self, frames: torch.Tensor) -> bool:
         return False
 
 
 def project_frames(model: LsmForConditionalGeneration) -> None:
+    """Make the Q-Former of a model project each frame."""
     for layer in model.model.projector.qformer.encoder.layer:
         layer.crossattention.attention.__class__ = ProjectsFrames
 
 
 class Original(Ours):
-    """The original code's mode: clips padded to 30 s, windows in proportion, batches as they come, all logits."""
+    """The mode of the original code: clips are padded to 30 s, windows are proportional, rows are not grouped into
+    batches, and all logits are computed."""
 
     longest = 30.0
     batches = staticmethod(static_batches)
@@ -230,7 +226,7 @@ class Original(Ours):
 
 
 class WithoutWindowAttention(Ours):
-    """Ours, projecting every frame for the Q-Former."""
+    """Ours, but every frame is projected for the Q-Former."""
 
     def make(self) -> nn.Module:
         model = super().make()
@@ -245,19 +241,19 @@ class WithoutLabelledLogits(Ours):
 
 
 class WithoutReader(Ours):
-    """Ours, with the paper's plain map in place of speech that is put into the LLM's words."""
+    """Ours without the reader of word pieces, as in the paper."""
 
     settings: ClassVar = {"pieces_per_token": 0}
 
 
 class WithoutGrouping(Ours):
-    """Ours, with batches as they come."""
+    """Ours, but rows of similar length are not grouped into batches."""
 
     batches = staticmethod(static_batches)
 
 
 class WithoutLongest(Ours):
-    """Ours, with every clip padded to 30 s; still masked."""
+    """Ours, but every clip is padded to 30 s, with a mask."""
 
     def audio(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], list[int]]:
         audio, counts = super().audio(rows)
@@ -266,7 +262,7 @@ class WithoutLongest(Ours):
 
 
 class Stored(Ours):
-    """Ours, with the tower's output read from where it was kept (`--audio_feature_store`)."""
+    """Ours, but the tower's output is read from a store (`--audio_feature_store`)."""
 
     def audio(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], list[int]]:
         audio, counts = super().audio(rows)
@@ -276,7 +272,7 @@ class Stored(Ours):
 
 
 class Qwen2Audio(Contestant):
-    """Clips padded to 30 s, 25 tokens per second."""
+    """Clips are padded to 30 s, and a second has 25 tokens."""
 
     longest = 30.0
 
@@ -315,7 +311,7 @@ def _encoder_shapes(whisper) -> dict:
 
 
 class Voxtral(Contestant):
-    """Chunks padded to 30 s, 12.5 tokens per second of them."""
+    """Chunks are padded to 30 s, and a second of a padded chunk has 12.5 tokens."""
 
     def make(self) -> nn.Module:
         encoder = VoxtralEncoderConfig(**_encoder_shapes(self.whisper))
@@ -329,7 +325,7 @@ class Voxtral(Contestant):
 
 
 class AudioFlamingo3(Contestant):
-    """Chunks padded to 30 s, 25 tokens per second."""
+    """Chunks are padded to 30 s, and a second has 25 tokens."""
 
     longest = 600.0
 
@@ -351,7 +347,8 @@ class AudioFlamingo3(Contestant):
 
 
 class GraniteSpeech(Contestant):
-    """A Conformer of as many layers, a Q-Former of our size, 10 tokens per second; padded to the longest clip."""
+    """A Conformer with as many layers and a Q-Former of our size. A second has 10 tokens, and clips are padded to the
+    longest one."""
 
     def make(self) -> nn.Module:
         width, heads = self.whisper.d_model, self.whisper.encoder_attention_heads
@@ -373,7 +370,7 @@ class GraniteSpeech(Contestant):
         return self.model.get_submodule("model.encoder" if hasattr(self.model, "model") else "encoder")
 
     def audio(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        # Two mel frames make one of its own; a window of 15 of them makes 3 tokens.
+        # Two mel frames make one encoder frame, and a window of 15 encoder frames makes 3 tokens.
         lengths = [row.encoder_frames for row in rows]
         stacked = [row.features() for row in rows]
         stacked = [nn.functional.pad(row, (0, row.shape[1] % 2)).T.reshape(-1, 2 * MELS) for row in stacked]
@@ -391,7 +388,7 @@ PEERS: dict[str, type[Contestant]] = {
     "granite_speech": GraniteSpeech,
     "audio_flamingo_3": AudioFlamingo3,
 }
-# What each of our levers is worth, and what the reader costs: ours without it (or, of the store, with it).
+# Ours without one of its optimisations, without the reader, or with a feature store.
 LEVERS: dict[str, type[Contestant]] = {
     "without_window_attention": WithoutWindowAttention,
     "without_labelled_logits": WithoutLabelledLogits,

@@ -56,9 +56,9 @@ from recipes.training.trainer import LsmTrainer
 
 WARM_UP = 3  # steps: allocation, the optimizer's state, the choice of kernels
 RATE = 16_000
-INSTRUCTION, RESPONSE = 15, 39  # words, each a token; a response ends with one more
-SPOKEN = 2.5  # words per second, of the transcript that `distill` reads
-WORDS = 200  # in the vocabulary, the special tokens aside
+INSTRUCTION, RESPONSE = 15, 39  # words, which are tokens; a response has one more token at its end
+SPOKEN = 2.5  # words per second of the transcripts, which `distill` reads
+WORDS = 200  # words of the vocabulary, without special tokens
 WORKERS = 4  # as in the recipe's configurations
 
 PRESETS = {
@@ -88,7 +88,7 @@ PRESETS = {
         "text": LlamaConfig(max_position_embeddings=4096, vocab_size=32_001),  # with the placeholder, as composed
     },
 }
-KNOWN = {
+CHOICES = {
     "preset": tuple(PRESETS),
     "llm": ("full", "lora", "frozen"),
     "objective": OBJECTIVES,
@@ -100,7 +100,7 @@ LEAST = {"batch": 1, "seconds": 0.1, "steps": 1, "workers": 0}
 
 @dataclass(frozen=True)
 class Setting:
-    """What one training is measured with."""
+    """The settings of a training that is measured."""
 
     llm: str
     objective: str
@@ -117,14 +117,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is measured; the options of the command line.
+    """The options of the command line, which decide the trainings that are measured.
 
     Raises:
-        ValueError: an option that cannot be measured, by its name.
+        ValueError: an option is invalid. Names it.
     """
 
     preset: str = "large_7b"
-    llm: tuple[str, ...] = KNOWN["llm"]
+    llm: tuple[str, ...] = CHOICES["llm"]
     objective: tuple[str, ...] = ("response",)
     checkpointing: tuple[str, ...] = ("true",)
     batch: tuple[int, ...] = (1, 4, 8, 16)
@@ -132,13 +132,13 @@ class Sweep:
     steps: int = 8
     dtype: str = "bfloat16"
     peak_tflops: float | None = None
-    workers: int = WORKERS if torch.cuda.is_available() else 0  # a CPU that computes has no cores to spare
+    workers: int = WORKERS if torch.cuda.is_available() else 0  # on a CPU, the training needs all cores
 
     def __post_init__(self):
-        for name, known in KNOWN.items():
+        for name, choices in CHOICES.items():
             for value in self._values(name):
-                if value not in known:
-                    raise ValueError(f"--{name} {value!r} cannot be measured; expected {' or '.join(known)}.")
+                if value not in choices:
+                    raise ValueError(f"--{name} {value!r} cannot be measured; expected {' or '.join(choices)}.")
         for name, least in LEAST.items():
             for value in self._values(name):
                 if not least <= value < math.inf:
@@ -158,7 +158,7 @@ class Sweep:
 
 
 def make_processor() -> LsmProcessor:
-    """One of words, without any file: `w0`, `w1`, ...; the rest of the template is of unknown ones."""
+    """Return a processor whose vocabulary is `w0`, `w1`, ...; other words, as in the template, are unknown tokens."""
     special = ["<unk>", "<s>", "</s>", AUDIO_TOKEN]
     words = special + [f"w{index}" for index in range(WORDS)]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
@@ -181,7 +181,7 @@ def make_config(preset: str, processor: LsmProcessor) -> LsmConfig:
 
 
 def make_rows(count: int, seconds: float) -> list[dict]:
-    """Noise of exactly that length, as a set holds it: a file's content."""
+    """Return rows of a set whose clips are noise of this length."""
     random = np.random.default_rng(0)
 
     def say(words: int) -> str:
@@ -205,9 +205,9 @@ def make_rows(count: int, seconds: float) -> list[dict]:
 
 
 class Clock(TrainerCallback):
-    """The trainer logs twice, after the warm-up and at the end, and only when the device is done.
+    """Makes the trainer log after the warm-up and at the end.
 
-    Without waiting, what the device still owes for the last step would be in nobody's time.
+    It waits for the device before a log, because otherwise the work that is not finished would not be counted.
     """
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -222,17 +222,17 @@ class Bench:
     """Measures the settings of a sweep, one after the other, on one device.
 
     Args:
-        sweep: what is measured.
-        folder: for what a trainer wants to have somewhere.
+        sweep: the settings.
+        folder: folder for the trainers.
 
     Raises:
-        ValueError: there are several GPUs, which the trainer would share the batch among.
+        ValueError: there are several GPUs, among which the trainer would divide the batch.
     """
 
     def __init__(self, sweep: Sweep, folder: str):
         if torch.cuda.device_count() > 1:
             raise ValueError(
-                f"{torch.cuda.device_count()} GPUs are visible; expected one: set CUDA_VISIBLE_DEVICES=0, say."
+                f"{torch.cuda.device_count()} GPUs are visible; expected one. Set CUDA_VISIBLE_DEVICES=0, for example."
             )
         self.sweep, self.folder = sweep, folder
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -244,10 +244,10 @@ class Bench:
         self.peak = None
         half = self._arguments(next(sweep.settings()))[1].bf16  # as the recipe decides
         self.precision = torch.bfloat16 if half else torch.float32
-        self.peak = matmul_rate(self.device, self.precision)  # once: all settings are held against the same
+        self.peak = matmul_rate(self.device, self.precision)  # measured once, for all settings
 
     def run(self) -> dict:
-        """Figures of all settings that fit, and why the others were left out."""
+        """Return the figures of all settings that fit into memory, and why the others were left out."""
         results, left_out = [], []
         for setting in self.sweep.settings():
             self._free()
@@ -268,16 +268,16 @@ class Bench:
         try:
             return self.train(setting)
         except torch.cuda.OutOfMemoryError:
-            return None  # out of here, so that the error's frames do not keep the model alive
+            return None  # returned from a method, so that the frames of the error do not keep the model alive
 
     def _free(self) -> None:
-        gc.collect()  # trainer and callbacks know each other
+        gc.collect()  # trainer and callbacks refer to each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def describe(self) -> str:
-        """The machine, what it can do, and the day."""
+        """Return the machine, the versions, the date, and the rate of a matrix product."""
         precision = str(self.precision).removeprefix("torch.")
         return f"{describe(self.device)}; a matrix product reaches {self.peak / 1e12:.3g} TFLOP/s in {precision}"
 
@@ -292,7 +292,7 @@ class Bench:
             dataloader_num_workers=self.sweep.workers,
             train_sampling_strategy="sequential",
             use_cpu=self.device.type == "cpu",
-            logging_strategy="no",  # `Clock` says when
+            logging_strategy="no",  # `Clock` makes the trainer log
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -301,12 +301,12 @@ class Bench:
         return LsmScriptArguments(llm=setting.llm, dataset_name="noise"), training_args, model_args
 
     def estimate(self, setting: Setting) -> float:
-        """GiB, as a preflight would say."""
+        """Return the estimate of the preflight in GiB."""
         sizes = self._measure(make_rows(1, setting.seconds))
         return sum(estimate(self.shapes, *self._arguments(setting), Target(), sizes).values())
 
     def _measure(self, rows: list[dict]) -> dict[str, int]:
-        """Frames, tokens and labels of a row; all rows are alike."""
+        """Return the numbers of frames, tokens and labels of a row; all rows have the same."""
         sizes = self.row_sizes.measure({name: [row[name] for row in rows[:1]] for name in rows[0]})
         return {name: int(values[0]) for name, values in sizes.items()}
 
@@ -316,14 +316,14 @@ class Bench:
             return LsmForConditionalGeneration._from_config(make_config(self.sweep.preset, self.processor), dtype=dtype)
 
     def _teacher(self, setting: Setting) -> LsmForConditionalGeneration | None:
-        """As `recipes.training.models.load_teacher`, of random weights."""
+        """Return a teacher as `recipes.training.models.load_teacher` does, with random weights."""
         if setting.objective != "distill" or setting.llm != "full":
             return None
         teacher = self._model(self.precision)
         return drop_audio_modules(teacher)
 
     def train(self, setting: Setting) -> dict[str, float]:
-        """Figures of the timed steps."""
+        """Train, and return the figures of the timed steps."""
         _, training_args, model_args = self._arguments(setting)
         rows = make_rows(setting.batch * training_args.max_steps, setting.seconds)
         collate = SpeechResponseCollator(self.processor, teacher=setting.objective == "distill")
@@ -349,7 +349,7 @@ class Bench:
 
     def _figures(self, setting: Setting, logged: dict, tokens: int) -> dict[str, float]:
         names = ("tokens_per_second", "audio_seconds_per_second", "mfu", "peak_memory_gib")
-        # By the trainer's own clock, since all rows have as many tokens.
+        # All rows have the same number of tokens, so the trainer's rate of tokens gives that of steps.
         figures = {"steps_per_second": logged["tokens_per_second"] / tokens / setting.batch}
         figures |= {name: logged[name] for name in names}
         if self.sweep.peak_tflops is not None:
@@ -358,14 +358,15 @@ class Bench:
 
 
 def measure(sweep: Sweep) -> dict:
-    """`machine`, `sweep`, `results` (a dict for each setting) and `left_out` (a line for each setting)."""
+    """Measure all settings. Returns `machine`, `sweep`, `results` (a dict for each setting) and `left_out` (a line for
+    each setting)."""
     with tempfile.TemporaryDirectory() as folder:
         return Bench(sweep, folder).run()
 
 
-def table(found: dict) -> str:
-    """What was found as Markdown."""
-    sweep, cuda = found["sweep"], not found["machine"].startswith("CPU")
+def table(measured: dict) -> str:
+    """Return the result of `measure` as a Markdown table."""
+    sweep, cuda = measured["sweep"], not measured["machine"].startswith("CPU")
     columns = {
         "LLM": lambda row: row["llm"],
         "objective": lambda row: row["objective"],
@@ -377,7 +378,7 @@ def table(found: dict) -> str:
         "audio s/s": lambda row: f"{row['audio_seconds_per_second']:.1f}",
         "MFU": lambda row: f"{100 * row['mfu']:.1f} %",
         f"MFU of {sweep['peak_tflops'] or 0:g} TFLOP/s": lambda row: f"{100 * row['mfu_of_given']:.1f} %",
-        # Without a GPU it is the whole process's, of all settings until then.
+        # Without a GPU, it is the peak of the process, including all earlier settings.
         "peak memory" if cuda else "peak of process": lambda row: f"{row['peak_memory_gib']:.1f} GiB",
         "estimated": lambda row: f"{row['estimated_memory_gib']:.1f} GiB",
         "batch read": lambda row: f"{row['reading_seconds']:.2g} s",
@@ -385,10 +386,10 @@ def table(found: dict) -> str:
     if sweep["peak_tflops"] is None:
         columns = {name: show for name, show in columns.items() if not name.startswith("MFU of")}
     lines = [list(columns), ["---"] * len(columns)]
-    lines += [[show(row) for show in columns.values()] for row in found["results"]]
+    lines += [[show(row) for show in columns.values()] for row in measured["results"]]
     title = f"Preset {sweep['preset']}, {sweep['dtype']}, {sweep['steps']} steps, {sweep['workers']} workers: "
-    left_out = [f"\nLeft out: {line}." for line in found["left_out"]]
-    return "\n".join([f"{title}{found['machine']}.\n", *(f"| {' | '.join(line)} |" for line in lines), *left_out])
+    left_out = [f"\nLeft out: {line}." for line in measured["left_out"]]
+    return "\n".join([f"{title}{measured['machine']}.\n", *(f"| {' | '.join(line)} |" for line in lines), *left_out])
 
 
 def main() -> None:
@@ -417,10 +418,10 @@ def main() -> None:
     parser.add_argument("--json", help="file for the figures")
     options = vars(parser.parse_args())
     file = options.pop("json")
-    found = measure(Sweep(**options))
-    print(f"\n{table(found)}")
+    measured = measure(Sweep(**options))
+    print(f"\n{table(measured)}")
     if file:
-        Path(file).write_text(json.dumps(found, indent=2), encoding="utf-8")
+        Path(file).write_text(json.dumps(measured, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ is read once per token (`limit.decode`), with the default cache, with a static o
 
 import torch
 
-from benchmarks.comparing import Found, Setup, arguments, name_of, take_turns
+from benchmarks.comparing import Results, Setup, arguments, name_of, take_turns
 from benchmarks.contestants import Contestant, Ours
 from benchmarks.machine import bandwidth
 from benchmarks.workloads import RESPONSE, WORKLOADS, Row
@@ -26,12 +26,11 @@ def answers(contestant: Contestant, workload: str, batch_size: int, count: int) 
 
 
 def questions(ours: Ours) -> dict[str, list]:
-    """The same questions about the same clip, at once and one by one."""
+    """Return jobs that ask the same questions about the same clip, in one batch and one by one."""
     prompts = [ours.prompts([Row(CLIP, seed)]) for seed in range(QUESTIONS)]
     features = {name: prompts[0][name] for name in ("input_features", "input_features_mask")}
-    text = {
-        name: torch.cat([prompt[name] for prompt in prompts]) for name in ("input_ids", "attention_mask")
-    }  # of one length, as the clip is the same
+    # All prompts have the same length, because the clip is the same.
+    text = {name: torch.cat([prompt[name] for prompt in prompts]) for name in ("input_ids", "attention_mask")}
     alone = [{**prompt, **features} for prompt in prompts]
 
     @torch.inference_mode()
@@ -48,14 +47,14 @@ def questions(ours: Ours) -> dict[str, list]:
 
 
 def decode_limit(ours: Ours, tokens: int = 64, repeats: int = 3) -> dict[str, float]:
-    """Bytes of the weights that one token reads, over the time that it takes and over the bandwidth."""
+    """Return the rate at which weights are read while decoding, relative to the memory bandwidth, by kind of cache."""
     llm, prompt = ours.model.model.language_model, ours.prompts([Row(5.0, 0)])
-    read = [*llm.layers.parameters(), ours.model.lm_head.weight]
-    floor = sum(weight.numel() * weight.element_size() for weight in read) / bandwidth(ours.device, ours.dtype)
+    weights = [*llm.layers.parameters(), ours.model.lm_head.weight]
+    floor = sum(weight.numel() * weight.element_size() for weight in weights) / bandwidth(ours.device, ours.dtype)
     ways = {"dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}}
     if ours.device.type == "cuda":
         ways["compiled"] = {"cache_implementation": "static"}
-    found = {}
+    shares = {}
     for name, settings in ways.items():
         ours.write(prompt, 1 + tokens, **settings)
         whole, first = (
@@ -65,8 +64,8 @@ def decode_limit(ours: Ours, tokens: int = 64, repeats: int = 3) -> dict[str, fl
             )
             for count in (1 + tokens, 1)
         )
-        found[name] = floor * tokens / (whole - first)
-    return found
+        shares[name] = floor * tokens / (whole - first)
+    return shares
 
 
 def main() -> None:
@@ -75,20 +74,20 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2, help="number of batches that represent a workload")
     options = parser.parse_args()
     setup = Setup(options, WORKLOADS)
-    found = Found(setup.describe(), f"{options.batches} batches of {options.batch} answers of {RESPONSE} tokens")
+    results = Results(setup.describe(), f"{options.batches} batches of {options.batch} answers of {RESPONSE} tokens")
     for group in setup.contestants():
         for workload in options.workload:
             jobs = {name_of(one): answers(one, workload, options.batch, options.batches) for one in group}
             for name, seconds in take_turns(jobs, options.rounds, setup.device).items():
-                found.add(name, workload, seconds)
+                results.add(name, workload, seconds)
         for one in group:
             if type(one) is Ours:
                 for name, seconds in take_turns(questions(one), options.rounds, setup.device).items():
-                    found.add(name, "questions", seconds)
-                found.more["limit"] = {"decode": decode_limit(one)}
-    reached = ", ".join(f"{way} cache {part:.0%}" for way, part in found.more["limit"]["decode"].items())
-    found.notes.append(f"Ours, decoding one answer, of the bandwidth's limit: {reached}.")
-    found.report(options)
+                    results.add(name, "questions", seconds)
+                results.more["limit"] = {"decode": decode_limit(one)}
+    reached = ", ".join(f"{way} cache {part:.0%}" for way, part in results.more["limit"]["decode"].items())
+    results.notes.append(f"Share of the memory bandwidth that ours uses to decode one answer: {reached}.")
+    results.report(options)
 
 
 if __name__ == "__main__":

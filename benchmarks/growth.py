@@ -36,7 +36,6 @@ from recipes.training.rows import RowSizes
 from recipes.training.throughput import peak_memory
 
 CPU = torch.device("cpu")
-WINDOW = 17
 
 
 def ours(dtype: torch.dtype = torch.float32, **settings) -> Ours:
@@ -45,28 +44,29 @@ def ours(dtype: torch.dtype = torch.float32, **settings) -> Ours:
 
 
 def clip(seconds: int) -> Callable[[], object]:
-    """The first token about one clip."""
+    """Generate the first token about one clip."""
     model = ours()
     prompt = model.prompts([Row(float(seconds), 0)])
     return lambda: model.write(prompt, 1)
 
 
 def batch(rows: int) -> Callable[[], object]:
-    """A training step of so many clips of 5 s."""
+    """Run a training step with this number of clips of 5 s."""
     model = ours()
     made = model.training_batch([Row(5.0, seed) for seed in range(rows)])
     return lambda: model.step(made)
 
 
 def speech_tokens(queries: int) -> Callable[[], object]:
-    """A training step of 4 clips of 12 s, with so many queries per window: 36 speech tokens for each."""
+    """Run a training step of 4 clips of 12 s with this number of queries per window, each of which gives 36 speech
+    tokens."""
     model = ours(queries_per_window=queries)
     made = model.training_batch([Row(12.0, seed) for seed in range(4)])
     return lambda: model.step(made)
 
 
 def rows_ordered(rows: int) -> Callable[[], object]:
-    """Measuring and grouping a set of so many rows, as before every training; its audio is not read."""
+    """Measure and group this number of rows, as before each training; their audio is not read."""
     one, processor = make_rows(1, 5.0)[0], make_processor()
     columns = {name: [value] * rows for name, value in one.items() if name != "audio"}
     dataset = Dataset.from_dict(columns)
@@ -80,7 +80,7 @@ def rows_ordered(rows: int) -> Callable[[], object]:
 
 
 def clips_stored(rows: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
-    """The tower's output of so many clips of 0.5 to 3.5 s, all of other lengths, computed and written."""
+    """Compute and write the tower's output of this number of clips, which have different lengths from 0.5 to 3.5 s."""
     model, processor = ours(dtype), make_processor()
     clips = [make_rows(1, 0.5 + 3 * row / rows)[0]["audio"] for row in range(rows)]
 
@@ -102,7 +102,7 @@ LINES: dict[str, tuple[Callable[[int], Callable[[], object]], tuple[int, ...], s
 
 
 def measure(line: str, size: int, repeats: int) -> dict[str, float]:
-    """Seconds (the best of some) and GiB of one point, in this process."""
+    """Measure the seconds (the best of `repeats`) and GiB of one point, in this process."""
     transformers.logging.set_verbosity_error()
     run = LINES[line][0](size)
     before = peak_memory(CPU)
@@ -114,38 +114,38 @@ def measure(line: str, size: int, repeats: int) -> dict[str, float]:
     return {"size": size, "seconds": best, "gib": peak_memory(CPU) - before}
 
 
-def power(points: list[dict[str, float]], of: str) -> float:
-    """Slope between the last two points, on logarithmic axes."""
+def power(points: list[dict[str, float]], figure: str) -> float:
+    """Return the slope between the last two points, on logarithmic axes."""
     first, last = points[-2:]
-    return math.log(last[of] / first[of]) / math.log(last["size"] / first["size"])
+    return math.log(last[figure] / first[figure]) / math.log(last["size"] / first["size"])
 
 
-def table(found: dict) -> str:
+def table(results: dict) -> str:
     lines = [
-        f"{found['machine']}.\n",
+        f"{results['machine']}.\n",
         "| | from | to | seconds | GiB above the start | power |",
         "|---|---|---|---|---|---|",
     ]
-    for name, points in found["lines"].items():
+    for name, points in results["lines"].items():
         first, last = points[0], points[-1]
         lines.append(
             f"| {name}, {LINES[name][2]} | {first['size']} | {last['size']} | {first['seconds']:.3g} → "
-            f"{last['seconds']:.3g} | {first['gib']:.2f} → {last['gib']:.2f} | {found['power'][name]:.2f} |"
+            f"{last['seconds']:.3g} | {first['gib']:.2f} → {last['gib']:.2f} | {results['power'][name]:.2f} |"
         )
     return "\n".join(lines)
 
 
-def plot(found: dict, path: Path) -> None:
-    figure = Figure(figsize=(3.2 * len(found["lines"]), 3.4), layout="constrained")
-    all_axes = figure.subplots(1, len(found["lines"]), squeeze=False)[0]
-    for axes, (name, points) in zip(all_axes, found["lines"].items(), strict=True):
+def plot(results: dict, path: Path) -> None:
+    figure = Figure(figsize=(3.2 * len(results["lines"]), 3.4), layout="constrained")
+    all_axes = figure.subplots(1, len(results["lines"]), squeeze=False)[0]
+    for axes, (name, points) in zip(all_axes, results["lines"].items(), strict=True):
         sizes = [point["size"] for point in points]
         axes.loglog(sizes, [point["seconds"] for point in points], "o-", label="seconds")
         axes.loglog(sizes, [max(point["gib"], 1e-3) for point in points], "s--", label="GiB")
         axes.set_xlabel(LINES[name][2])
-        axes.set_title(f"{name} (power {found['power'][name]:.2f})", fontsize="small")
+        axes.set_title(f"{name} (power {results['power'][name]:.2f})", fontsize="small")
         axes.legend(fontsize="small")
-    figure.suptitle(found["machine"], fontsize="small")
+    figure.suptitle(results["machine"], fontsize="small")
     figure.savefig(path, dpi=150)
 
 
@@ -168,7 +168,7 @@ def main() -> None:
     if options.point:
         print(json.dumps(measure(options.point[0], int(options.point[1]), options.repeats)))
         return
-    found: dict = {"machine": describe(CPU), "lines": {}, "power": {}}
+    results: dict = {"machine": describe(CPU), "lines": {}, "power": {}}
     for line in options.line:
         points = []
         for size in LINES[line][1]:
@@ -177,16 +177,16 @@ def main() -> None:
                 command += ["--threads", str(options.threads), "--repeats", str(options.repeats)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
-                    raise ChildProcessError(f"{line} of {size} ended with {done.returncode}: {done.stderr[-1000:]}")
+                    raise ChildProcessError(f"{line} {size} ended with {done.returncode}: {done.stderr[-1000:]}")
                 points.append(json.loads(done.stdout.splitlines()[-1]))
         if len(points) < 2:
             raise ValueError(f"--largest {options.largest} leaves {len(points)} points of {line}; a line needs two.")
-        found["lines"][line], found["power"][line] = points, power(points, "seconds")
-    print(table(found))
+        results["lines"][line], results["power"][line] = points, power(points, "seconds")
+    print(table(results))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
     if options.plot:
-        plot(found, options.plot)
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ The time runs from a clip's log-mel features to the first token from `generate`.
 file of ten minutes are left out for this file.
 """
 
-from benchmarks.comparing import Found, Setup, arguments, name_of, take_turns
+from benchmarks.comparing import Results, Setup, arguments, name_of, take_turns
 from benchmarks.contestants import Contestant
 from benchmarks.workloads import TEN_MINUTES, WORKLOADS, Row, draw_rows, representative, static_batches
 
 TEN = "ten_minutes"
-KNOWN = [*WORKLOADS, TEN]
+CHOICES = [*WORKLOADS, TEN]
 
 
 def clips(workload: str, count: int) -> list[Row]:
@@ -27,11 +27,11 @@ def first_tokens(contestant: Contestant, rows: list[Row]) -> list:
 
 
 def main() -> None:
-    parser = arguments(__doc__, KNOWN)
+    parser = arguments(__doc__, CHOICES)
     parser.add_argument("--clips", type=int, default=5, help="number of clips that represent a workload")
     options = parser.parse_args()
-    setup = Setup(options, KNOWN)
-    found = Found(
+    setup = Setup(options, CHOICES)
+    results = Results(
         setup.describe(), f"First tokens about {options.clips} clips one after the other (one of ten minutes)"
     )
     for group in setup.contestants():
@@ -40,12 +40,10 @@ def main() -> None:
             able = [one for one in group if one.longest >= max(row.seconds for row in rows)]
             jobs = {name_of(one): first_tokens(one, rows) for one in able}
             for name, seconds in (take_turns(jobs, options.rounds, setup.device) if jobs else {}).items():
-                found.add(name, workload, seconds)
+                results.add(name, workload, seconds)
             if unable := [name_of(one) for one in group if one not in able]:
-                found.notes.append(
-                    f"Left out of {workload}: {', '.join(unable)}, which take(s) no clip of that length."
-                )
-    found.report(options)
+                results.notes.append(f"Left out of {workload}, because it is too long for them: {', '.join(unable)}.")
+    results.report(options)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from recipes.training.throughput import GIB, seconds_of
 
 
 def cpu_name() -> str:
-    """As Linux knows it, where `platform` does not."""
+    """Return the name of the CPU; on Linux it comes from /proc/cpuinfo, because `platform` does not have it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -25,19 +25,19 @@ def device_name(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> str:
-    """The machine, what runs on it, and the day."""
+    """Return the device, the version of torch, and the date."""
     return f"{device_name(device)}, torch {torch.__version__}, {date.today()}"
 
 
 def free_memory(device: torch.device) -> float:
-    """GiB that nobody has taken yet."""
+    """Return the free memory in GiB."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / GIB
     return psutil.virtual_memory().available / GIB
 
 
 def bandwidth(device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes per second at which a large matrix is read to be multiplied with a vector: the best of ten."""
+    """Measure the bytes per second at which a large matrix is read to be multiplied with a vector: the best of ten."""
     matrix = torch.ones(2**14, 2**14 if device.type == "cuda" else 2**12, device=device, dtype=dtype)
     vector = torch.ones(matrix.shape[1], device=device, dtype=dtype)
     best = min(seconds_of(lambda: matrix @ vector, device) for _ in range(10))

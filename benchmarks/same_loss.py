@@ -33,16 +33,16 @@ from recipes.training.callbacks import LOG
 from recipes.training.trainer import LsmTrainer
 
 ALL, ORDER, NONE = ARMS = ("all levers", "grouping alone", "none")
-FIRST = 20  # steps in which rounding cannot grow to anything
+FIRST = 20  # steps in which rounding errors stay small
 
 
 @contextlib.contextmanager
 def without_levers() -> Iterator[None]:
-    """What no setting switches off, switched off."""
-    hear, load = SpeechResponseCollator._audio, recipes.sft.load_model
+    """Switch off the optimisations that no setting switches off."""
+    collate_audio, load = SpeechResponseCollator._audio, recipes.sft.load_model
 
     def padded(self, rows):
-        audio, samples = hear(self, rows)
+        audio, samples = collate_audio(self, rows)
         return {name: nn.functional.pad(value, (0, CHUNK - value.shape[-1])) for name, value in audio.items()}, samples
 
     def projecting(*args):
@@ -59,7 +59,7 @@ def without_levers() -> Iterator[None]:
 
 
 def prepare(folder: Path, clips: int, seed: int) -> Quickstart:
-    """The quickstart's corpus, base and self-powered set, smaller."""
+    """Make the quickstart's corpus, base and self-powered set, with fewer clips."""
     settings = read_yaml(CONFIGS / "quickstart.yaml")
     settings |= {"train_clips": clips, "validation_clips": 8, "test_clips": 8}
     quickstart = Quickstart(folder, settings, seed)
@@ -70,7 +70,7 @@ def prepare(folder: Path, clips: int, seed: int) -> Quickstart:
 
 
 def train(quickstart: Quickstart, output: Path, steps: int, batch: int, seed: int, arm: str) -> list[float]:
-    """The loss of every step."""
+    """Train, and return the loss of each step."""
     levers, grouped = arm == ALL, arm != NONE
     options = {
         "config": CONFIGS / "nano_paper.yaml",

@@ -49,7 +49,7 @@ def build_share(corpus: Path, output: Path, worker: Worker) -> None:
 
 @torch.inference_mode()
 def plain_loop(responder: LocalResponder, rows: list[dict]) -> dict[str, str]:
-    """The answers by row id."""
+    """Return the answers by row id."""
     processor, model, answers = responder.processor, responder.model, {}
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
@@ -69,7 +69,7 @@ def plain_loop(responder: LocalResponder, rows: list[dict]) -> dict[str, str]:
 
 
 def whole_build(pool: ProcessPoolExecutor, processes: int, corpus: Path, output: Path) -> dict[str, str]:
-    """The answers by row id, read back from what was written."""
+    """Build a set, and return its answers by row id."""
     shares = [pool.submit(build_share, corpus, output, Worker(rank, processes)) for rank in range(processes)]
     for share in shares:
         share.result()
@@ -78,7 +78,7 @@ def whole_build(pool: ProcessPoolExecutor, processes: int, corpus: Path, output:
 
 
 def measure(llm: str, rows: int, turns: int, cores: int, processes: int) -> dict:
-    """Rows per second of both, and their ratio, turn by turn.
+    """Measure the rows per second of build and loop, and their ratio in each turn.
 
     Raises:
         ValueError: the answers differ, so that the times cannot be compared.
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--llm", default="assets/nano/llm", help="folder or Hub id of the LLM")
     parser.add_argument("--rows", type=int, default=6000, help="number of rows of the set")
     parser.add_argument("--turns", type=int, default=3, help="number of measurements")
-    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--cores", type=int, default=2, help="number of CPU cores")
     parser.add_argument(
         "--processes",
         type=int,
@@ -132,14 +132,14 @@ def main() -> None:
     )
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
-    found = measure(args.llm, args.rows, args.turns, args.cores, args.processes)
-    rate, ratios = found["rows_per_second"], found["ratios"]
+    results = measure(args.llm, args.rows, args.turns, args.cores, args.processes)
+    rate, ratios = results["rows_per_second"], results["ratios"]
     print(
-        f"{found['rows']} rows, {args.cores} cores: build in {args.processes} processes {rate['build']:.0f} rows/s, "
-        f"plain loop {rate['loop']:.0f} rows/s, ratio {found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        f"{results['rows']} rows, {args.cores} cores: build in {args.processes} processes {rate['build']:.0f} rows/s, "
+        f"plain loop {rate['loop']:.0f} rows/s, ratio {results['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     )
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=2), encoding="utf-8")
+        Path(args.json).write_text(json.dumps(results, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ FLOPs (unpadded encoder frames, unpadded tokens, labelled logits) over that of a
 
 import torch
 
-from benchmarks.comparing import Found, Setup, arguments, name_of, take_turns
+from benchmarks.comparing import Results, Setup, arguments, name_of, take_turns
 from benchmarks.contestants import Contestant, Ours
 from benchmarks.workloads import WORKLOADS, Row
 from recipes.training.alignment import OTHER_PIECES, AlignmentModel
@@ -26,7 +26,7 @@ from recipes.training.throughput import GIB, matmul_rate, seconds_of
 
 
 def stages(ours: Ours, rows: list[Row], repeats: int) -> dict[str, tuple[float, float]]:
-    """FLOPs and seconds (the best of some) of each stage of a step."""
+    """Return the FLOPs and the seconds (the best of `repeats`) of each stage of a step."""
     batch, model = ours.training_batch(rows), ours.model
     costs, stored = Costs.of(model, "full"), Costs.of(model, "full", stored=True)
     frames = torch.tensor([float(row.encoder_frames) for row in rows])
@@ -34,19 +34,19 @@ def stages(ours: Ours, rows: list[Row], repeats: int) -> dict[str, tuple[float, 
     tokens, labels = batch["attention_mask"].sum(1).float().cpu(), batch["labels"]
     features, mask = batch["input_features"], batch["input_features_mask"]
     lengths = [(length + 1) // 2 for length in mask.sum(1).tolist()]
-    heard = model.model.audio_tower(features, mask).last_hidden_state
+    audio_states = model.model.audio_tower(features, mask).last_hidden_state
     with torch.no_grad():
         embeds = model.get_input_embeddings()(batch["input_ids"])
         states = torch.randn_like(embeds)[predicts(labels)]
-    said = labels[:, 1:][labels[:, 1:] != -100]
+    responses = labels[:, 1:][labels[:, 1:] != -100]
 
     def llm():
-        given = embeds.detach().requires_grad_(True)
+        inputs = embeds.detach().requires_grad_(True)
         settings = {"attention_mask": batch["attention_mask"], "use_cache": False}
-        model.model(inputs_embeds=given, **settings).last_hidden_state.sum().backward()
+        model.model(inputs_embeds=inputs, **settings).last_hidden_state.sum().backward()
 
     def head():
-        response_loss(model.lm_head(states.detach().requires_grad_(True)), said).backward()
+        response_loss(model.lm_head(states.detach().requires_grad_(True)), responses).backward()
 
     work = {
         "tower": (
@@ -55,21 +55,21 @@ def stages(ours: Ours, rows: list[Row], repeats: int) -> dict[str, tuple[float, 
         ),
         "projector": (
             stored.row(frames, speech, 0, 0).sum(),
-            lambda: model.model.projector(heard, lengths).sum().backward(),
+            lambda: model.model.projector(audio_states, lengths).sum().backward(),
         ),
         "LLM": (costs.row(0 * frames, 0, tokens, 0).sum(), llm),
         "head": (costs.row(0 * frames, 0, 0, (labels != -100).sum(1).cpu()).sum(), head),
         "step": (ours.flops(rows), lambda: ours.step(batch)),
     }
-    found = {}
+    measured = {}
     for name, (flops, run) in work.items():
-        found[name] = (float(flops), min(seconds_of(run, ours.device) for _ in range(repeats)))
+        measured[name] = (float(flops), min(seconds_of(run, ours.device) for _ in range(repeats)))
         model.zero_grad()
-    return found
+    return measured
 
 
 def limits(ours: Ours, workload: str, batch_size: int, repeats: int) -> dict[str, float]:
-    """Of every stage, the fraction of the machine's matrix products that useful work came to."""
+    """Return the rate of useful FLOPs of each stage, relative to that of a large matrix product."""
     rate = matmul_rate(ours.device, ours.dtype)
     [rows] = ours.some_batches(workload, batch_size, 1)
     return {name: flops / seconds / rate for name, (flops, seconds) in stages(ours, rows, repeats).items()}
@@ -81,7 +81,7 @@ def steps(contestant: Contestant, workload: str, batch_size: int, count: int) ->
 
 
 def alignment_steps(contestant: Ours, workload: str, batch_size: int, count: int) -> list:
-    """Steps of the alignment, the tower's output read from where it was kept, with one word piece per second."""
+    """Return steps of the alignment, with one word piece per second, and with the tower's output from a store."""
     aligning, jobs = AlignmentModel(contestant.model, torch.arange(0)), []
     for rows in contestant.some_batches(workload, batch_size, count):
         frames = torch.tensor([row.encoder_frames for row in rows])
@@ -118,7 +118,7 @@ def main() -> None:
     if options.alignment and not set(options.only) <= {"ours", "without_window_attention"}:
         raise ValueError(f"--alignment --only {','.join(options.only)}: expected ours,without_window_attention.")
     kind, make = ("alignment", alignment_steps) if options.alignment else ("training", steps)
-    found = Found(setup.describe(), f"{options.batches} {kind} steps of {options.batch} rows")
+    results = Results(setup.describe(), f"{options.batches} {kind} steps of {options.batch} rows")
     memory, reached = {}, {}
     for group in setup.contestants():
         for workload in options.workload:
@@ -126,21 +126,21 @@ def main() -> None:
             if setup.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             for name, seconds in take_turns(jobs, options.rounds, setup.device).items():
-                found.add(name, workload, seconds)
+                results.add(name, workload, seconds)
                 if setup.device.type == "cuda":
                     memory.setdefault(name, {})[workload] = torch.cuda.max_memory_allocated() / GIB
         for one in group:
             if type(one) is Ours and not options.alignment:
                 reached = {name: limits(one, name, options.batch, options.rounds) for name in options.workload}
-    found.more |= {"limit": reached} | ({"peak_memory_gib": memory} if memory else {})
-    found.notes += [
-        f"Ours, of the matrix-product rate, {workload}: "
+    results.more |= {"limit": reached} | ({"peak_memory_gib": memory} if memory else {})
+    results.notes += [
+        f"Rate of ours relative to a matrix product, {workload}: "
         + ", ".join(f"{stage} {fraction:.0%}" for stage, fraction in parts.items())
         + "."
         for workload, parts in reached.items()
     ]
-    found.notes += [f"Peak memory, {name}: {max(by.values()):.1f} GiB." for name, by in memory.items()]
-    found.report(options)
+    results.notes += [f"Peak memory, {name}: {max(peaks.values()):.1f} GiB." for name, peaks in memory.items()]
+    results.report(options)
 
 
 if __name__ == "__main__":

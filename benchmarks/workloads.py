@@ -12,12 +12,12 @@ from recipes.training.order import group
 RATE = 16_000
 MELS = 80
 
-# Of a prompt before the speech, 35 tokens are the same in every row: Vicuna's system message and "USER:" (LLaVA's image
-# tokens stand at 35 for that reason). An instruction follows, and after the speech " ASSISTANT:".
+# Tokens of a prompt: the first 35 are Vicuna's system message and "USER:", the same in every row (LLaVA's image tokens
+# begin at position 35 for the same reason). The instruction follows, then the speech, then " ASSISTANT:".
 TEMPLATE, INSTRUCTION, AFTER, RESPONSE = 35, 25, 5, 40
 
-# The means are the corpora's; shapes and spreads are ours: LibriSpeech's clips pile up below 17 s, where the
-# segmentation of its training sets stops, Common Voice's and GigaSpeech's are short with a tail.
+# The means are those of the corpora, and the distributions are our approximations. Many clips of LibriSpeech are just
+# below 17 s, where its segmentation ends; those of Common Voice and GigaSpeech are short, with a tail.
 WORKLOADS = {
     "librispeech": lambda random, count: 1.3 + 15.7 * random.beta(1.81, 0.77, count),  # mean 12.3 s
     "common_voice": lambda random, count: random.gamma(9.8, 0.51, count).clip(1, 11),  # 5 s
@@ -50,11 +50,11 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One clip and what is said about it.
+    """A clip, with an instruction and a response.
 
     Args:
-        seconds: of the clip.
-        seed: of the clip's features and of the tokens.
+        seconds: length of the clip.
+        seed: seed of the features and of the tokens.
     """
 
     seconds: float
@@ -73,34 +73,36 @@ class Row:
         return num_encoder_frames(self.mel_frames)
 
     def features(self) -> torch.Tensor:
-        """`(mels, frames)` float32: noise, as what is heard does not change how long it takes."""
+        """Return features `(mels, frames)` float32. They are noise, because the content does not change the time."""
         return torch.randn(MELS, self.mel_frames, generator=torch.Generator().manual_seed(self.seed))
 
     def tokens(self, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
-        """What stands before the speech, what stands after it, and the response."""
+        """Return the tokens before the speech, those after it, and the response."""
         random = np.random.default_rng(self.seed)
         own = random.integers(100, vocabulary - 1, INSTRUCTION + RESPONSE).tolist()
         return [*range(1, 1 + TEMPLATE), *own[:INSTRUCTION]], [*range(50, 50 + AFTER)], own[INSTRUCTION:]
 
 
 def draw_rows(workload: str, count: int = 400, seed: int = 0) -> list[Row]:
-    """Rows of a workload, in random order."""
+    """Return rows of a workload, in random order."""
     seconds = WORKLOADS[workload](np.random.default_rng(seed), count)
     return [Row(float(length), index) for index, length in enumerate(seconds)]
 
 
 def static_batches(rows: list[Row], size: int) -> list[list[Row]]:
-    """Batches of rows as they come."""
+    """Return batches of rows in their own order."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def grouped_batches(rows: list[Row], size: int) -> list[list[Row]]:
-    """Batches as the recipe makes them: of rows of like cost, which with texts of one length is the clip's length."""
+    """Return batches of rows of similar cost, as in a training. Since all texts have the same length, the cost is the
+    length of the clip."""
     order = group([row.seconds for row in rows], size, np.random.default_rng(0))
     return [[rows[index] for index in order[start : start + size]] for start in range(0, len(order), size)]
 
 
 def representative(batches: list[list[Row]], count: int) -> list[list[Row]]:
-    """Some batches that stand for all of them: sorted by their longest clip, the middle one of every `count`th."""
+    """Return a few batches that represent all: batches are sorted by their longest clip and divided into `count`
+    classes, and the middle batch of each class is returned."""
     ranked = sorted(batches, key=lambda batch: max(row.seconds for row in batch))
     return [ranked[int((index + 0.5) * len(ranked) / count)] for index in range(count)]

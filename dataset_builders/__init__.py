@@ -1,1 +1,1 @@
-"""Builders of the data an LSM is trained and tested on."""
+"""Builders of the data for training and testing an LSM."""

@@ -73,7 +73,7 @@ def read(
         except RefusedRowError as error:
             return error
 
-    def hear(where: str, utterance: dict | RefusedRowError) -> dict | RefusedRowError:
+    def check_audio(where: str, utterance: dict | RefusedRowError) -> dict | RefusedRowError:
         if isinstance(utterance, dict):
             try:
                 decode(utterance["audio"])
@@ -81,12 +81,12 @@ def read(
                 return RefusedRowError(where, "unreadable audio", str(error))
         return utterance
 
-    places, found = [where for where, _ in lines], [read_line(*line) for line in lines]
+    places, results = [where for where, _ in lines], [read_line(*line) for line in lines]
     if not trust_headers:
         with ThreadPoolExecutor(os.cpu_count()) as decoders:
-            found = list(decoders.map(hear, places, found))
+            results = list(decoders.map(check_audio, places, results))
     utterances, refused = {}, []
-    for where, utterance in zip(places, found, strict=True):
+    for where, utterance in zip(places, results, strict=True):
         if isinstance(utterance, dict) and utterance["id"] in utterances:
             utterance = RefusedRowError(where, "id used twice", utterance["id"])
         if isinstance(utterance, dict):
@@ -193,31 +193,17 @@ def build(
     _check(draw, limit, shard_size, filters_off, judge_below)
     if limit is None and corpus.default_limit is not None:
         limit = corpus.default_limit * draw.tasks_per_utterance
-    utterances = None if limit is None else math.ceil(limit / draw.tasks_per_utterance)
-    if shard_size is None:
-        rows = SHARD_ROWS if limit is None else max(100, min(SHARD_ROWS, limit // 8))
-        shard_size = max(1, rows // draw.tasks_per_utterance)
+    count = None if limit is None else math.ceil(limit / draw.tasks_per_utterance)
     folder = BuildFolder(output, corpus.split)
-    folder.agree(
-        {
-            "corpus": corpus.describe(),
-            "draw": draw.describe(),
-            "responder": json.loads(responder.provenance),
-            "limit": limit,
-            "shard_size": shard_size,
-            "filters_off": sorted(filters_off),
-            "judge_below": judge_below,
-            "trust_headers": trust_headers,
-            # With a limit the corpus counts as one file: the rows must not depend on the number of processes.
-            "num_files": corpus.num_files if limit is None else 1,
-        }
-    )
+    settings = _settings(corpus, responder, draw, limit, shard_size)
+    options = {"filters_off": sorted(filters_off), "judge_below": judge_below, "trust_headers": trust_headers}
+    folder.agree(settings | options)
     folder.settle()
-    shards = _my_shards(corpus, folder, worker or Worker.from_environment(), utterances, trust_headers)
-    for shard, lines, found, refused in ahead(shards):
-        rows = draw_rows(found, draw)
+    shards = _my_shards(corpus, folder, worker or Worker.from_environment(), count, trust_headers)
+    for shard, lines, utterances, refused in ahead(shards):
+        rows = draw_rows(utterances, draw)
         if limit is not None:  # the last utterance may get fewer tasks than the others
-            rows = rows[: limit - shard.chunk * shard_size * draw.tasks_per_utterance]
+            rows = rows[: limit - shard.chunk * settings["shard_size"] * draw.tasks_per_utterance]
         kept, dropped = answer(rows, responder, draw, filters_off, judge_below)
         folder.commit(shard, to_tables(kept), report(lines, refused, rows, kept, dropped))
         logger.info("shard %s: %d rows, %d dropped", shard, len(kept), len(rows) - len(kept))
@@ -239,6 +225,22 @@ def _check(
             raise ValueError(f"task {task!r} is held out of training (held_out_task in the pool); do not ask for it.")
 
 
+def _settings(corpus: Corpus, responder: Responder, draw: Draw, limit: int | None, shard_size: int | None) -> dict:
+    """Return the settings of a build that decide which rows it asks for, and how they are divided into shards."""
+    if shard_size is None:
+        rows = SHARD_ROWS if limit is None else max(100, min(SHARD_ROWS, limit // 8))
+        shard_size = max(1, rows // draw.tasks_per_utterance)
+    return {
+        "corpus": corpus.describe(),
+        "draw": draw.describe(),
+        "responder": json.loads(responder.provenance),
+        "limit": limit,
+        "shard_size": shard_size,
+        # With a limit the corpus counts as one file: the rows must not depend on the number of processes.
+        "num_files": corpus.num_files if limit is None else 1,
+    }
+
+
 def _my_shards(
     corpus: Corpus, folder: BuildFolder, worker: Worker, limit: int | None, trust_headers: bool
 ) -> Iterator[tuple[Shard, int, list[dict], list[RefusedRowError]]]:
@@ -256,12 +258,12 @@ def _my_shards(
         else:
             lines = itertools.islice(itertools.chain.from_iterable(map(corpus.lines, range(corpus.num_files))), limit)
         for chunk in itertools.count():
-            some = list(itertools.islice(lines, shard_size))
-            if not some:
+            shard_lines = list(itertools.islice(lines, shard_size))
+            if not shard_lines:
                 break
             shard = Shard(file, chunk)
             if worker.has(file, chunk, num_files) and not folder.is_done(shard):
-                yield shard, len(some), *read(corpus, some, trust_headers)
+                yield shard, len(shard_lines), *read(corpus, shard_lines, trust_headers)
         folder.end(file, chunk)
 
 

@@ -23,10 +23,10 @@ _COLUMNS = """\
 |---|---|
 | `id` | source, utterance and task |
 | `audio` | the corpus's own file, byte for byte; `cast_column("audio", Audio(16_000))` decodes it |
-| `transcript` | what was said, as the LLM read it |
+| `transcript` | the text of the speech, as the LLM read it |
 | `task` | kind of instruction |
 | `instruction` | the instruction, in one of the wordings below |
-| `response` | what the LLM answered; for `transcription`, the transcript |
+| `response` | the LLM's answer; for `transcription`, the transcript |
 | `duration` | seconds of audio |
 | `source` | corpus and split |
 | `responder` | LLM that answered: name, revision, hash of the prompt template, decoding settings |
@@ -102,8 +102,8 @@ def _metadata(builds: list[BuildFolder], summaries: Mapping[str, Summary]) -> Da
     tasks = sorted({task for summary in summaries.values() for task in summary.rows})
     total = sum(sum(summary.rows.values()) for summary in summaries.values())
     splits = {
-        name: [split for split, summary in summaries.items() if any(summary.rows[task] for task in of)]
-        for name, of in {"all": tasks, **{task: [task] for task in tasks}}.items()
+        name: [split for split, summary in summaries.items() if any(summary.rows[task] for task in names)]
+        for name, names in {"all": tasks, **{task: [task] for task in tasks}}.items()
     }
     # A hash of the rows goes into the description: datasets 5.2 keys its cache on the folder's name and its
     # configurations, and would otherwise return the rows of another folder of the same name.
@@ -213,7 +213,7 @@ def _settings(builds: list[BuildFolder], pool: Mapping) -> list[str]:
         "\n</details>\n",
         "Filters:\n",
         *(filters or ["- none"]),
-        "\nTo build it again (`POOL`, if it is there, is the YAML file with the wordings above):\n",
+        "\nTo build it again (`POOL`, if the command has it, is the YAML file with the wordings above):\n",
         "```bash",
         *(rebuild_command(build.settings) for build in builds),
         "```\n",
@@ -237,7 +237,7 @@ def rebuild_command(settings: dict) -> str:
         **{f"{role}-column": column for role, column in corpus["columns"].items()},
         "llm": responder["model"],
         "max-new-tokens": responder["decoding"]["max_new_tokens"],
-        "template-settings": json.dumps(found) if (found := responder.get("template_settings")) else None,
+        "template-settings": json.dumps(template) if (template := responder.get("template_settings")) else None,
         "seed": draw["seed"],
         "tasks-per-utterance": draw["tasks_per_utterance"],
         "limit": settings["limit"],

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 # Files of up to WHOLE bytes are hashed completely; of others, PIECES pieces of PIECE bytes and the last TAIL bytes.
 WHOLE, PIECE, PIECES, TAIL = 2**20, 2**12, 64, 2**16
 ADAPTER = "adapter_config.json"
-PARTIAL = ".partial"  # the end of the name of a file or folder that is not whole yet
+PARTIAL = ".partial"  # suffix of a file or folder that is not whole yet
 # The files that loading a checkpoint reads. Trainings write logs, cards and checkpoints beside them.
 MODEL_FILES = ("*.safetensors", "*model*.bin", "*config.json", "tokenizer*", "vocab*", "merges.txt", "*.model")
 MODEL_FILES += ("*.jinja", "*tokens*.json")
@@ -52,10 +52,10 @@ def content_of(source: str | Path | None, revision: str | None = None, repo_type
     if source is None or os.path.exists(source):
         return source and fingerprint(source)
     try:
-        found = snapshot_download(str(source), revision=revision, repo_type=repo_type, allow_patterns="config.json")
-    except (OSError, ValueError):  # no such repository, no network, no Hub id
+        snapshot = snapshot_download(str(source), revision=revision, repo_type=repo_type, allow_patterns="config.json")
+    except (OSError, ValueError):  # the repository or the network is missing, or it is not a Hub id
         return None
-    return Path(found).name
+    return Path(snapshot).name  # the commit
 
 
 def middle(file: Path) -> bytes:
@@ -106,14 +106,14 @@ def _tensors(content: BinaryIO, size: int) -> list[int]:
 def differences(before: Mapping, now: Mapping) -> dict[str, tuple]:
     """Return the settings that differ, as `{name: (before, now)}`. Nested names are joined with dots, and a missing
     value is None."""
-    found = {}
+    differing = {}
     for name in sorted(before.keys() | now.keys()):
         pair = before.get(name), now.get(name)
         if all(isinstance(value, Mapping) for value in pair):
-            found |= {f"{name}.{inner}": values for inner, values in differences(*pair).items()}
+            differing |= {f"{name}.{inner}": values for inner, values in differences(*pair).items()}
         elif pair[0] != pair[1]:
-            found[name] = pair
-    return found
+            differing[name] = pair
+    return differing
 
 
 class _Loader(yaml.SafeLoader):
@@ -142,7 +142,7 @@ def read_yaml(path: str | Path, kind: str = "YAML") -> object:
 
 
 def read_template(path: Path, **filters: Callable) -> Template:
-    """The Jinja template of an HTML page: what is filled in is escaped, and a variable that is missing is an error."""
+    """Read the Jinja template of an HTML page. Filled-in text is escaped, and a missing variable is an error."""
     environment = Environment(
         loader=FileSystemLoader(path.parent),
         autoescape=True,
@@ -155,18 +155,18 @@ def read_template(path: Path, **filters: Callable) -> Template:
 
 
 def partial_of(target: str | Path) -> Path:
-    """Where `target` is written until it is whole."""
+    """Return the path at which `target` is written until it is whole."""
     target = Path(target)
     return target.with_name(target.name + PARTIAL)
 
 
 @contextlib.contextmanager
 def whole(target: str | Path, resume: bool = False) -> Iterator[Path]:
-    """Write a file or a folder that is never seen half written: the block writes to the path that it is given, which
-    becomes `target` when the block ends without an error.
+    """Write a file or a folder atomically: the block writes to the path that it gets, which is renamed to `target` when
+    the block ends without an error.
 
-    What an interrupted block wrote stays at that path (`partial_of`). The next one begins without it, or with it if
-    `resume`.
+    If the block is interrupted, its files stay at that path (`partial_of`). The next block finds them there if `resume`
+    is true; otherwise they are deleted first.
     """
     partial = partial_of(target)
     if partial.is_dir() and not resume:
@@ -178,9 +178,9 @@ def whole(target: str | Path, resume: bool = False) -> Iterator[Path]:
 
 
 def write_whole(file: str | Path, text: str) -> None:
-    """Write a text file that is never seen half written; its folder is made.
+    """Write a text file atomically, creating its folder if necessary.
 
-    Half a surrogate pair, which an LLM's answer may hold and UTF-8 may not, is written as `?`.
+    Half a surrogate pair, which an LLM may write but UTF-8 cannot encode, becomes `?`.
     """
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as partial:
@@ -188,16 +188,16 @@ def write_whole(file: str | Path, text: str) -> None:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The records of a file of JSON lines, none if it is not there. A last line without its end was torn by a kill and
-    is no record."""
+    """Return the records of a file of JSON lines; none if the file does not exist. A last line without a newline is
+    ignored, because its writer was killed."""
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]  # texts may hold what `splitlines` splits
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]  # `splitlines` would also split texts
 
 
 def append_lines(file: Path, records: Iterable[dict | list]) -> None:
-    """Append records to a file of JSON lines, and have the disk hold them; its folder is made. A last line that a kill
-    tore is cut off."""
+    """Append records to a file of JSON lines and flush it to disk, creating its folder if necessary. A last line
+    without a newline is removed, because its writer was killed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+b") as lines:
         if lines.tell():
@@ -206,6 +206,6 @@ def append_lines(file: Path, records: Iterable[dict | list]) -> None:
                 lines.seek(0)
                 lines.truncate(lines.read().rfind(b"\n") + 1)
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        lines.write(text.encode("utf-8", "surrogatepass"))  # as `json.loads` reads it
+        lines.write(text.encode("utf-8", "surrogatepass"))  # `json.loads` can read this
         lines.flush()
         os.fsync(lines.fileno())

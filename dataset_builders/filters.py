@@ -72,7 +72,7 @@ def reason_to_drop(task: Task, transcript: str, reply: Reply, off: Collection[st
         "copy": not task.may_copy_transcript and _fold(reply.text) == _fold(transcript),
         "refusal": bool(_REFUSAL.match(reply.text)),
     }
-    return next((reason for reason, found in reasons.items() if found and reason not in off), None)
+    return next((reason for reason, applies in reasons.items() if applies and reason not in off), None)
 
 
 def judge(
@@ -84,8 +84,8 @@ def judge(
         for request, response in zip(requests, responses, strict=True)
     ]
     replies = [_SCALE.sub("", reply.text) for reply in respond(questions)]
-    found = [regex.search(r"(?<!\d)[1-5](?!\d)", reply) for reply in replies]
-    return [int(match[0]) if match else None for match in found]
+    scores = [regex.search(r"(?<!\d)[1-5](?!\d)", reply) for reply in replies]
+    return [int(score[0]) if score else None for score in scores]
 
 
 def _fold(text: str) -> str:

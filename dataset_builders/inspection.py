@@ -1,7 +1,7 @@
 """Inspect a self-powered set before training on it: counts, histograms, and a few rows to read and listen to.
 
-`survey` counts, `draw_samples` draws rows, `render_text` and `render_html` show them; `inspect_set` does it all. The
-same set gives the same text and page, byte for byte. Words are separated by white space.
+`survey` counts the rows, `draw_samples` draws some, and `render_text` and `render_html` show both; `inspect_set` does
+all of this. The same set gives the same text and page, byte for byte. Words are separated by white space.
 """
 
 import base64
@@ -124,14 +124,14 @@ def survey(folder: str | Path) -> Survey:
         ValueError: there are no such files; or a file cannot be read, lacks a column, or has a row with a missing
             value, an invalid duration or another task than its folder. Names the file.
     """
-    found = Survey(Path(folder).resolve().name)
+    counts = Survey(Path(folder).resolve().name)
     for task, paths in _files(folder).items():
-        found.tasks[task] = Tally()
+        counts.tasks[task] = Tally()
         for path in paths:
             with _open(path) as file:
                 for batch in file.iter_batches(batch_size=4096, columns=_COUNTED.names):
-                    _count(found, task, path, batch)
-    return found
+                    _count(counts, task, path, batch)
+    return counts
 
 
 def draw_samples(folder: str | Path, per_task: int, seed: int) -> list[dict]:
@@ -168,8 +168,8 @@ def render_text(survey: Survey) -> str:
     the sources."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("task", overflow="fold")
-    for of in ("rows", "hours", "transcript words\nmean (max)", "response words\nmean (max)", "wordings\n(of rows)"):
-        table.add_column(of, justify="right")
+    for name in ("rows", "hours", "transcript words\nmean (max)", "response words\nmean (max)", "wordings\n(of rows)"):
+        table.add_column(name, justify="right")
     *tasks, total = _table(survey)
     for task, *cells in tasks:
         table.add_row(Text(task), *cells)  # rich reads brackets in a plain string as markup
@@ -190,8 +190,8 @@ def render_html(survey: Survey, samples: list[dict]) -> str:
     """Render the survey, histograms and samples with their audio as one self-contained page.
 
     Args:
-        survey: what `survey` returned.
-        samples: what `draw_samples` returned.
+        survey: result of `survey`.
+        samples: result of `draw_samples`.
     """
     return read_template(Path(__file__).with_name("inspection.html")).render(
         survey=survey,
@@ -222,17 +222,17 @@ def inspect_set(folder: str | Path, html: str | Path | None = None, samples: int
     Raises:
         ValueError: as in `survey` and `draw_samples`.
     """
-    found = survey(folder)
+    counts = survey(folder)
     if html is not None:
-        page = render_html(found, draw_samples(folder, samples, seed))
+        page = render_html(counts, draw_samples(folder, samples, seed))
         write_whole(html, page)
         logger.info("%s: %.1f MB", html, len(page) / 1e6)
     return {
-        "total": found.total.summary(),
-        "tasks": {task: tally.summary() for task, tally in found.tasks.items()},
-        "sources": dict(found.sources.most_common()),
-        "responders": _responders(found),
-        "text": render_text(found),
+        "total": counts.total.summary(),
+        "tasks": {task: tally.summary() for task, tally in counts.tasks.items()},
+        "sources": dict(counts.sources.most_common()),
+        "responders": _responders(counts),
+        "text": render_text(counts),
         "html": None if html is None else str(html),
     }
 
@@ -245,7 +245,7 @@ def _files(folder: str | Path) -> dict[str, list[Path]]:
             f"{folder} has no data/TASK/*.parquet; expected a folder that `python -m dataset_builders.self_powered "
             "build` wrote."
         )
-    return {task: list(mine) for task, mine in itertools.groupby(paths, key=lambda path: path.parent.name)}
+    return {task: list(files) for task, files in itertools.groupby(paths, key=lambda path: path.parent.name)}
 
 
 @contextmanager
@@ -260,7 +260,7 @@ def _open(path: Path) -> Iterator[pq.ParquetFile]:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-def _count(found: Survey, task: str, path: Path, batch: pa.RecordBatch) -> None:
+def _count(survey: Survey, task: str, path: Path, batch: pa.RecordBatch) -> None:
     """Add a batch of `path` to the survey. Raises ValueError if a row is invalid."""
     table = pa.table(batch).select(_COUNTED.names).cast(_COUNTED)
     for name in _COUNTED.names:
@@ -269,34 +269,35 @@ def _count(found: Survey, task: str, path: Path, batch: pa.RecordBatch) -> None:
     columns, seconds = table.to_pydict(), table["duration"].to_numpy()
     if not ((seconds >= 0) & (seconds < np.inf)).all():
         raise ValueError(f"{path}: a duration is negative or not a number; expected seconds.")
-    if strangers := set(columns["task"]) - {task}:
-        raise ValueError(f"{path} has rows of task {min(strangers)!r}; expected only {task!r}.")
+    if others := set(columns["task"]) - {task}:
+        raise ValueError(f"{path} has rows of task {min(others)!r}; expected only {task!r}.")
     transcript_words, response_words = (
         np.array([len(text.split()) for text in columns[name]], dtype=np.int64) for name in ("transcript", "response")
     )
-    for tally in (found.tasks[task], found.total):
+    for tally in (survey.tasks[task], survey.total):
         tally.rows += len(seconds)
         tally.duration.add(seconds)
         tally.transcript_words.add(transcript_words)
         tally.response_words.add(response_words)
         tally.instructions |= dict.fromkeys(columns["instruction"])
-    found.sources.update(columns["source"])
-    found.responders.update(columns["responder"])
+    survey.sources.update(columns["source"])
+    survey.responders.update(columns["responder"])
 
 
 def _table(survey: Survey) -> list[list[str]]:
     """Return the cells of each task, then the total: name, rows, hours, transcript words, response words, wordings."""
     table = []
     for name, tally in (*survey.tasks.items(), ("total", survey.total)):
-        of = tally.summary()
-        words = [f"{of[f'{kind}_words_mean']:.1f} ({of[f'{kind}_words_max']:,})" for kind in ("transcript", "response")]
-        wordings = f"{of['instructions']:,} ({100 * of['instructions_share']:.1f} %)"
-        table.append([name, f"{of['rows']:,}", f"{of['hours']:,.2f}", *words, wordings])
+        row = tally.summary()
+        texts = ("transcript", "response")
+        words = [f"{row[f'{text}_words_mean']:.1f} ({row[f'{text}_words_max']:,})" for text in texts]
+        wordings = f"{row['instructions']:,} ({100 * row['instructions_share']:.1f} %)"
+        table.append([name, f"{row['rows']:,}", f"{row['hours']:,.2f}", *words, wordings])
     return table
 
 
 def _example(tally: Tally) -> str:
-    """One of the wordings on one line; a task that asks nothing has none."""
+    """Return one of a task's wordings on one line; a task that asks nothing has none."""
     return " ".join(tally.summary()["example"].split()) or "(no instruction)"
 
 
@@ -305,12 +306,12 @@ def _responders(survey: Survey) -> list[dict]:
     responders = []
     for text, rows in survey.responders.most_common():
         try:
-            of = dict(json.loads(text))
+            provenance = dict(json.loads(text))
         except (TypeError, ValueError):  # not JSON: another program wrote it
-            of = {"model": text}
-        said = {key: of.get(key, "unknown") for key in ("model", "revision", "template", "decoding")}
-        said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
-        responders.append({**said, "rows": rows})
+            provenance = {"model": text}
+        values = {key: provenance.get(key, "unknown") for key in ("model", "revision", "template", "decoding")}
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+        responders.append({**texts, "rows": rows})
     return responders
 
 

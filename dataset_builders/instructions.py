@@ -1,6 +1,6 @@
-"""The instruction pool: how each task is asked for, and which tasks and wordings an utterance gets.
+"""The instruction pool: the wordings of each task, and which tasks and wordings an utterance gets.
 
-Draws are functions of their arguments alone, so the same rows come out on any machine, number of workers and order.
+A draw depends only on its arguments, so the rows are the same on any machine, with any number of workers, in any order.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dataset_builders.files import read_yaml
 
-POOL_PATH = Path(__file__).with_name("instructions.yaml")  # the pool that is meant where none is named
+POOL_PATH = Path(__file__).with_name("instructions.yaml")  # the default pool
 
 TRANSCRIPTION = "transcription"
 SELF_POWERED_TASKS = ("continuation", "repetition", "keyword", "intent", "sentiment", "translation")
@@ -32,32 +32,32 @@ OPTIONAL_KEYS = {*SWITCHES, "held_out", "slots"}
 
 @dataclass(frozen=True)
 class Task:
-    """One task and its paraphrases: `seen` ones are trained on, `held_out` ones only measured."""
+    """A task and its paraphrases. Trainings use the `seen` paraphrases, and evaluations the `held_out` ones."""
 
     name: str
     description: str
     seen: tuple[str, ...]
     held_out: tuple[str, ...]
-    held_out_task: bool = False  # never in the training mix: it measures an unseen task
-    ends_like_a_sentence: bool = True  # whether a response must
-    may_copy_transcript: bool = False  # whether a response may
-    without_instruction: bool = False  # the LLM replies to the speech alone: its only wording is the empty one
-    slots: tuple[tuple[str, tuple[str, ...]], ...] = ()  # names and values, which the paraphrases were filled with
+    held_out_task: bool = False  # never used in training, because evaluations use it as an unseen task
+    ends_like_a_sentence: bool = True  # a response must end like a sentence
+    may_copy_transcript: bool = False  # a response may be the transcript
+    without_instruction: bool = False  # the LLM replies to the speech alone, so the only paraphrase is empty
+    slots: tuple[tuple[str, tuple[str, ...]], ...] = ()  # names and values that were put into the paraphrases
 
 
 def load_pool(path: str | Path | None = None, slots: Mapping[str, Sequence[str]] | None = None) -> dict[str, Task]:
-    """Read and check a pool; returns the tasks by name, in the file's order.
+    """Read and check a pool. Returns the tasks by name, in the order of the file.
 
     Args:
         path: YAML file of the pool; `POOL_PATH` if None.
-        slots: values that replace those of the file, such as `{"language": ["German", "French"]}`. Every paraphrase
-            is repeated for every value of its task's slots.
+        slots: values that replace those of the file, such as `{"language": ["German", "French"]}`. Each paraphrase is
+            repeated for each value of its task's slots.
 
     Raises:
-        ValueError: a missing or unknown key, a value of the wrong type, an empty list, a paraphrase without a slot that
-            its task declares or with one that it does not, a slot without values or with one that is no text, a
-            paraphrase that occurs twice in the pool (within a split, in both splits, or in two tasks), or `slots` that
-            no task has. Names the file and the task.
+        ValueError: a key is missing or unknown, a value has the wrong type, a list is empty, a paraphrase lacks a slot
+            of its task or has another one, a slot has no values or one that is not a text, a paraphrase occurs twice in
+            the pool (within a split, in both splits, or in two tasks), or no task has one of the `slots`. Names the
+            file and the task.
     """
     path = POOL_PATH if path is None else path
     content = read_yaml(path, "a pool of instructions")
@@ -70,27 +70,27 @@ def load_pool(path: str | Path | None = None, slots: Mapping[str, Sequence[str]]
     if trouble := _trouble_in_slots(slots):
         raise ValueError(f"{path}: {trouble}")
     pool = {str(name): _read_task(str(name), fields, slots, path) for name, fields in content["tasks"].items()}
-    known = {slot for fields in content["tasks"].values() for slot in fields.get("slots", {})}
-    if unknown := sorted(set(slots) - known):
-        raise ValueError(f"{path}: no task has the slot {unknown[0]!r}; there are {sorted(known)}")
-    found: dict[str, str] = {}  # paraphrase -> where it was first found
+    all_slots = {slot for fields in content["tasks"].values() for slot in fields.get("slots", {})}
+    if unknown := sorted(set(slots) - all_slots):
+        raise ValueError(f"{path}: no task has the slot {unknown[0]!r}; there are {sorted(all_slots)}")
+    places: dict[str, str] = {}  # paraphrase -> its first place
     for task in pool.values():
         lines = [("seen", line) for line in task.seen] + [("held_out", line) for line in task.held_out]
         for split, line in lines if not task.without_instruction else ():
-            here = f"{task.name}.{split}"
-            if first := found.get(line.casefold()):
-                raise ValueError(f"{path}: task {task.name!r}: {line!r} is a duplicate, in {first} and {here}")
-            found[line.casefold()] = here
+            place = f"{task.name}.{split}"
+            if first := places.get(line.casefold()):
+                raise ValueError(f"{path}: task {task.name!r}: {line!r} is a duplicate, in {first} and {place}")
+            places[line.casefold()] = place
     return pool
 
 
 def _read_task(name: str, fields: object, slots: Mapping[str, Sequence[str]], path: str | Path) -> Task:
-    """Check one task's block and make it a Task; raises ValueError."""
-    if not re.fullmatch(r"\w[\w-]*", name) or name == "all":  # it names a folder and a configuration, besides `all`
+    """Check the block of a task and return the task. Raises ValueError if the block is invalid."""
+    if not re.fullmatch(r"\w[\w-]*", name) or name == "all":  # the name of a folder and of a configuration
         raise ValueError(f"{path}: task {name!r}: expected a name of letters, digits, - and _, other than 'all'")
     if trouble := _trouble(fields):
         raise ValueError(f"{path}: task {name!r}: {trouble}")
-    values = {slot: slots.get(slot, given) for slot, given in fields.get("slots", {}).items()}
+    values = {slot: slots.get(slot, choices) for slot, choices in fields.get("slots", {}).items()}
     fillings = [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
     written = {split: [""] for split in SPLITS} if fields.get("without_instruction") else fields
     lines = {
@@ -108,7 +108,7 @@ def _read_task(name: str, fields: object, slots: Mapping[str, Sequence[str]], pa
 
 
 def _trouble(fields: object) -> str | None:
-    """What is wrong with one task's block, or None."""
+    """Return what is wrong with the block of a task; None if it is valid."""
     if not isinstance(fields, dict):
         return f"expected a mapping with the keys {sorted(REQUIRED_KEYS)}, got {fields!r}"
     silent = fields.get("without_instruction") is True
@@ -131,18 +131,18 @@ def _trouble(fields: object) -> str | None:
 
 
 def _trouble_in_slots(slots: object) -> str | None:
-    """What is wrong with slots and their values, or None."""
+    """Return what is wrong with slots and their values; None if they are valid."""
     if not isinstance(slots, Mapping) or not all(isinstance(slot, str) and slot.isidentifier() for slot in slots):
         return f"`slots` must be a mapping from names to lists of values, got {slots!r}"
     for slot, values in slots.items():
         texts = isinstance(values, list | tuple) and all(isinstance(value, str) and value.strip() for value in values)
         if not values or not texts:
-            return f"slot {slot!r} must have a list of texts, got {values!r}; quote those that YAML takes for others"
+            return f"slot {slot!r} must have a list of texts, got {values!r}; quote texts such as no or 1"
     return None
 
 
 def _trouble_in_lines(split: str, lines: object, slots: Mapping[str, list]) -> str | None:
-    """What is wrong with the paraphrases of one split, or None."""
+    """Return what is wrong with the paraphrases of a split; None if they are valid."""
     if not isinstance(lines, list) or not lines:
         return f"`{split}` must be a list that is not empty, got {lines!r}"
     for line in lines:
@@ -156,39 +156,47 @@ def _trouble_in_lines(split: str, lines: object, slots: Mapping[str, list]) -> s
         if missing := sorted(set(slots) - named):
             return f"`{split}` holds {line!r}, which lacks the slot {{{missing[0]}}} of this task"
         if unknown := sorted(named - set(slots)):
-            return (
-                f"`{split}` holds {line!r}, whose slot {{{unknown[0]}}} is none of {sorted(slots)}, which it declares"
-            )
+            return f"`{split}` holds {line!r}, whose slot {{{unknown[0]}}} is none of the task's slots {sorted(slots)}"
     return None
 
 
 def draw_fraction(seed: int, *parts: str) -> float:
-    """A uniform number in [0, 1) from the SHA-256 of `seed` and `parts`; the same on any machine, in any order."""
+    """Return a uniform number in [0, 1) from the SHA-256 of `seed` and `parts`; it is the same on any machine."""
     key = "\x1f".join([str(seed), *parts]).encode()
     return (int.from_bytes(hashlib.sha256(key).digest()[:8]) >> 11) / 2**53
 
 
 def draw_instruction(pool: Mapping[str, Task], task: str, id: str, seed: int, split: str = "seen") -> str:
-    """The paraphrase of `task` for utterance `id`: a function of (seed, id, task). `split` is `seen` or `held_out`.
+    """Return the paraphrase of `task` for utterance `id`. It depends only on seed, id and task.
 
-    Raises ValueError for a task that the pool lacks or that has no such wordings, or another split.
+    Args:
+        pool: the pool, from `load_pool`.
+        task: name of the task.
+        id: id of the utterance.
+        seed: seed of the draw.
+        split: `seen` or `held_out`.
+
+    Raises:
+        ValueError: the pool has no such task, the task has no paraphrases of this split, or the split is unknown.
     """
     if task not in pool:
-        raise ValueError(f"unknown task {task!r}; the pool has {sorted(pool)}; add a block to its file")
+        raise ValueError(f"unknown task {task!r}; the pool has {sorted(pool)}; add a block to the pool's file")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; expected 'seen' or 'held_out'")
     lines = getattr(pool[task], split)
     if not lines:
-        raise ValueError(f"task {task!r} of the pool has no {split} wordings to ask with; add `{split}` to its block")
+        raise ValueError(f"task {task!r} of the pool has no {split} wordings; add `{split}` to its block")
     return lines[int(draw_fraction(seed, "instruction", id, task) * len(lines))]
 
 
 def draw_tasks(weights: Mapping[str, float], id: str, seed: int, count: int = 1) -> list[str]:
-    """`count` different tasks for utterance `id`, drawn by `weights` (any scale, any key order) without replacement: a
-    function of (seed, id). A task of infinite weight is in every draw, and comes last.
+    """Draw `count` different tasks for utterance `id`, by `weights`. The draw depends only on weights, seed and id.
 
-    Raises ValueError when a weight is negative or no number, when fewer than `count` tasks have a weight above zero,
-    or when more than `count` have an infinite one.
+    Weights may have any scale and order. A task of infinite weight is in every draw, and comes last.
+
+    Raises:
+        ValueError: a weight is negative or not a number, fewer than `count` tasks have a weight above zero, or more
+            than `count` have an infinite one.
     """
     for task, weight in weights.items():
         if not weight >= 0:
@@ -198,7 +206,7 @@ def draw_tasks(weights: Mapping[str, float], id: str, seed: int, count: int = 1)
     if not max(len(always), 1) <= count <= len(always) + len(rest):
         raise ValueError(
             f"cannot draw {count} tasks per utterance from {dict(weights)}: expected 1 or more, at least as many tasks "
-            "with a weight above 0, and no more than that with an infinite one"
+            "with a weight above 0, and at most as many with an infinite weight"
         )
     drawn: list[str] = []
     while len(drawn) < count - len(always):
@@ -213,28 +221,28 @@ def _draw_one(weights: Mapping[str, float], fraction: float) -> str:
         if rest < weight:
             return task
         rest -= weight
-    return task  # rounding can leave a hair over the last weight
+    return task  # after a rounding error
 
 
 def digest_of(pool: Mapping[str, Task]) -> str:
-    """What a pool says, as 16 hex digits: its tasks with their wordings, slots filled and switches."""
+    """Return a hash of a pool's tasks, paraphrases, slots and switches, in 16 hex digits."""
     content = repr([pool[task] for task in sorted(pool)])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What will be asked of utterances: tasks by weight, wordings from the pool.
+    """Draws the tasks of each utterance, and the wordings of their instructions.
 
     Args:
-        pool: as `load_pool` returns it.
-        weights: of the tasks; infinite for one that every utterance gets.
-        tasks_per_utterance: how many of them an utterance gets.
-        seed: with an utterance's id, it decides everything.
+        pool: the pool, from `load_pool`.
+        weights: weights of the tasks; infinite for a task that every utterance gets.
+        tasks_per_utterance: number of tasks that an utterance gets.
+        seed: seed of the draws, which depend on nothing else but the id of the utterance.
         paraphrases: `seen` or `held_out` wordings.
 
     Raises:
-        ValueError: as in `draw_tasks`, or a task that the pool lacks.
+        ValueError: as in `draw_tasks`, or the pool lacks a task.
     """
 
     pool: Mapping[str, Task]
@@ -249,11 +257,11 @@ class Draw:
             draw_instruction(self.pool, task, "any utterance", self.seed, self.paraphrases)
 
     def describe(self) -> dict:
-        """What it is, as JSON takes it; the pool by its digest."""
+        """Return a description for JSON, with a hash of the pool."""
         languages = (name for task in self.pool.values() for name in dict(task.slots).get("language", ()))
         return {
             "pool": digest_of(self.pool),
-            "languages": list(dict.fromkeys(languages)),  # in this order: another one draws other lines
+            "languages": list(dict.fromkeys(languages)),  # in this order, because the draws depend on it
             "weights": {task: str(weight) for task, weight in self.weights.items()},
             "tasks_per_utterance": self.tasks_per_utterance,
             "seed": self.seed,
@@ -261,17 +269,17 @@ class Draw:
         }
 
     def of(self, id: str) -> list[tuple[str, str]]:
-        """`(task, instruction)` pairs for utterance `id`."""
+        """Return the `(task, instruction)` pairs of utterance `id`."""
         tasks = draw_tasks(self.weights, id, self.seed, self.tasks_per_utterance)
         return [(task, draw_instruction(self.pool, task, id, self.seed, self.paraphrases)) for task in tasks]
 
 
 def parse_weights(tasks: Sequence[str]) -> dict[str, float]:
-    """Weights from the command line: `intent` weighs 1, `intent=2.5` as it says, `transcription=inf` is in every draw;
-    several may stand between commas.
+    """Parse the tasks of the command line: `intent` has the weight 1, `intent=2.5` the weight 2.5, and
+    `transcription=inf` is in every draw. A text may list several, separated by commas.
 
     Raises:
-        ValueError: a weight that is no number, or a task named twice.
+        ValueError: a weight is not a number, or a task is named twice.
     """
     weights: dict[str, float] = {}
     for entry in ",".join(tasks).split(","):

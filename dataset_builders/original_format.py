@@ -2,7 +2,7 @@
 
 `audio` is a path and `text` is the response. The transcripts are in another JSONL with `audio` and `text`, an ordinary
 manifest (`corpora/opening.py`). Neither names the task or the responder, so imported rows say `unknown`, and
-`recipes/sft.py` refuses them as rows of another LLM unless told otherwise.
+`recipes/sft.py` refuses them as rows of another LLM, unless `--allow_foreign_responses` is set.
 """
 
 import itertools
@@ -95,12 +95,12 @@ def import_original(rows: OriginalRows, output: str | Path, shard_size: int = SH
     folder.settle()
     lines = rows.lines(0)
     for chunk in itertools.count():
-        some = list(itertools.islice(lines, shard_size))
-        if not some:
+        shard_lines = list(itertools.islice(lines, shard_size))
+        if not shard_lines:
             break
         if not folder.is_done(Shard(0, chunk)):
-            kept, refused = read(rows, some)
-            folder.commit(Shard(0, chunk), to_tables(kept), report(len(some), refused, kept, kept, {}))
+            kept, refused = read(rows, shard_lines)
+            folder.commit(Shard(0, chunk), to_tables(kept), report(len(shard_lines), refused, kept, kept, {}))
     folder.end(0, chunk)
     return finish(folder, pool={})
 

@@ -244,8 +244,7 @@ def _build(output: str, **arguments) -> None:
 def _inspect(folder: str, html: str | None, samples: int, seed: int) -> None:
     from dataset_builders.inspection import inspect_set  # imported late: it takes a second, and only this needs it
 
-    found = inspect_set(folder, html or Path(folder) / "inspect.html", samples, seed)
-    print(found["text"])
+    print(inspect_set(folder, html or Path(folder) / "inspect.html", samples, seed)["text"])
 
 
 def _publish(folder: str, repo: str, revision: str | None, private: bool | None) -> None:

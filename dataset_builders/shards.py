@@ -60,10 +60,7 @@ class Worker(NamedTuple):
             step = _integer(environment, "SLURM_ARRAY_TASK_STEP") if "SLURM_ARRAY_TASK_STEP" in environment else 1
             first = _integer(environment, "SLURM_ARRAY_TASK_MIN")
             index = (_integer(environment, "SLURM_ARRAY_TASK_ID") - first) // step
-            rank, world_size = (
-                index * world_size + rank,
-                world_size * _integer(environment, "SLURM_ARRAY_TASK_COUNT"),
-            )
+            rank, world_size = (index * world_size + rank, world_size * _integer(environment, "SLURM_ARRAY_TASK_COUNT"))
         if not 0 <= rank < world_size:
             raise ValueError(
                 f"the environment says rank {rank} of {world_size} processes; expected 0 to {world_size - 1}."
@@ -119,8 +116,7 @@ class BuildFolder:
         try:
             os.link(mine, file)  # atomic; fails if another process was first
         except FileExistsError:
-            begun, given = self.settings, json.loads(mine.read_text(encoding="utf-8"))
-            if differing := differences(begun, given):
+            if differing := differences(self.settings, json.loads(mine.read_text(encoding="utf-8"))):
                 changes = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in differing.items())
                 raise ValueError(
                     f"{self.folder} was started with other settings: {changes}. Use those, or name another output."
@@ -180,8 +176,8 @@ class BuildFolder:
 
     def shards_of(self, file: int) -> int | None:
         """Return the number of shards of a file of the corpus, None if no process has read it to its end."""
-        found = next((self.state / "ends").glob(f"{file:05d}-*"), None)
-        return None if found is None else int(found.name.partition("-")[2])
+        end = next((self.state / "ends").glob(f"{file:05d}-*"), None)
+        return None if end is None else int(end.name.partition("-")[2])
 
     def missing(self) -> Iterator[str]:
         """Yield the names of shards that are not written yet. A file not yet read to its end counts as one."""

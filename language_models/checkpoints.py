@@ -43,9 +43,8 @@ def base_of(source: str | Path, revision: str | None = None) -> str:
         raise ValueError(f"{source} is an adapter whose adapter_config.json has no `base_model_name_or_path`.")
     folder = Path(source).resolve()
     moved = [near / Path(base).name for near in (folder, *folder.parents[:2]) if folder.is_dir()]
-    found = [place for place in (Path(base), *moved) if place.is_dir()]
-    if found:
-        return str(found[0])
+    if existing := next((place for place in (Path(base), *moved) if place.is_dir()), None):
+        return str(existing)
     try:
         validate_repo_id(base)
     except HFValidationError as error:
@@ -78,7 +77,7 @@ def open_model(
             attend_fast(model)
         return model
     base = base_of(source, revision)
-    from peft import PeftModel  # which `base_of` found installed
+    from peft import PeftModel  # `base_of` has checked that it is installed
 
     model = open_model(base, auto, revision=adapter.get("revision"), **settings)
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""What an installation may lack: the packages that an extra of setup.cfg brings."""
+"""Errors for packages that are not installed, which name the extra of setup.cfg that has them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Stands around imports. Where they need a package that is not installed, the error says which extra brings it.
+    """Name the extra to install in errors of the imports in the block.
 
     Args:
-        name: of the extra, such as `"train"`.
+        name: name of the extra, such as `"train"`.
 
     Raises:
-        ImportError: names the package and the extra.
+        ImportError: a package is not installed. Names the package and the extra.
     """
     try:
         yield

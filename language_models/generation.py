@@ -29,21 +29,21 @@ def never_write(generation_config: GenerationConfig, audio_token_id: int, pad_to
     generation_config.suppress_tokens = [*(generation_config.suppress_tokens or []), audio_token_id]
 
 
-def valid_settings(given: dict, name: str) -> GenerationConfig:
+def valid_settings(settings: dict, name: str) -> GenerationConfig:
     """Return generation settings without the invalid ones and those without effect (such as a temperature without
     sampling), because transformers refuses to save a model with them. The removed settings are logged.
 
     Args:
-        given: the content of a `generation_config.json`.
+        settings: the content of a `generation_config.json`.
         name: name of the checkpoint, for the log.
     """
     kept, refused = {}, {}
-    for setting in sorted(given, key=lambda setting: setting not in DECIDING):
+    for setting, value in sorted(settings.items(), key=lambda item: item[0] not in DECIDING):
         try:
-            GenerationConfig(**kept, **{setting: given[setting]}).validate(strict=True)
-            kept[setting] = given[setting]
+            GenerationConfig(**kept, **{setting: value}).validate(strict=True)
+            kept[setting] = value
         except (TypeError, ValueError):
-            refused[setting] = given[setting]
+            refused[setting] = value
     if refused:
         listed = ", ".join(f"{setting}={value}" for setting, value in refused.items())
         logger.warning("%s: generation settings that are invalid or have no effect are left out: %s", name, listed)
@@ -55,18 +55,18 @@ def generation_settings(llm: str) -> GenerationConfig:
     source, revision = checkpoint_with("generation_config.json", llm)
     file = cached_file(source, "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     if file is not None:
-        given = json.loads(Path(file).read_text(encoding="utf-8"))
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
     else:  # an older checkpoint, with the settings in its config.json
         config = {"config_file_name": "config.json", "_from_model_config": True}
-        given = GenerationConfig.from_pretrained(source, revision=revision, **config).to_diff_dict()
-    return valid_settings(given, llm)
+        settings = GenerationConfig.from_pretrained(source, revision=revision, **config).to_diff_dict()
+    return valid_settings(settings, llm)
 
 
 def changed_decoding(settings: GenerationConfig) -> dict:
     """Return the generation settings of a checkpoint that change decoding even without sampling."""
     neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "length_penalty": 1.0}
-    found = {name: getattr(settings, name, None) for name in neutral}
-    return {name: value for name, value in found.items() if value not in (None, neutral[name])}
+    values = {name: getattr(settings, name, None) for name in neutral}
+    return {name: value for name, value in values.items() if value not in (None, neutral[name])}
 
 
 def context_of(config: AutoConfig) -> int | None:

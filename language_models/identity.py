@@ -18,8 +18,8 @@ def identify(source: str) -> dict[str, str]:
     (`"sha256:"` and 16 hex digits)."""
     folder = Path(source)
     if not folder.is_dir():
-        known = (try_to_load_from_cache(source, name) for name in ("config.json", "adapter_config.json"))
-        cached = next((file for file in known if isinstance(file, str)), None)
+        cached_files = (try_to_load_from_cache(source, name) for name in ("config.json", "adapter_config.json"))
+        cached = next((file for file in cached_files if isinstance(file, str)), None)
         if cached is None:
             raise ValueError(f"{source} is neither a folder nor in the Hub cache, so its commit is unknown.")
         return {"model": source, "revision": Path(cached).parent.name}

@@ -1,11 +1,11 @@
-"""Chat templates of LLMs, made to take audio beside text."""
+"""Adapt the chat templates of LLMs, so that messages may have audio and text."""
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from processing_lsm import AUDIO_TOKEN
 
-# For LLMs whose tokenizer has no chat template: Vicuna v1.1, which base models have seen most often in the wild.
+# For LLMs whose tokenizer has no chat template: Vicuna's v1.1, because base models have probably seen it most often.
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
@@ -18,7 +18,7 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
 
-# For LLMs whose template takes no system message (Gemma, early Mistrals): it opens the user's first message instead.
+# For LLMs whose template takes no system message (Gemma, early Mistrals): puts it before the user's first message.
 FOLD_SYSTEM = (
     "{%- if messages[0]['role'] == 'system' and messages[1] is defined and messages[1]['role'] == 'user' -%}"
     "{%- set opening = messages[0]['content'] + '\\n\\n' + messages[1]['content'] -%}"
@@ -26,8 +26,8 @@ FOLD_SYSTEM = (
     "{%- endif %}\n"
 )
 
-# Prepended to the LLM's own template, which then sees plain strings: parts joined by newlines, audio as its token.
-# The newline at the end is eaten by Jinja's `trim_blocks`, which transformers sets.
+# Put before the LLM's own template, which then gets strings: the parts of a message, joined by newlines, with the
+# placeholder for audio. Jinja's `trim_blocks`, which transformers sets, removes the newline at the end.
 _PRELUDE = """\
 {%- set lsm = namespace(messages=[], parts=[]) -%}
 {%- for message in messages -%}
@@ -52,14 +52,14 @@ _PRELUDE = """\
 
 
 def speech_template(template: str | dict | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """An LLM's chat template for messages of text and audio parts.
+    """Return an LLM's chat template for messages with parts of text and audio.
 
-    A prelude that flattens the parts is put in front, with [`FOLD_SYSTEM`] where the LLM takes no system message. A
-    template that names the audio placeholder is taken to render audio parts by itself.
+    A prelude joins the parts, and [`FOLD_SYSTEM`] is added if the LLM takes no system message. A template that names
+    the audio placeholder is returned unchanged, because it renders audio parts itself.
 
     Args:
-        template: the LLM's own, of several the default one; [`DEFAULT_CHAT_TEMPLATE`] if it has none.
-        tokenizer: that renders it.
+        template: the LLM's chat template. Of several, the default one is used; if None, [`DEFAULT_CHAT_TEMPLATE`].
+        tokenizer: tokenizer that renders the template.
     """
     text: str = (template["default"] if isinstance(template, dict) else template) or DEFAULT_CHAT_TEMPLATE
     if AUDIO_TOKEN in text:
@@ -69,7 +69,7 @@ def speech_template(template: str | dict | None, tokenizer: PreTrainedTokenizerB
 
 
 def _takes_system(template: str, tokenizer) -> bool:
-    """Whether a system message gets into the prompt; some templates raise an error, some drop it silently."""
+    """Return whether a system message appears in the prompt. Some templates raise an error, and others drop it."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
     try:
         return "Be brief." in tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)

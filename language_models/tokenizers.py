@@ -5,12 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    WhisperFeatureExtractor,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, WhisperFeatureExtractor
 from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
 from language_models.checkpoints import checkpoint_with
@@ -46,7 +41,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def make_room(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Make sure that the placeholder has an embedding; add one only if the LLM has none to spare. Returns its id."""
+    """Make sure that the placeholder has an embedding, and return its id. An embedding is added only if the LLM has no
+    unused one."""
     audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
     if audio_token_id >= llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -72,12 +68,13 @@ def speech_processor(
     chat_template: str | None = None,
     **settings,
 ) -> LsmProcessor:
-    """The processor of an LSM with this tokenizer, which has the audio placeholder. Its chat template is the LLM's own,
-    made to take audio (`speech_template`).
+    """Return the processor of an LSM, with the LLM's chat template adapted to audio (`speech_template`).
 
     Args:
-        chat_template: instead of the tokenizer's.
-        settings: of [`LsmProcessor`].
+        feature_extractor: the feature extractor of the Whisper.
+        tokenizer: the LLM's tokenizer with the audio placeholder.
+        chat_template: chat template to use instead of the tokenizer's.
+        settings: settings of [`LsmProcessor`].
     """
     template = speech_template(chat_template or tokenizer.chat_template, tokenizer)
     return LsmProcessor(feature_extractor, tokenizer, chat_template=template, **settings)
@@ -95,10 +92,10 @@ def parse_template_settings(text: str | None) -> dict | None:
         ValueError: the text is not a JSON object.
     """
     try:
-        found = None if text is None else json.loads(text)
+        settings = None if text is None else json.loads(text)
     except json.JSONDecodeError:
-        found = text
-    if not isinstance(found, dict | None):
+        settings = text
+    if not isinstance(settings, dict | None):
         example = '{"enable_thinking": true}'
         raise ValueError(f"--template-settings {text} is not a JSON object; expected one such as '{example}'.")
-    return found
+    return settings

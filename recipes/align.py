@@ -37,7 +37,7 @@ with extra("train"):
     from recipes.reporting.model_card import base_models_of
     from recipes.reporting.training_card import write_trained_card
     from recipes.training.alignment import FOLDER, STEPS, align, needs_alignment, validation_rows
-    from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
+    from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, non_defaults
     from recipes.training.callbacks import LOG
     from recipes.training.checkpoints import contents_of
     from recipes.training.command_line import parse
@@ -121,7 +121,7 @@ def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_
             base_models=base_models_of(model_args.model_name_or_path) or [model_args.model_name_or_path],
             datasets=[script_args.dataset_name],
             rows={"alignment": len(clips)},
-            settings=given(script_args, training_args, model_args),
+            settings=non_defaults(script_args, training_args, model_args),
             log=[line for line in read_lines(output / FOLDER / LOG) if "loss" in line],
             following=[],
             adapter_of=None,

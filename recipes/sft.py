@@ -34,7 +34,7 @@ with extra("train"):
     from recipes.listening.features import store_features
     from recipes.reporting.model_card import base_models_of
     from recipes.training.alignment import align, needs_alignment, validation_rows
-    from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
+    from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, non_defaults
     from recipes.training.callbacks import FollowingCallback, LogCallback
     from recipes.training.checkpoints import contents_of, find_checkpoint, naming_last_checkpoint, settings_of
     from recipes.training.command_line import parse
@@ -59,7 +59,7 @@ def card_of(script_args, training_args, model_args, dataset) -> dict:
         "datasets": [script_args.dataset_name],
         "rows": {} if script_args.dataset_streaming else count_tasks(dataset),
         "settings": {"llm": script_args.llm, "objective": training_args.objective}
-        | given(script_args, training_args, model_args),
+        | non_defaults(script_args, training_args, model_args),
         "adapter_of": base_of(name, model_args.model_revision) if model_args.use_peft else None,
     }
 

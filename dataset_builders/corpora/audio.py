@@ -1,4 +1,4 @@
-"""Audio files, as a corpus has them: how long they are, and whether they are whole."""
+"""Read the audio files of a corpus, and check their duration and that they are whole."""
 
 import io
 import re
@@ -9,7 +9,7 @@ from processing_lsm import load_audio
 
 _UNKNOWN_LENGTH = 2**63 - 1  # frames that libsndfile reports for FLAC that was written to a pipe
 _STREAMED = 0x7FFF0000  # a WAV that was written to a pipe states at least this many bytes in its header
-# In libsndfile's log: bytes of samples that WAV, AIFF and AU headers promise, and those that there are.
+# In libsndfile's log: the bytes of samples that WAV, AIFF and AU headers promise, and the bytes in the file.
 _PROMISE = re.compile(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
 _LOST = 0.1  # seconds that may be missing from an audio file: too short for a word
 
@@ -34,9 +34,9 @@ def duration_of(audio: dict) -> float:
         raise ValueError(f"{audio.get('path') or 'the audio'} has no length in its header; convert the file again.")
     seconds = info.frames / info.samplerate
     if promise := _PROMISE.search(info.extra_info):
-        said, there = map(int, promise.groups())
-        if said < _STREAMED:
-            _check_whole(audio, seconds, seconds * said / max(there, 1))
+        promised, existing = map(int, promise.groups())
+        if promised < _STREAMED:
+            _check_whole(audio, seconds, seconds * promised / max(existing, 1))
     return seconds
 
 

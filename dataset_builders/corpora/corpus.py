@@ -95,8 +95,8 @@ class Corpus:
             raise RefusedRowError(where, "no column", f"{column!r} is missing; the columns are {sorted(line)}")
         text = NORMALIZERS[self.normalizer](line[column]) if isinstance(line[column], str) else ""
         if not text:
-            given = reprlib.repr(line[column])
-            raise RefusedRowError(where, "no transcript", f"{column!r} is {given}; expected the spoken text")
+            value = reprlib.repr(line[column])
+            raise RefusedRowError(where, "no transcript", f"{column!r} is {value}; expected the spoken text")
         audio = self.audio(where, line)
         try:
             duration = duration_of(audio)
@@ -106,13 +106,7 @@ class Corpus:
         for value in (id, text, audio["path"] or ""):
             if value != _printable(value):
                 raise RefusedRowError(where, "not UTF-8", f"{value!r}; convert the text to UTF-8")
-        return {
-            "id": id,
-            "audio": audio,
-            "transcript": text,
-            "duration": np.float32(duration),
-            "source": self.source,
-        }
+        return {"id": id, "audio": audio, "transcript": text, "duration": np.float32(duration), "source": self.source}
 
     def id_of(self, where: str, line: dict, audio: dict) -> str:
         """Return the corpus's id of the utterance, or its place if there is none."""
@@ -134,27 +128,27 @@ class Corpus:
                     yield where, line
 
 
-def choose_columns(there: list[str], told: dict[str, str], corpus: str) -> dict[str, str]:
+def choose_columns(columns: list[str], names: dict[str, str], corpus: str) -> dict[str, str]:
     """Return the names of the `audio` column, the `transcript` column and, if there is one, the `id` column.
 
     Args:
-        there: names of the corpus's columns.
-        told: names given by the user or a preset, by role; common names (`COLUMNS`) are tried for the other roles.
+        columns: names of the corpus's columns.
+        names: names given by the user or a preset, by role; common names (`COLUMNS`) are tried for the other roles.
         corpus: name of the corpus, for errors.
 
     Raises:
         ValueError: a given column does not exist, or no column has a common name. Lists the columns.
     """
     chosen = {}
-    for role, customary in COLUMNS.items():
-        candidates = [told[role]] if role in told else customary
-        found = next((column for column in candidates if column in there), None)
-        if found is not None:
-            chosen[role] = found
-        elif role in told or role != "id":
-            names = " or ".join(map(repr, candidates))
+    for role, common_names in COLUMNS.items():
+        candidates = [names[role]] if role in names else common_names
+        column = next((name for name in candidates if name in columns), None)
+        if column is not None:
+            chosen[role] = column
+        elif role in names or role != "id":
+            tried = " or ".join(map(repr, candidates))
             raise ValueError(
-                f"{corpus} has no column {names} for the {role}; it has {there}. Name the right ones; a build "
+                f"{corpus} has no column {tried} for the {role}; it has {columns}. Name the right ones; a build "
                 "takes --audio-column, --transcript-column and --id-column."
             )
     return chosen

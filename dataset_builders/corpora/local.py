@@ -41,11 +41,11 @@ class FileCorpus(Corpus):
         self.data_root = Path(os.path.abspath(data_root or (path if path.is_dir() else path.parent)))
         super().__init__(path.stem if path.is_file() else path.resolve().name, split, columns, normalizer)
         lines = [line for _, line in itertools.islice(self.lines(0), FIRST_LINES)]
-        there = list(dict.fromkeys(column for line in lines if isinstance(line, dict) for column in line))
-        if not there:
+        names = list(dict.fromkeys(column for line in lines if isinstance(line, dict) for column in line))
+        if not names:
             trouble = lines[0] if lines else "it is empty"
             raise ValueError(f"{path} has no readable utterance ({trouble}); expected {self.expected}.")
-        self.columns = choose_columns(there, columns, str(path))
+        self.columns = choose_columns(names, columns, str(path))
 
     @cached_property
     def revision(self) -> str:
@@ -53,21 +53,21 @@ class FileCorpus(Corpus):
         digest = hashlib.sha256()
         for where, line in self.lines(0):
             digest.update(repr((where, line if isinstance(line, dict) else str(line))).encode())
-            given = line.get(self.columns["audio"]) if isinstance(line, dict) else None
-            if isinstance(given, str) and os.path.isfile(self.data_root / given):
-                digest.update(middle(self.data_root / given))
+            path = line.get(self.columns["audio"]) if isinstance(line, dict) else None
+            if isinstance(path, str) and os.path.isfile(self.data_root / path):
+                digest.update(middle(self.data_root / path))
         return f"sha256:{digest.hexdigest()[:16]}"
 
     def audio(self, where: str, line: dict) -> dict:
         column = self.columns["audio"]
-        given = line.get(column)
-        if not isinstance(given, str) or not given:
-            details = f"{column!r} is {reprlib.repr(given)}; expected the path of an audio file"
+        path = line.get(column)
+        if not isinstance(path, str) or not path:
+            details = f"{column!r} is {reprlib.repr(path)}; expected the path of an audio file"
             raise RefusedRowError(where, "no audio", details)
         offset = line.get("offset")
         if offset not in (None, "") and _number(offset) != 0:
             raise RefusedRowError(where, "part of a file", f"offset is {reprlib.repr(offset)}; {CUT}")
-        file = self._resolve(where, given)
+        file = self._resolve(where, path)
         try:
             return {"bytes": file.read_bytes(), "path": file.name}
         except (OSError, ValueError) as error:  # ValueError: an invalid name, such as one with a null byte
@@ -82,23 +82,23 @@ class FileCorpus(Corpus):
             raise RefusedRowError(where, "part of a file", details)
         return row
 
-    def _resolve(self, where: str, given: str) -> Path:
-        """Return the path of the file, which must be under the data root. Symbolic links may lead out of it."""
-        file = Path(os.path.normpath(self.data_root / given))
+    def _resolve(self, where: str, path: str) -> Path:
+        """Return the whole path of a file, which must be under the data root. Symbolic links may lead out of it."""
+        file = Path(os.path.normpath(self.data_root / path))
         if not file.is_relative_to(self.data_root):
             raise RefusedRowError(
                 where,
                 "outside the data root",
-                f"{given} is not under {self.data_root}; a build takes another --data-root",
+                f"{path} is not under {self.data_root}; a build takes another --data-root",
             )
         return file
 
     def id_of(self, where: str, line: dict, audio: dict) -> str:
-        given = line.get(self.columns.get("id", ""))
-        if given in (None, ""):
-            given = line[self.columns["audio"]]
-        file = os.path.relpath(os.path.normpath(self.data_root / str(given)), self.data_root)
-        return os.path.splitext(file)[0] if file.lower().endswith(AUDIO_FILES) else str(given)
+        id = line.get(self.columns.get("id", ""))
+        if id in (None, ""):
+            id = line[self.columns["audio"]]
+        file = os.path.relpath(os.path.normpath(self.data_root / str(id)), self.data_root)
+        return os.path.splitext(file)[0] if file.lower().endswith(AUDIO_FILES) else str(id)
 
 
 class ManifestCorpus(FileCorpus):
@@ -125,14 +125,14 @@ class AudioFolder(FileCorpus):
     )
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:
-        tables, read = self._find("metadata.jsonl") or self._find("metadata.csv"), self._metadata_lines
+        tables, read_lines = self._find("metadata.jsonl") or self._find("metadata.csv"), self._metadata_lines
         if not tables:
-            tables, read = self._find("*.trans.txt"), self._chapter_lines
+            tables, read_lines = self._find("*.trans.txt"), self._chapter_lines
         if not tables:
             yield from self._sidecar_lines()
             return
         named = set()
-        for where, line in itertools.chain.from_iterable(map(read, tables)):
+        for where, line in itertools.chain.from_iterable(map(read_lines, tables)):
             texts = line.values() if isinstance(line, dict) else ()
             named.update(os.path.normpath(self.data_root / text) for text in texts if _is_audio(text))
             yield where, line

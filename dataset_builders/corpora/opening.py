@@ -58,19 +58,14 @@ PRESETS = {
     ),
     # A release has TSV files and a folder clips/. The path of a TSV file is passed as the corpus.
     "common_voice": Preset(
-        None,
-        {"transcript": "sentence", "id": "path"},
-        "common_voice",
-        "cc0-1.0",
-        language=None,
-        audio_folder="clips",
+        None, {"transcript": "sentence", "id": "path"}, "common_voice", "cc0-1.0", language=None, audio_folder="clips"
     ),
     "gigaspeech": Preset(
         "speechcolab/gigaspeech", {"audio": "audio", "transcript": "text", "id": "segment_id"}, "gigaspeech", None
     ),
     "nano": Preset(None, {}, "plain", "apache-2.0", speaker="dataset_builders.nano.corpus:NanoCorpus"),
 }
-OF_FILES = [name for name, known in PRESETS.items() if known.speaker is None]  # not synthesised
+OF_FILES = [name for name, preset in PRESETS.items() if preset.speaker is None]  # not synthesised
 
 
 class HubCorpus(Corpus):
@@ -130,11 +125,11 @@ class HubCorpus(Corpus):
         *inside, file = path.split("::")
         if self.folder is not None:
             file = os.path.normpath(self.folder / file)
-            own = Path(file).is_relative_to(self.folder)
+            is_inside = Path(file).is_relative_to(self.folder)
         else:
-            own = file.startswith((f"hf://datasets/{self.name}@", f"hf://datasets/{self.name}/"))
-            own = own and ".." not in file.split("/")
-        if not own or not all(hop.startswith("zip://") for hop in inside):
+            is_inside = file.startswith((f"hf://datasets/{self.name}@", f"hf://datasets/{self.name}/"))
+            is_inside = is_inside and ".." not in file.split("/")
+        if not is_inside or not all(hop.startswith("zip://") for hop in inside):
             root = (
                 f"under {self.folder}; a build takes another --data-root" if self.folder else f"a file of {self.name}"
             )
@@ -192,25 +187,25 @@ def open_corpus(
         ValueError: the corpus, preset, normalizer or column does not exist. Lists the existing ones.
     """
     name = str(corpus)
-    known = _preset(preset, name)
-    if known.speaker is not None:
-        opened: Corpus = pkgutil.resolve_name(known.speaker)(split)
+    used = _preset(preset, name)
+    if used.speaker is not None:
+        opened: Corpus = pkgutil.resolve_name(used.speaker)(split)
     else:
-        opened = _open(name, split, known, config, columns or {}, normalizer or known.normalizer, data_root, revision)
-    opened.license, opened.language = known.license, known.language
+        opened = _open(name, split, used, config, columns or {}, normalizer or used.normalizer, data_root, revision)
+    opened.license, opened.language = used.license, used.language
     opened.name = corpus_name or opened.origin
     return opened
 
 
-def _open(name, split, known: Preset, config, columns, normalizer, data_root, revision) -> Corpus:
-    path, columns = Path(name), {**known.columns, **columns}
+def _open(name, split, preset: Preset, config, columns, normalizer, data_root, revision) -> Corpus:
+    path, columns = Path(name), {**preset.columns, **columns}
     if path.is_file():
         if path.suffix not in MANIFESTS:
             raise ValueError(
                 f"{path} is not a manifest; expected {', '.join(MANIFESTS)}, or a folder of Parquet or audio files."
             )
-        if data_root is None and known.audio_folder:
-            data_root = path.parent / known.audio_folder
+        if data_root is None and preset.audio_folder:
+            data_root = path.parent / preset.audio_folder
         return ManifestCorpus(path, split, columns, normalizer, data_root)
     if path.is_dir() and is_audio_folder(path):
         return AudioFolder(path, split, columns, normalizer, data_root)
@@ -221,7 +216,7 @@ def _open(name, split, known: Preset, config, columns, normalizer, data_root, re
     if data_root is not None:
         raise ValueError(f"{name} is on the Hub, so {data_root=} has no effect; leave it out.")
     hub_id = PRESETS[name].corpus if name in PRESETS else name
-    config = config or (known.config if hub_id == known.corpus else None)
+    config = config or (preset.config if hub_id == preset.corpus else None)
     return HubCorpus(hub_id, split, columns, normalizer, config, revision)
 
 
@@ -248,7 +243,7 @@ def load_corpus(corpus: str | Path, split: str, limit: int | None = None, **sett
 def _preset(preset: str | None, corpus: str) -> Preset:
     if preset is not None and preset not in OF_FILES:
         raise ValueError(f"unknown preset {preset!r}; expected one of {OF_FILES}")
-    by_id = {known.corpus: name for name, known in PRESETS.items() if known.corpus}
+    by_id = {settings.corpus: name for name, settings in PRESETS.items() if settings.corpus}
     name = preset or by_id.get(corpus) or (corpus if corpus in PRESETS else None)
     if name == corpus and PRESETS[name].corpus is None and PRESETS[name].speaker is None:
         raise ValueError(

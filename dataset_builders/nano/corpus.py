@@ -1,4 +1,4 @@
-"""The nano corpus as an ASR corpus like any other, spoken as it is read."""
+"""The nano corpus as an ASR corpus, whose clips are synthesised while it is read."""
 
 import itertools
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from dataset_builders.nano import speech
 
 
 class NanoCorpus(Corpus):
-    """The nano corpus, spoken as it is read. It has no end: 6,000 utterances, unless a limit says otherwise."""
+    """The nano corpus. It has no end; without a limit, 6,000 utterances are read."""
 
     default_limit = 6000
 

@@ -1,7 +1,7 @@
-"""Speech from text with espeak-ng, through ctypes on the library that the PyPI package `espeakng-loader` carries.
+"""Synthesise speech with espeak-ng, calling the library in the PyPI package `espeakng-loader` through ctypes.
 
-No system package is needed. The library keeps one global state per process: `speak` may be called from many
-processes, not from many threads.
+No system package is needed. The library has global state, so several processes may call `speak`, but not several
+threads.
 """
 
 import _ctypes
@@ -12,7 +12,7 @@ import numpy as np
 
 from language_models.extras import extra
 
-SAMPLING_RATE = 16_000  # Hz, of everything `speak` returns
+SAMPLING_RATE = 16_000  # Hz, of the result of `speak`
 # From espeak-ng's speak_lib.h
 _AUDIO_OUTPUT_SYNCHRONOUS, _DONT_EXIT = 2, 0x8000
 _RATE, _PITCH = 1, 3
@@ -21,10 +21,10 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 
 class _Library:
-    """The library, freshly loaded, and the samples of the one utterance that it is loaded for.
+    """The library, loaded for one utterance, and the samples of this utterance.
 
-    It never resets where it is in its pitch flutter, so a second utterance would depend on the first; and it breathes
-    at random, seeded by the clock, or in some voices by libc. Loading it takes 2 ms.
+    A second utterance would depend on the first, because the library never resets its pitch flutter. Its breathing
+    noise is random, with a seed from the clock or, in some voices, from libc. Loading takes 2 ms.
     """
 
     def __init__(self):
@@ -43,10 +43,10 @@ class _Library:
             self._unload()
             raise ImportError(f"espeak-ng found no data at {self.data}: pip install --force-reinstall espeakng-loader.")
         self.lib.espeak_ng_SetRandSeed(ctypes.c_long(0))
-        if hasattr(self.lib, "srand"):  # libc's, where the library's own links can be followed
+        if hasattr(self.lib, "srand"):  # libc's, if ctypes can find it through the library
             self.lib.srand(0)
         self.chunks: list[np.ndarray] = []
-        self.callback = _CALLBACK(self._collect)  # kept: ctypes does not hold a reference
+        self.callback = _CALLBACK(self._collect)  # an attribute, because ctypes does not hold a reference
         self.lib.espeak_SetSynthCallback(self.callback)
 
     def _collect(self, samples, count, _events) -> int:
@@ -55,9 +55,9 @@ class _Library:
         return 0
 
     def set_voice(self, voice: str) -> None:
-        variant = voice.partition("+")[2]  # an unknown one is silently ignored by espeak-ng
-        known = not variant or (self.data / "voices" / "!v" / variant).is_file()
-        if not known or self.lib.espeak_SetVoiceByName(voice.encode()) != 0:
+        variant = voice.partition("+")[2]  # espeak-ng silently ignores an unknown variant
+        exists = not variant or (self.data / "voices" / "!v" / variant).is_file()
+        if not exists or self.lib.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"espeak-ng has no voice {voice!r}; expected a language such as 'en-us', or 'en-us+f2'.")
 
     def close(self) -> None:
@@ -70,20 +70,20 @@ class _Library:
 
 
 def speak(text: str, voice: str = "en-us", words_per_minute: int = 170, pitch: int = 50) -> np.ndarray:
-    """Say `text`; the same arguments give the same samples, whatever was said before.
+    """Synthesise `text`. The same arguments always give the same samples.
 
     Args:
-        text: what to say; not empty.
-        voice: espeak-ng language, or `language+variant` (`en-us+f2`).
+        text: the text; not empty.
+        voice: language of espeak-ng, or `language+variant` (`en-us+f2`).
         words_per_minute: 80 to 450.
         pitch: 0 to 99; 50 is the voice's own.
 
     Returns:
-        float32 `(samples,)` in [-1, 1], mono, 16 kHz.
+        The samples, float32 `(samples,)` in [-1, 1], mono, 16 kHz.
 
     Raises:
-        ImportError: the library or its data is missing; says what to install.
-        ValueError: unknown voice, setting out of range, or nothing was said.
+        ImportError: the library or its data is missing. Says what to install.
+        ValueError: the voice is unknown, a setting is out of range, or the speech is empty.
     """
     if not 80 <= words_per_minute <= 450 or not 0 <= pitch <= 99:
         raise ValueError(f"{words_per_minute=} must be 80 to 450 and {pitch=} 0 to 99.")
@@ -102,4 +102,4 @@ def speak(text: str, voice: str = "en-us", words_per_minute: int = 170, pitch: i
     samples = np.concatenate(library.chunks or [np.zeros(0, np.int16)]).astype(np.float32) / 32768
     if not samples.any():
         raise ValueError(f"espeak-ng said nothing for {text!r}; expected text with words.")
-    return np.clip(soxr.resample(samples, library.rate, SAMPLING_RATE), -1, 1)  # resampling overshoots
+    return np.clip(soxr.resample(samples, library.rate, SAMPLING_RATE), -1, 1)  # resampling may exceed the range

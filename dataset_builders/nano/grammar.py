@@ -1,7 +1,7 @@
-"""The nano language: a grammar over a few hundred English words whose sentences can be spoken, read back and checked.
+"""The nano language: a grammar over a few hundred English words, whose sentences can be spoken, parsed and checked.
 
-`the farmer proudly repaired the old clock in the attic`: every slot draws from words of its own, so a transcript
-determines its meaning. The lexicon is `nano_lexicon.yaml`.
+An example is `the farmer proudly repaired the old clock in the attic`. Each slot has its own words, so the meaning of a
+transcript is unambiguous. The words are in `lexicon.yaml`.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from dataset_builders.instructions import draw_fraction
 
 LEXICON_PATH = Path(__file__).with_name("lexicon.yaml")
 SPLITS = ("train", "validation", "test")
-# Share of all possible sentences, decided by the sentence itself: no split can ever borrow from another.
+# Shares of all possible sentences. The text of a sentence decides its split, so no two splits share a sentence.
 _VALIDATION_SHARE, _TEST_SHARE = 0.05, 0.10
 
 
 @dataclasses.dataclass(frozen=True)
 class Lexicon:
-    """The words, by slot. English words map to what the tasks need of them (gender, Spanish, intent, sentiment)."""
+    """The words of each slot. English words map to what the tasks need: gender, Spanish, intent, sentiment."""
 
     subjects: dict[str, tuple[str, str]]  # word: (spanish, gender)
     verbs: dict[str, tuple[str, str, str]]  # past: (participle, spanish, intent)
@@ -32,14 +32,14 @@ class Lexicon:
 
     @property
     def words(self) -> list[str]:
-        """Every English word that can be spoken, sorted."""
+        """All English words of the language, sorted."""
         phrases = [*self.subjects, *self.verbs, *self.objects, *self.adjectives, *self.adverbs, *self.circumstances]
         return sorted({word for phrase in ["the", *phrases] for word in phrase.split()})
 
 
 @functools.cache
 def lexicon() -> Lexicon:
-    """The lexicon of `nano_lexicon.yaml`."""
+    """Return the lexicon in `lexicon.yaml`."""
     raw = read_yaml(LEXICON_PATH)
     intents = raw["intents"].items()
     return Lexicon(
@@ -59,7 +59,7 @@ def lexicon() -> Lexicon:
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-    """One sentence of the nano language; `str(sentence)` is its transcript (lower case, no punctuation)."""
+    """A sentence of the nano language. `str(sentence)` is its transcript, in lower case without punctuation."""
 
     subject: str
     verb: str
@@ -86,31 +86,27 @@ class Sentence:
 
     @classmethod
     def parse(cls, transcript: str) -> "Sentence":
-        """Read a transcript back.
+        """Parse a transcript.
 
         Raises:
             ValueError: the text is not a sentence of the nano language.
         """
-        words = transcript.split()
-        lex, taken = lexicon(), {}
-        for slot, known in (("adverb", lex.adverbs), ("adjective", lex.adjectives), ("subject", lex.subjects)):
-            taken[slot] = next((word for word in words if word in known), None)
-        taken["verb"] = next((word for word in words if word in lex.verbs), None)
-        taken["object"] = next((word for word in words if word in lex.objects), None)
+        words, lex = transcript.split(), lexicon()
+        slots = {name: getattr(lex, f"{name}s") for name in ("subject", "verb", "object", "adjective", "adverb")}
+        parts = {name: next((word for word in words if word in slot), None) for name, slot in slots.items()}
         phrases = (phrase for phrase in lex.circumstances if transcript.endswith(" " + phrase))
-        taken["circumstance"] = next(phrases, None)
-        sentence = cls(**taken)
-        whole = all((sentence.subject, sentence.verb, sentence.object, sentence.circumstance))
-        if not whole or str(sentence) != " ".join(words):
+        sentence = cls(**parts, circumstance=next(phrases, None))
+        is_complete = all((sentence.subject, sentence.verb, sentence.object, sentence.circumstance))
+        if not is_complete or str(sentence) != " ".join(words):
             raise ValueError(
                 f"{transcript!r} is not a sentence of the nano language; expected "
-                "'the SUBJECT [ADVERB] VERB the [ADJECTIVE] OBJECT CIRCUMSTANCE' with words of nano_lexicon.yaml."
+                "'the SUBJECT [ADVERB] VERB the [ADJECTIVE] OBJECT CIRCUMSTANCE' with words of lexicon.yaml."
             )
         return sentence
 
 
 def split_of(transcript: str) -> str:
-    """The one split (`train`, `validation`, `test`) in which a sentence may occur: a function of its text alone."""
+    """Return the split (`train`, `validation` or `test`) of a sentence, which depends only on its text."""
     fraction = draw_fraction(0, "nano split", transcript)
     if fraction < _TEST_SHARE:
         return "test"
@@ -118,10 +114,10 @@ def split_of(transcript: str) -> str:
 
 
 def sample_sentence(rng: random.Random, split: str) -> Sentence:
-    """Draw a sentence of `split`. Adverb moods are drawn evenly, so that no sentiment is the safe guess.
+    """Draw a sentence of `split`. All sentiments are about equally likely.
 
     Raises:
-        ValueError: unknown split.
+        ValueError: the split is unknown.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; expected one of {SPLITS}.")

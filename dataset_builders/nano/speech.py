@@ -3,10 +3,10 @@
     python -m dataset_builders.nano.speech --output runs/quickstart/corpus --train 6000 --test 1200
     python -m dataset_builders.nano.speech --output runs/noisy --test 300 --snr 10
 
-Row i of a split is a function of (seed, split, i) alone. Splits share no sentence (`grammar.split_of`) and the
-test voices' variants are never heard in training. A voice is a language with a variant; pitch and speed vary on top.
-With `--snr` every clip lies in white noise, which is drawn from (seed, split, i), too: at another ratio it is the same
-noise, louder or softer. Written as `OUTPUT/SPLIT.parquet`, loadable with `load_dataset`.
+Row i of a split depends only on (seed, split, i). Splits have no sentence in common (`grammar.split_of`), and no
+training voice has the variant of a test voice. A voice is a language with a variant; pitch and speed also vary. `--snr`
+adds white noise, which also depends only on (seed, split, i): another ratio makes the same noise louder or softer. The
+rows are written to `OUTPUT/SPLIT.parquet`, which `load_dataset` reads.
 """
 
 import argparse
@@ -38,43 +38,11 @@ logger = logging.getLogger(__name__)
 
 _LANGUAGES = ("en-us", "en", "en-gb-x-rp", "en-us-nyc", "en-gb-x-gbclan", "en-029")
 _VARIANTS = (
-    *(
-        "f1",
-        "f3",
-        "f4",
-        "m1",
-        "m2",
-        "m4",
-        "m5",
-        "m6",
-        "m8",
-        "Alex",
-        "Alicia",
-        "Andy",
-        "Annie",
-        "Denis",
-        "Gene",
-        "Jacky",
-    ),
-    *("Lee", "Mario", "Michael", "Mike", "Reed", "adam", "aunty", "belinda", "benjamin", "caleb", "david", "ed"),
-    *(
-        "edward",
-        "grandma",
-        "grandpa",
-        "ian",
-        "iven",
-        "john",
-        "klatt",
-        "linda",
-        "max",
-        "paul",
-        "quincy",
-        "rob",
-        "robert",
-    ),
-    *("shelby", "steph", "travis", "victor", "zac"),
+    "f1 f3 f4 m1 m2 m4 m5 m6 m8 Alex Alicia Andy Annie Denis Gene Jacky Lee Mario Michael Mike Reed adam aunty "
+    "belinda benjamin caleb david ed edward grandma grandpa ian iven john klatt linda max paul quincy rob "
+    "robert shelby steph travis victor zac"
 )
-TRAIN_VOICES = tuple(f"{language}+{variant}" for language in _LANGUAGES for variant in _VARIANTS)
+TRAIN_VOICES = tuple(f"{language}+{variant}" for language in _LANGUAGES for variant in _VARIANTS.split())
 TEST_VOICES = ("en-us+f2", "en-us+m3", "en-gb-x-rp+f5", "en-us+m7")
 FEATURES = Features(
     {
@@ -85,18 +53,18 @@ FEATURES = Features(
         "voice": Value("string"),
     }
 )
-LOADS = 2000  # utterances that one process speaks
+LOADS = 2000  # utterances that one process synthesises
 _BYTES_PER_CLIP = 100_000  # 3 s of 16 kHz PCM16
 
 
 def sample_utterance(seed: int, split: str, index: int, most_words: int | None = None) -> dict:
-    """Utterance `index` of `split`: transcript, voice, and `audio` float32 `(samples,)` at 16 kHz.
+    """Return utterance `index` of `split`: `transcript`, `voice`, and `audio` float32 `(samples,)` at 16 kHz.
 
-    With `most_words`, one to so many words out of the sentence are spoken instead of the whole.
+    If `most_words` is given, the utterance is a part of the sentence, with 1 to `most_words` words.
 
     Raises:
-        ValueError: unknown split.
-        ImportError: espeak-ng is not installed; says what to install.
+        ValueError: the split is unknown.
+        ImportError: espeak-ng is not installed. Says what to install.
     """
     rng = random.Random(f"nano speech {seed} {split} {index}")
     transcript = str(sample_sentence(rng, split))
@@ -110,8 +78,8 @@ def sample_utterance(seed: int, split: str, index: int, most_words: int | None =
 
 
 def in_noise(audio: np.ndarray, snr: float, seed: int, split: str, index: int) -> np.ndarray:
-    """The clip `(samples,)` with white noise whose power over the whole clip is `snr` dB below the clip's own; the sum
-    is made softer where it would leave [-1, 1]."""
+    """Return a clip `(samples,)` with white noise, whose power is `snr` dB below that of the clip. If the sum would
+    exceed [-1, 1], it is made softer."""
     noise = np.random.default_rng(list(f"nano noise {seed} {split} {index}".encode())).normal(size=len(audio))
     power = np.mean(audio.astype(float) ** 2) / np.mean(noise**2)
     mixed = audio + np.sqrt(power / 10 ** (snr / 10)) * noise
@@ -123,8 +91,8 @@ def row_id(seed: int, split: str, index: int, snr: float | None = None) -> str:
 
 
 def row(seed: int, split: str, index: int, snr: float | None = None) -> dict:
-    """Utterance `index` of `split` as a row of `FEATURES`, its audio as the bytes of a FLAC file, with noise at a
-    signal-to-noise ratio of `snr` dB if that is given."""
+    """Return utterance `index` of `split` as a row of `FEATURES`. The audio is a FLAC file, with noise at a
+    signal-to-noise ratio of `snr` dB if this is given."""
     import soundfile
 
     utterance = sample_utterance(seed, split, index)
@@ -143,18 +111,18 @@ def row(seed: int, split: str, index: int, snr: float | None = None) -> dict:
 
 
 class Speaker:
-    """Rows of `split` one by one, in any number: most are spoken in a process that is changed for a new one now and
-    then, since espeak-ng loses some 3 KB with every voice that it loads."""
+    """Returns rows of `split` one by one. After each 2000 rows, a new process takes over, because espeak-ng leaks about
+    3 KB for each utterance."""
 
     def __init__(self, seed: int, split: str):
         self.seed, self.split = seed, split
         self.spoken, self.process = 0, None
 
     def row(self, index: int) -> dict:
-        """As the function `row`.
+        """Return a row, as the function `row` does.
 
         Raises:
-            ChildProcessError: the other process died; its own messages say why.
+            ChildProcessError: the other process died. Its own messages say why.
         """
         if self.spoken == LOADS:
             self.close()
@@ -171,7 +139,7 @@ class Speaker:
             self.process.stdin.flush()
             return pickle.load(self.process.stdout)
         except (OSError, EOFError) as error:
-            raise ChildProcessError(f"the process that speaks ended with {self.process.wait()}") from error
+            raise ChildProcessError(f"the speech synthesis ended with exit code {self.process.wait()}") from error
 
     def close(self) -> None:
         if self.process is not None:
@@ -179,7 +147,7 @@ class Speaker:
 
 
 def serve(seed: int, split: str) -> None:
-    """Answer numbers, a line each, with pickled rows, until there are no more or whoever asks is gone."""
+    """Read an index from each line of the input, and write the pickled row to the output, until the input ends."""
     for line in sys.stdin:
         pickle.dump(row(seed, split, int(line)), sys.stdout.buffer)
         sys.stdout.buffer.flush()
@@ -193,18 +161,18 @@ def _rows(indices: list[int], seed: int, split: str, snr: float | None) -> Itera
 def build(
     output: str | Path, sizes: dict[str, int], seed: int = 0, num_proc: int = 1, snr: float | None = None
 ) -> Path:
-    """Write `OUTPUT/SPLIT.parquet` for every split in `sizes`; a split that is already whole is kept.
+    """Write `OUTPUT/SPLIT.parquet` for each split in `sizes`. A split that is already whole is kept.
 
     Args:
-        output: folder, created if missing.
-        sizes: rows per split.
-        seed: of every draw.
-        num_proc: worker processes; the rows do not depend on it.
-        snr: signal-to-noise ratio in dB of every clip; no noise if None.
+        output: folder of the corpus, created if necessary.
+        sizes: number of rows of each split.
+        seed: seed of all draws.
+        num_proc: number of processes; the rows do not depend on it.
+        snr: signal-to-noise ratio of all clips in dB; no noise if None.
 
     Raises:
-        ValueError: unknown split, a size below 1, or a ratio that is no number.
-        OSError: the disk has no room for the corpus.
+        ValueError: a split is unknown, a size is below 1, or the ratio is not finite.
+        OSError: the disk has too little space for the corpus.
     """
     output = Path(output)
     for split, size in sizes.items():
@@ -213,13 +181,13 @@ def build(
                 f"cannot build {size} rows of split {split!r}; expected at least 1 row of one of {SPLITS}."
             )
     if snr is not None and not math.isfinite(snr):
-        raise ValueError(f"a signal-to-noise ratio of {snr} dB cannot be; expected a number, or None for no noise.")
+        raise ValueError(f"the signal-to-noise ratio is {snr} dB; expected a finite number, or None for no noise.")
     output.mkdir(parents=True, exist_ok=True)
     needed, free = sum(sizes.values()) * _BYTES_PER_CLIP * 2, shutil.disk_usage(output).free
     if free < needed:
         raise OSError(
-            f"{output} has {free / 2**20:.0f} MiB free and the corpus needs about {needed / 2**20:.0f} MiB: free some "
-            "space, name another --output or ask for fewer rows."
+            f"{output} has {free / 2**20:.0f} MiB free, but the corpus needs about {needed / 2**20:.0f} MiB; free some "
+            "space, name another --output, or ask for fewer rows."
         )
     for split, size in sizes.items():
         target = output / f"{split}.parquet"
@@ -252,11 +220,11 @@ def _build_split(target: Path, split: str, size: int, seed: int, num_proc: int, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", required=True, help="folder of the corpus")
     for split in SPLITS:
-        parser.add_argument(f"--{split}", type=int, default=0, metavar="ROWS")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-proc", type=int, default=os.cpu_count())
+        parser.add_argument(f"--{split}", type=int, default=0, metavar="ROWS", help=f"number of rows of split {split}")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
+    parser.add_argument("--num-proc", type=int, default=os.cpu_count(), help="number of processes")
     parser.add_argument("--snr", type=float, metavar="DB", help="add white noise at this signal-to-noise ratio (dB)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

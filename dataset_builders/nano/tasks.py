@@ -1,9 +1,9 @@
-"""What a right answer is, task by task, in the nano language: one oracle and one checker, shared by all.
+"""The right answers to each task about sentences of the nano language.
 
-`answers(task, transcript)` lists every right answer (the first is the canonical one, on which the nano LLM is taught);
-`is_correct(task, transcript, response)` accepts those and nothing else, so the transcript itself, another task's
-answer and another sentence's answer are wrong. `repetition` means restating in another form: a verbatim transcript is
-never right there. The oracle teaches the base LLM and checks answers; it never writes a self-powered response.
+`answers(task, transcript)` lists all right answers; the nano LLM learns the first one. `is_correct(task, transcript,
+response)` accepts only these, so the transcript itself and answers to other tasks or sentences are wrong. `repetition`
+asks for the sentence in another form, so the transcript itself is wrong there, too. These answers train the base LLM
+and check responses; they are never used as self-powered responses.
 """
 
 from collections.abc import Callable
@@ -13,25 +13,24 @@ from pathlib import Path
 from dataset_builders.corpora.transcripts import bare_words
 from dataset_builders.nano.grammar import Sentence, lexicon
 
-POOL_PATH = Path(__file__).with_name("instructions.yaml")  # how each task is asked for
-FOLLOWING_TASKS = ("continuation", "repetition", "keyword", "intent", "sentiment", "translation")
-# Kinds that no training row of an LSM has. `spanish_who` asks for an answer in another language, `numbered` for a form.
+POOL_PATH = Path(__file__).with_name("instructions.yaml")  # the instructions of each task
+# No training row of an LSM has these tasks. `spanish_who` asks for an answer in Spanish, and `numbered` for a list.
 UNSEEN_TASKS = ("question_who", "question_what", "question_circumstance", "question_deed", "spanish_who", "numbered")
 
-# How the answers to closed questions are written, around what they say.
+# Sentences around the answers to closed questions.
 FORMS = {"intent": "The intent is {}.", "sentiment": "The sentiment is {}.", "keyword": "Keywords: {}."}
 
 
 def labels(task: str) -> list[str]:
-    """What a closed question can be answered with; nothing for an open one."""
+    """Return the possible answers to a closed question; an empty list for an open one."""
     return {"intent": list(lexicon().sequels), "sentiment": ["positive", "negative", "neutral"]}.get(task, [])
 
 
 def answers(task: str, transcript: str) -> list[str]:
-    """Every right answer to `task` about `transcript`, canonical first, written as a sentence.
+    """Return all right answers to `task` about `transcript`, as sentences; the nano LLM learns the first one.
 
     Raises:
-        ValueError: unknown task, or a transcript outside the nano language.
+        ValueError: the task is unknown, or the transcript is not a sentence of the nano language.
     """
     if task not in _ANSWERS:
         raise ValueError(f"unknown task {task!r}; expected one of {sorted(_ANSWERS)}.")
@@ -39,7 +38,7 @@ def answers(task: str, transcript: str) -> list[str]:
 
 
 def is_correct(task: str, transcript: str, response: str) -> bool:
-    """Whether `response` is the asked kind of answer with the right content (case and punctuation aside)."""
+    """Return whether `response` is one of the right answers, apart from case and punctuation."""
     return bare_words(response) in {bare_words(answer) for answer in answers(task, transcript)}
 
 

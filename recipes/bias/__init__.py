@@ -1,1 +1,1 @@
-"""Where an answer comes from: saliency and attention by kind of token; how alike speech and text are in the LLM."""
+"""What answers depend on: saliency and attention by kind of token, and the similarity of speech and text in the LLM."""

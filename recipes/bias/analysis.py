@@ -1,4 +1,4 @@
-"""The layer-wise shares of instruction and speech in an answer, with intervals, and what the answers are."""
+"""Measure how much answers depend on instruction and speech in each layer, and report it with the scores of answers."""
 
 import json
 import logging
@@ -15,6 +15,7 @@ from recipes.evaluation import following
 from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import SpeechLLM
 from recipes.reporting import figures
+from recipes.reporting.markdown import percent
 from recipes.reporting.page import Facts, Picture, Table, Text, write_page
 
 logger = logging.getLogger(__name__)
@@ -31,20 +32,21 @@ def analyze(
     batch_size: int = 16,
     compare: bool | None = None,
 ) -> dict:
-    """Trace the rows' responses to what was given.
+    """Measure the saliency and attention of the rows' responses.
 
     Args:
-        rows: `id`, `instruction`, `response`, `transcript` and, where it is heard, `audio`.
-        slot: what stands where the speech belongs, `audio` or `transcript`.
-        store: the audio tower's output for clips it was run on before.
-        batch_size: rows traced at a time.
-        compare: whether to measure how alike speech and text are; by default if the model hears and there are enough
-            rows (8).
+        llm: the model.
+        rows: dicts with `id`, `instruction`, `response`, `transcript` and, for the slot `audio`, `audio`.
+        slot: what is put in the place of the speech: `audio` or `transcript`.
+        store: store of the audio tower's output.
+        batch_size: number of rows per batch.
+        compare: whether to measure the similarity of speech and text; by default, it is measured for the slot `audio`
+            if there are at least 8 rows.
 
     Returns:
-        `layers`, `per_token` and `attention`: lists over layers of figures by role (`saliency.measure`), means over
-        the rows; `intervals`: 95 % of the same, rows resampled; `rows`; `tokens`: mean number by role; `similarity`
-        (`similarity.measure`) or None.
+        A dict: `layers`, `per_token` and `attention` are lists over layers of figures by role (`saliency.measure`),
+        means over the rows; `intervals` are their 95 % intervals, from resampled rows; `rows` is the number of rows;
+        `tokens` is the mean number of tokens by role; `similarity` is the result of `similarity.measure`, or None.
     """
     measured, tokens = [], []
     order = sorted(rows, key=lambda row: len(row["transcript"]) + len(row["response"]))
@@ -68,7 +70,7 @@ def analyze(
 
 
 def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of the mean over the first axis, rows resampled 1000 times."""
+    """Return the 95 % interval of the mean over the first axis, from 1000 resamplings of the rows."""
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), DRAWS) / len(values)
     means = weights @ values.reshape(len(values), -1)
@@ -81,27 +83,27 @@ def _by_role(values: np.ndarray) -> list[dict]:
 
 
 def behave(rows: Sequence[dict], answers: Sequence[str], checker: str = following.BY_FORM) -> dict:
-    """`following` and `transcript_copy` of the answers (None without rows that tell), and the `checker` that judged."""
+    """Return `following` and `transcript_copy` of the answers, None if no row is of such a task, and the `checker`."""
     scores = following.score_following(rows, answers, following.load_checker(checker))
     return {name: scores.get(name) for name in ("following", "transcript_copy")} | {"checker": checker}
 
 
-def write(output: Path, bias: dict, label: str, beside: dict[str, dict] | None = None) -> None:
-    """`bias.json`, the pictures and `report.html`; `beside` are the bias.json of models drawn in the same picture."""
-    output.mkdir(parents=True, exist_ok=True)
+def write(output: Path, bias: dict, label: str, others: dict[str, dict] | None = None) -> None:
+    """Write `bias.json`, the figures and `report.html` of a model. `others` are the contents of other models'
+    `bias.json`, which are drawn in the same figure."""
     write_whole(output / "bias.json", json.dumps(bias, indent=1) + "\n")
-    together = {**(beside or {}), label: bias}
+    together = {**(others or {}), label: bias}
     figures.plot_layers(together, output / "layers")
     figures.plot_composition(bias, output / "composition", label)
     blocks = [
-        Text(DEFINITIONS, "What is measured"),
-        Picture(output / "layers", "Share of the instruction and of the speech, layer by layer.", "Lines over layers"),
+        Text(DEFINITIONS, "Definitions"),
+        Picture(output / "layers", "Shares of instruction and speech in each layer.", "Lines over layers"),
         Table("Behaviour", ["", "following", "transcript copies", "rows traced"], _behaviour(together)),
-        Picture(output / "composition", "All of the saliency, layer by layer.", "Stacked bars over layers"),
+        Picture(output / "composition", "Shares of the saliency in each layer.", "Stacked bars over layers"),
     ]
     if bias.get("similarity"):
         figures.plot_similarity(bias["similarity"], output / "similarity")
-        caption = "How alike speech and transcript are inside the LLM (CKA; cosine of the token most alike)."
+        caption = "Similarity of speech and transcript inside the LLM (CKA, and cosine of the most similar token)."
         blocks.append(Picture(output / "similarity", caption, "Lines over layers and maps of tokens"))
     blocks.append(
         Facts({key: bias[key] for key in ("model", "data", "source", "hear", "target", "checker") if key in bias})
@@ -110,18 +112,16 @@ def write(output: Path, bias: dict, label: str, beside: dict[str, dict] | None =
 
 
 DEFINITIONS = (
-    "Saliency of a layer is |Σ A ⊙ ∂L/∂A|, attention times the gradient of the response's loss, summed over heads "
-    "before the absolute value, in the rows that predict the response (arXiv 2305.14160). It is split by what a token "
-    "is: instruction, speech (or transcript), template, earlier response, and the first token, where attention sinks.",
-    "Per token: 1 is the average token that the response can see. Speech takes many tokens, an instruction few, so the "
-    "share of the sum and the mean per token tell different things.",
+    "The saliency of a layer is |Σ A ⊙ ∂L/∂A|, attention times the gradient of the response's loss, summed over heads "
+    "before the absolute value is taken, for the positions that predict the response (arXiv 2305.14160). It is divided "
+    "among the kinds of tokens: instruction, speech (or transcript), template, earlier response, and the first token, "
+    "which gets much attention whatever it says.",
+    "Per token: 1 is the average token that the response can see. Speech takes many tokens and an instruction few, so "
+    "the share of the sum and the mean per token differ.",
 )
 
 
 def _behaviour(biases: dict[str, dict]) -> list[list[str]]:
-    def percent(value):
-        return "–" if value is None else f"{100 * value:.1f} %"
-
     return [
         [name, percent(bias.get("following")), percent(bias.get("transcript_copy")), str(bias["rows"])]
         for name, bias in biases.items()

@@ -1,4 +1,4 @@
-"""Prompts with their responses, as one batch to be read in a single pass, and what every token of it is."""
+"""Make batches of prompts with their responses, and find the role of each token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ TEXT_INPUTS = ("input_ids", "attention_mask")
 
 @dataclass
 class TeacherForcedBatch:
-    """Prompts followed by the responses that are to be explained.
+    """Prompts followed by their responses.
 
     Args:
-        inputs: of the model: `input_ids` `(batch, length)`, padded on the right, and what the audio tower takes. There
-            is no attention mask: behind causal attention nothing sees the padding, and without a mask no matrix of
-            length times length is made.
-        roles: `(batch, length)` int64, indices of `ROLES`; -1 is padding. The transcript of a text prompt is `speech`;
-            the very first token is `first`, whatever it says: attention sinks there.
-        starts: where the responses begin.
-        lengths: of prompt and response.
+        inputs: inputs of the model: `input_ids` `(batch, length)`, padded on the right, and those of the audio tower.
+            There is no attention mask, because with causal attention no token sees the padding, and a mask would take a
+            matrix of length times length.
+        roles: `(batch, length)` int64, indices of `ROLES`; -1 is padding. The transcript in a text prompt is `speech`.
+            The first token is always `first`, because it gets much attention whatever it says (an attention sink).
+        starts: positions at which the responses begin.
+        lengths: number of tokens of each prompt with its response.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -32,30 +32,31 @@ class TeacherForcedBatch:
     lengths: list[int]
 
     def queries(self, row: int) -> slice:
-        """The positions that predict the response: from the prompt's last token to the response's last but one."""
+        """Return the positions that predict the response, from the last token of the prompt to the response's last but
+        one."""
         return slice(self.starts[row] - 1, self.lengths[row] - 1)
 
 
 def teacher_forced(
     llm: SpeechLLM, rows: Sequence[dict], slot: str = "audio", store: AudioFeatureStore | None = None
 ) -> TeacherForcedBatch:
-    """A batch whose answers are the rows' `response`.
+    """Return a batch of the rows' prompts and `response`s.
 
     Raises:
-        ValueError: an empty response, or a prompt whose tokens cannot be told apart.
+        ValueError: a response is empty, or the roles of a prompt's tokens cannot be found.
     """
     inputs = dict(llm.inputs(rows, slot, store))
     mask = inputs["attention_mask"].bool()
     sequences, roles, starts = [], [], []
     for row, ids, real in zip(rows, inputs["input_ids"], mask, strict=True):
         if not row["response"].strip():
-            raise ValueError(f"row {row.get('id')!r} has an empty response; there is nothing to explain.")
+            raise ValueError(f"row {row.get('id')!r} has an empty response; there is nothing to analyse.")
         prompt = ids[real].tolist()
         response = llm.response_ids(row, slot)
-        named = expand(prompt, llm.spans(row, slot), llm.audio_token_id)
+        prompt_roles = expand(prompt, llm.spans(row, slot), llm.audio_token_id)
         sequences.append(prompt + response)
         starts.append(len(prompt))
-        roles.append([ROLES.index("first"), *named[1:], *[ROLES.index("response")] * len(response)])
+        roles.append([ROLES.index("first"), *prompt_roles[1:], *[ROLES.index("response")] * len(response)])
     length = max(map(len, sequences))
     pad = llm.tokenizer.pad_token_id
     batch = {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
@@ -66,18 +67,23 @@ def teacher_forced(
 
 
 def expand(prompt: list[int], spans: list[tuple[int, str]], audio_token_id: int | None) -> list[int]:
-    """Roles of a prompt in which every clip takes as many tokens as the model hears of it.
+    """Return the role of each token of a prompt, in which a clip has as many placeholders as it has speech tokens.
+
+    Args:
+        prompt: ids of the prompt.
+        spans: ids and roles of the prompt without its placeholders, in order (`SpeechLLM.spans`).
+        audio_token_id: id of the placeholder.
 
     Raises:
-        ValueError: the processor wrote another prompt than the one that was taken apart.
+        ValueError: the ids of `prompt` and `spans` differ.
     """
     texts = iter([(token, role) for token, role in spans if token != audio_token_id])
     roles = []
     for token in prompt:
         expected, role = (token, "speech") if token == audio_token_id else next(texts, (None, ""))
         if token != expected:
-            raise ValueError(f"token {len(roles)} of the prompt is {token}, its text says {expected}.")
+            raise ValueError(f"token {len(roles)} of the prompt is {token}, but {expected} in its text.")
         roles.append(ROLES.index(role))
     if next(texts, None) is not None:
-        raise ValueError(f"the prompt ends after {len(roles)} tokens, its text goes on.")
+        raise ValueError(f"the prompt ends after {len(roles)} tokens, but its text is longer.")
     return roles

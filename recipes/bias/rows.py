@@ -1,4 +1,4 @@
-"""Rows whose answers are to be explained: instructions about speech, with the response that is traced."""
+"""Load the rows of a bias analysis: instructions about speech, with their responses."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -24,16 +24,19 @@ def load_rows(
     seed: int = 0,
     pool: Mapping[str, Task] | None = None,
 ) -> list[dict]:
-    """At most `limit` rows with one of `tasks`, evenly over them.
+    """Return at most `limit` rows of `tasks`, about as many of each task.
 
     Args:
-        data: a finished self-powered set (folder or Hub id), whose responses are kept; or an ASR corpus, as
-            `open_corpus` opens it, whose utterances get a task in a held-out wording and no response yet.
-        split: of either; `test` if None and there is one, else the first.
-        pool: whose held-out wordings the utterances of a corpus get; the package's if None.
+        data: a finished self-powered set (folder or Hub id), whose responses are kept; or an ASR corpus for
+            `open_corpus`, whose utterances get a task in a held-out wording, and no response yet.
+        split: split of the set or the corpus. If None, it is `test`, or the first split of a set without `test`.
+        limit: largest number of rows.
+        tasks: tasks of the rows.
+        seed: seed that decides which rows are used.
+        pool: pool whose held-out wordings the utterances of a corpus get; the default pool if None.
 
     Raises:
-        ValueError: a limit below 1, none of the tasks, or as the readers do.
+        ValueError: the limit is below 1, no row has one of the tasks, or the data cannot be read.
     """
     if limit < 1:
         raise ValueError(f"{limit=} must be 1 or more.")
@@ -51,20 +54,20 @@ def load_rows(
 
 
 def self_powered_splits(data: str) -> list[str]:
-    """The splits of a self-powered set, of which a configuration `all` has instructions and responses; of anything
-    else none."""
+    """Return the splits of a self-powered set, whose configuration `all` has instructions and responses; an empty list
+    for any other data."""
     if data in PRESETS or Path(data).is_file():
         return []
     try:
         splits = get_dataset_split_names(data, "all")
         stream = load_dataset(data, "all", split=splits[0], streaming=True)
-    except (ValueError, OSError):  # no such configuration, or no such data set: whoever reads it will say
+    except (ValueError, OSError):  # no such configuration or no such data, which is an error when it is loaded
         return []
     return splits if {"instruction", "response"} <= set(stream.column_names or ()) else []
 
 
 def _spread(task_of: Sequence[str], ids: Sequence[str], tasks: Sequence[str], seed: int) -> list[int]:
-    """Places of the rows with one of `tasks`, in an order in which the tasks take turns."""
+    """Return the positions of the rows of `tasks`, in an order in which the tasks alternate."""
     places = sorted(range(len(ids)), key=lambda place: draw_fraction(seed, "bias rows", ids[place]))
     turns = itertools.zip_longest(*([place for place in places if task_of[place] == task] for task in tasks))
     return [place for turn in turns for place in turn if place is not None]
@@ -73,16 +76,19 @@ def _spread(task_of: Sequence[str], ids: Sequence[str], tasks: Sequence[str], se
 def with_targets(
     rows: list[dict], llm: SpeechLLM, target: str, answers: Sequence[str], store: AudioFeatureStore | None, **options
 ) -> list[dict]:
-    """The rows with the `response` that is traced; rows whose response is empty are left out.
+    """Return the rows with the `response` that is analysed, without rows whose response is empty.
 
     Args:
-        target: `response` is the rows' own or, where they have none, what the model answers when it reads the
-            transcript; `own` is what it answered from what it was given.
-        answers: what it answered.
-        options: of `SpeechLLM.respond`.
+        rows: the rows, from `load_rows`.
+        llm: the model.
+        target: `response` uses the responses of the rows or, if they have none, the model's answers to the transcripts;
+            `own` uses `answers`.
+        answers: the model's answers to the rows.
+        store: store of the audio tower's output.
+        options: options of `SpeechLLM.respond`.
 
     Raises:
-        ValueError: unknown target, or all responses are empty.
+        ValueError: the target is unknown, or all responses are empty.
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; expected one of {TARGETS}.")
@@ -95,5 +101,5 @@ def with_targets(
         traced = [row | {"response": reply.text} for row, reply in zip(rows, replies, strict=True)]
     traced = [row for row in traced if row["response"].strip()]
     if not traced:
-        raise ValueError(f"all {len(rows)} responses are empty; there is nothing to trace.")
+        raise ValueError(f"all {len(rows)} responses are empty; there is nothing to analyse.")
     return traced

@@ -1,11 +1,12 @@
-"""How much every layer of an LLM draws on each kind of token when it writes a response.
+"""Measure how much each layer of an LLM uses each kind of token when it writes a response.
 
-Saliency of layer l: I_l = |Σ_h A_{h,l} ⊙ ∂L/∂A_{h,l}|, attention times the gradient of the response's loss, summed over
-heads before the absolute value ("Label Words are Anchors", arXiv 2305.14160; the paper's Figures 3 and 5).
+The saliency of layer l is I_l = |Σ_h A_{h,l} ⊙ ∂L/∂A_{h,l}|, attention times the gradient of the response's loss,
+summed over heads before the absolute value is taken ("Label Words are Anchors", arXiv 2305.14160). The paper's Figures
+3 and 5 show it.
 
-No attention matrix is kept. The output of a head is O = A·V, so ∂L/∂A = ∂L/∂O·Vᵀ: as the backward pass reaches a layer,
-attention and gradient are made anew from its queries, keys and values, for the rows of the response alone, and summed
-up. Memory grows with the length of the prompt, not with its square.
+No attention matrix is kept. The output of a head is O = A·V, so ∂L/∂A = ∂L/∂O·Vᵀ. When the backward pass reaches a
+layer, attention and gradient are computed again from queries, keys and values, only for the positions that predict the
+response, and summed up. Memory grows with the length of the prompt, not with its square.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ Record = Callable[[int, int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 @dataclass
 class _Recording:
-    """Which rows of the attention are looked at, and who is told of them."""
+    """The batch whose attention is recorded, the function that gets the attention, and the layers so far."""
 
     batch: TeacherForcedBatch
     record: Record
@@ -39,12 +40,12 @@ _recordings: list[_Recording] = []
 
 
 def recorded_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """transformers' SDPA attention, which tells the current recording of its rows when their gradient is known."""
+    """Compute SDPA attention as transformers does, and pass it to the current recording in the backward pass."""
     refused = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if refused:
         raise ValueError(
-            f"the attention of {type(module).__name__} has {refused[0]}, for which saliency is not written: analyse an "
-            "LLM with plain softmax attention."
+            f"the attention of {type(module).__name__} has {refused[0]}, which the saliency does not support; analyse "
+            "an LLM with plain softmax attention."
         )
     output, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -53,7 +54,7 @@ def recorded_attention(module, query, key, value, attention_mask, scaling=None, 
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         recording, tensors = _recordings[-1], [tensor.detach() for tensor in (query, key, value)]
         layer = module.layer_idx
-        output.register_hook(lambda gradient: _tell(recording, layer, *tensors, attention_mask, scale, gradient))
+        output.register_hook(lambda gradient: _record(recording, layer, *tensors, attention_mask, scale, gradient))
     return output, None
 
 
@@ -61,8 +62,9 @@ AttentionInterface.register(ATTENTION, recorded_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def _tell(recording: _Recording, layer: int, query, key, value, mask, scale: float, gradient) -> None:
-    """Attention and its gradient in the rows of every response; `gradient` is `(batch, length, heads, width)`."""
+def _record(recording: _Recording, layer: int, query, key, value, mask, scale: float, gradient) -> None:
+    """Record attention and its gradient for the positions that predict each response. `gradient` is that of the layer's
+    output, `(batch, length, heads, width)`."""
     recording.layers.add(layer)
     groups = query.shape[1] // key.shape[1]
     for row, length in enumerate(recording.batch.lengths):
@@ -77,18 +79,18 @@ def _tell(recording: _Recording, layer: int, query, key, value, mask, scale: flo
 
 
 def _visible(mask: torch.Tensor | None, row: int, rows: slice, length: int, device) -> torch.Tensor:
-    """`(queries, keys)`: which keys a query may see; without a mask those up to itself."""
+    """Return which keys each query sees, `(queries, keys)` bool; without a mask, those up to its own position."""
     if mask is None:
         return torch.arange(length, device=device) <= torch.arange(rows.start, rows.stop, device=device)[:, None]
-    seen = mask[min(row, mask.shape[0] - 1), 0, rows, :length]
-    return seen if seen.dtype == torch.bool else seen == 0
+    part = mask[min(row, mask.shape[0] - 1), 0, rows, :length]
+    return part if part.dtype == torch.bool else part == 0
 
 
 @contextlib.contextmanager
 def recording(llm: SpeechLLM, batch: TeacherForcedBatch, record: Record) -> Iterator[_Recording]:
-    """While open, a backward pass through the LLM calls `record` for every layer and row, the last layer first.
+    """Inside the block, a backward pass through the LLM calls `record` for each layer and row, the last layer first.
 
-    The embeddings are where gradients end; no weight gets one.
+    Gradients end at the embeddings, and no weight gets one.
     """
     decoder, trained = llm.model.get_decoder(), [p for p in llm.model.parameters() if p.requires_grad]
     before = decoder.config._attn_implementation
@@ -107,46 +109,46 @@ def recording(llm: SpeechLLM, batch: TeacherForcedBatch, record: Record) -> Iter
 
 
 def response_loss(llm: SpeechLLM, batch: TeacherForcedBatch) -> torch.Tensor:
-    """Sum over the rows of the mean cross-entropy of a response's tokens, from one forward pass.
+    """Return the sum over the rows of the mean cross-entropy of the response's tokens.
 
-    Tokens that generation never writes have no probability: the row of an LSM's placeholder in the head is arbitrary.
+    Tokens that are suppressed in generation have no probability, because their rows in the head may be arbitrary.
     """
     ids = batch.inputs["input_ids"]
-    never = torch.tensor(llm.model.generation_config.suppress_tokens or [], dtype=torch.long, device=ids.device)
+    suppressed = torch.tensor(llm.model.generation_config.suppress_tokens or [], dtype=torch.long, device=ids.device)
     spans = [batch.queries(row) for row in range(len(batch.lengths))]
     positions = sorted({place for span in spans for place in range(span.start, span.stop)})
-    kept = torch.tensor(positions, device=ids.device)
-    logits = llm.logits(batch.inputs, kept)
+    logits = llm.logits(batch.inputs, torch.tensor(positions, device=ids.device))
     losses = []
     for row, span in enumerate(spans):
         first = positions.index(span.start)
-        predicted = logits[row, first : first + span.stop - span.start].float().index_fill(-1, never, -torch.inf)
+        predicted = logits[row, first : first + span.stop - span.start].float().index_fill(-1, suppressed, -torch.inf)
         losses.append(torch.nn.functional.cross_entropy(predicted, ids[row, span.start + 1 : span.stop + 1]))
     return torch.stack(losses).sum()
 
 
 @torch.enable_grad()
 def measure(llm: SpeechLLM, batch: TeacherForcedBatch) -> list[list[dict[str, dict[str, float]]]]:
-    """Saliency and attention of every row of a batch, layer by layer.
+    """Measure saliency and attention of each row of a batch.
 
     Returns:
-        For every row a list over layers of `{"layers", "per_token", "attention"}`, each with the keys of `ROLES`:
-        shares of the saliency, saliency of a token relative to the average token the response can see (1: as much as
-        the average), shares of the attention, mean over heads and response tokens. A role without tokens has 0.
+        A list over layers for each row, of dicts `{"layers", "per_token", "attention"}`, each with the keys of `ROLES`.
+        `layers` are shares of the saliency; `per_token` is the saliency of a token, relative to the average token that
+        the response can see; `attention` are shares of the attention, means over heads and response tokens. A role
+        without tokens has 0.
 
     Raises:
-        ValueError: an LLM without attention layers that could be recorded.
+        ValueError: the LLM has no attention layers that can be recorded.
     """
-    found: dict[tuple[int, int], dict] = {}
+    shares: dict[tuple[int, int], dict] = {}
 
     def record(layer: int, row: int, attention, gradient, visible) -> None:
-        found[row, layer] = _shares(attention, gradient, visible, batch.roles[row, : batch.lengths[row]])
+        shares[row, layer] = _shares(attention, gradient, visible, batch.roles[row, : batch.lengths[row]])
 
-    with recording(llm, batch, record) as seen:
+    with recording(llm, batch, record) as recorded:
         response_loss(llm, batch).backward()
-    if not seen.layers:
+    if not recorded.layers:
         raise ValueError(f"no attention of {llm.name} could be recorded; expected layers of softmax attention.")
-    return [[found[row, layer] for layer in sorted(seen.layers)] for row in range(len(batch.lengths))]
+    return [[shares[row, layer] for layer in sorted(recorded.layers)] for row in range(len(batch.lengths))]
 
 
 def _shares(attention: torch.Tensor, gradient: torch.Tensor, visible: torch.Tensor, roles: torch.Tensor) -> dict:

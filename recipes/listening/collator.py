@@ -19,7 +19,7 @@ def render_prompt(processor: LsmProcessor, row: dict, slot: str = "audio") -> st
     Args:
         processor: the LSM's processor.
         row: dict with `instruction`, and with `transcript` for the slot `transcript`.
-        slot: what is put in the place of the speech: `audio` (one placeholder) or `transcript`.
+        slot: content in the place of the speech: `audio` (one placeholder) or `transcript`.
     """
     filling = {"audio": True} if slot == "audio" else {"transcript": row["transcript"]}
     messages = processor.conversation(row["instruction"], **filling)
@@ -64,35 +64,35 @@ def response_tokens(tokenizer, prompts: list[str], responses: list[str]) -> list
     def ids_of(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False).input_ids
 
-    found = []
-    whole = ids_of([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
-    for prompt, response, before, ids in zip(prompts, responses, ids_of(prompts), whole, strict=True):
+    tokens = []
+    together = ids_of([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+    for prompt, response, before, ids in zip(prompts, responses, ids_of(prompts), together, strict=True):
         if ids[: len(before)] == before:
-            found.append(ids[len(before) :])
+            tokens.append(ids[len(before) :])
         elif tokenizer.is_fast:
-            found.append(ids_of([prompt + BREAK + response])[0][len(before) :])
+            tokens.append(ids_of([prompt + BREAK + response])[0][len(before) :])
         else:
-            found += ids_of([response])
-    if not all(found):
-        raise ValueError(f"the response {responses[found.index([])]!r} has no tokens; expected text to learn.")
-    return found
+            tokens += ids_of([response])
+    if not all(tokens):
+        raise ValueError(f"the response {responses[tokens.index([])]!r} has no tokens; expected text to learn.")
+    return tokens
 
 
 @dataclass
 class SpeechResponseCollator:
-    """Rows with `instruction`, `response` and a clip → `input_ids`, `attention_mask`, `labels` `(batch, length)` int64,
-    right-padded, and the audio inputs of the model.
+    """Makes a batch of rows with `instruction`, `response` and a clip: `input_ids`, `attention_mask` and `labels`
+    `(batch, length)` int64, right-padded, and the audio inputs of the model.
 
-    The clip is `audio` (decoded here) or, with a store, `audio_key` (its features are read there). A row whose clip is
-    None has its `transcript` in the place of the speech. A batch without any clip has no audio inputs.
+    The clip is `audio` (decoded here) or, with a store, `audio_key` (whose features are read from the store). A row
+    whose clip is None has its `transcript` in the place of the speech. A batch without clips has no audio inputs.
 
     Args:
-        processor: of the LSM.
-        store: of the clips' features.
-        teacher: add the same rows as the text LLM reads them, each with its transcript in the slot, as
-            `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`.
-        response_tasks: rows of these tasks are learned without a teacher. In a batch that has some, the teacher reads
-            the others alone, which `teacher_rows` `(batch,)` bool names.
+        processor: the LSM's processor.
+        store: store of the audio tower's output.
+        teacher: add the same rows with the transcript in the place of the speech, as `teacher_input_ids`,
+            `teacher_attention_mask` and `teacher_labels`.
+        response_tasks: tasks whose rows are learned without a teacher. If a batch has such rows, the teacher's inputs
+            have only the other rows, which are True in `teacher_rows` `(batch,)` bool.
     """
 
     processor: LsmProcessor
@@ -101,26 +101,28 @@ class SpeechResponseCollator:
     response_tasks: Collection[str] = ()
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        heard = [row["audio" if self.store is None else "audio_key"] is not None for row in rows]
-        audio, num_samples = self._audio([row for row, hears in zip(rows, heard, strict=True) if hears])
-        spoken = [render_prompt(self.processor, row) for row in rows]
-        responses = [render_response(self.processor, row, prompt) for row, prompt in zip(rows, spoken, strict=True)]
-        read = [render_prompt(self.processor, row, "transcript") if self.teacher or not hears else None
-                for row, hears in zip(rows, heard, strict=True)]  # fmt: skip
-        prompts = [speech if hears else text for speech, text, hears in zip(spoken, read, heard, strict=True)]
+        has_clip = [row["audio" if self.store is None else "audio_key"] is not None for row in rows]
+        audio, num_samples = self._audio(list(compress(rows, has_clip)))
+        speech_prompts = [render_prompt(self.processor, row) for row in rows]
+        pairs = zip(rows, speech_prompts, strict=True)
+        responses = [render_response(self.processor, row, prompt) for row, prompt in pairs]
+        text_prompts = [render_prompt(self.processor, row, "transcript") if self.teacher or not clip else ""
+                        for row, clip in zip(rows, has_clip, strict=True)]  # fmt: skip
+        choices = zip(speech_prompts, text_prompts, has_clip, strict=True)
+        prompts = [speech if clip else text for speech, text, clip in choices]
         # Teacher and student get the same tokens, because their predictions are compared token by token.
-        answers = response_tokens(self.processor.tokenizer, spoken, responses)
+        answers = response_tokens(self.processor.tokenizer, speech_prompts, responses)
         batch = self._pad(self.processor.expand_audio_tokens(prompts, num_samples), answers)
         if self.teacher:
             taught = [row.get("task") not in self.response_tasks for row in rows]
-            batch |= {f"teacher_{name}": value for name, value in self._taught(read, answers, taught).items()}
+            batch |= {f"teacher_{name}": value for name, value in self._taught(text_prompts, answers, taught).items()}
         return {**batch, **audio}
 
     def _taught(self, prompts: list[str], answers: list[list[int]], taught: list[bool]) -> dict[str, torch.Tensor]:
-        """Return the teacher's inputs, with at least one row, if necessary without labels: processes that share the
-        weights of an LLM must call it equally often."""
-        read = taught if any(taught) else [True, *taught[1:]]
-        batch = self._pad(list(compress(prompts, read)), list(compress(answers, read)))
+        """Return the teacher's inputs of the rows that it teaches. If there is no such row, the first one is used
+        without labels, because processes that share the weights of an LLM must call it equally often."""
+        used = taught if any(taught) else [True, *taught[1:]]
+        batch = self._pad(list(compress(prompts, used)), list(compress(answers, used)))
         if not any(taught):
             batch["labels"].fill_(-100)
         return batch if all(taught) else {**batch, "rows": torch.tensor(taught)}

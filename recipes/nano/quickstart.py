@@ -1,4 +1,4 @@
-"""The stages of the quickstart, from the corpus to the report; each is a folder that is there when it is whole."""
+"""The stages of the quickstart, from the corpus to the report. Each stage writes a folder, atomically."""
 
 import dataclasses
 import json
@@ -34,7 +34,8 @@ from recipes.evaluation.tasks import load_tasks, override
 from recipes.listening.composing import compose
 from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import load
-from recipes.nano.report import COMPARED, NAMES, SHORT, percent, scores_of, write_report
+from recipes.nano.report import COMPARED, NAMES, SHORT, scores_of, write_report
+from recipes.reporting.markdown import percent
 from recipes.studies.stages import die_with_parent
 from recipes.training.alignment import FOLDER as ALIGNMENT
 from recipes.training.callbacks import FOLLOWING, LOG
@@ -44,22 +45,22 @@ logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CHECKER = "dataset_builders.nano.tasks"
-MODELS = ("self_powered", "paper", "vanilla")  # the longest training first
+MODELS = ("self_powered", "paper", "vanilla")  # the longest training is first
 TRACED = {"text_llm": "base", **{name: f"training/{name}" for name in reversed(MODELS)}}
 NEEDED_BYTES = 4 * 2**30
 
 
 class Stages:
-    """Makes folders, each whole or not at all, and keeps how long each took in `stages.json`."""
+    """Makes folders atomically, and writes the seconds that each took to `stages.json`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.file = folder / "stages.json"
         self.seconds: dict[str, float] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
-    def run(self, name: str, make: Callable[[Path], object], goes_on: bool = False) -> Path:
-        """`folder/name`, made by `make(partial)` unless it is there. What an interrupted run left of it is removed,
-        unless `make` goes on with it."""
+    def run(self, name: str, make: Callable[[Path], object], resume: bool = False) -> Path:
+        """Return `folder/name`, which `make(partial)` makes if it does not exist. With `resume`, `make` continues with
+        the files of an interrupted run; otherwise they are deleted."""
         target = self.folder / name
         if target.exists() and name in self.seconds:
             logger.info("%-14s done before", name)
@@ -67,7 +68,7 @@ class Stages:
         shutil.rmtree(target, ignore_errors=True)
         logger.info("%-14s ...", name)
         start = time.monotonic()
-        with whole(target, resume=goes_on) as partial:
+        with whole(target, resume=resume) as partial:
             make(partial)
         self.seconds[name] = round(time.monotonic() - start, 1)
         write_whole(self.file, json.dumps(self.seconds))
@@ -77,7 +78,14 @@ class Stages:
 
 @dataclasses.dataclass
 class Quickstart:
-    """One run: `settings` as in `recipes/configs/quickstart.yaml`, everything under `folder`."""
+    """One run of the quickstart.
+
+    Args:
+        folder: folder for all outputs.
+        settings: as in `recipes/configs/quickstart.yaml`.
+        seed: seed of all draws and initial weights.
+        steps: steps of each training, instead of those in its configuration.
+    """
 
     folder: Path
     settings: dict
@@ -89,18 +97,18 @@ class Quickstart:
         self.stages = Stages(self.folder)
 
     def run(self) -> dict:
-        """All stages in order; returns the report."""
+        """Run all stages in order, and return the report."""
         self.stages.run("corpus", self.speak)
         self.stages.run("base", self.compose)
         self.stages.run("plain_base", lambda folder: self.compose(folder, pieces_per_token=0))
         self.stages.run("self_powered", self.answer)
         self.stages.run("features", self.encode)
-        self.stages.run("training", self.train, goes_on=True)
+        self.stages.run("training", self.train, resume=True)
         self.stages.run("predictions", self.evaluate)
         self.stages.run("bias", self.trace)
         trained = self.folder / "training" / "self_powered"
-        leave = shutil.ignore_patterns("checkpoint-*")
-        self.stages.run("checkpoint", lambda folder: shutil.copytree(trained, folder, ignore=leave))
+        ignore = shutil.ignore_patterns("checkpoint-*")
+        self.stages.run("checkpoint", lambda folder: shutil.copytree(trained, folder, ignore=ignore))
         return self.report()
 
     def speak(self, folder: Path) -> None:
@@ -124,7 +132,7 @@ class Quickstart:
         AudioFeatureStore.build(folder, llm.model, llm.processor, audio)
 
     def train(self, folder: Path) -> None:
-        """The trainings, as many at a time as there are cores, under a live table."""
+        """Run the trainings, one per core at the same time, and show their progress."""
         cores = os.cpu_count() or 1
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // len(MODELS)))}
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,17 +144,18 @@ class Quickstart:
                     command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=die_with_parent
                 )
 
-        run_trainings(start, cores, LiveTable(folder, {name: sum(self.steps_of(name).values()) for name in MODELS}))
+        steps = {name: sum(self.steps_of(name).values()) for name in MODELS}
+        run_trainings(start, cores, LiveTable(folder, steps))
 
     def steps_of(self, name: str) -> dict[str, int]:
-        """`max_steps` of a training and, if it begins with an alignment, `align_steps`."""
+        """Return `max_steps` of a training and, if it begins with an alignment, `align_steps`."""
         config = read_yaml(CONFIGS / f"nano_{name}.yaml")
         return {key: self.steps or config[key] for key in ("max_steps", "align_steps") if config[key]}
 
     def training_command(self, name: str, output: Path) -> list[str]:
         options = {
             "config": CONFIGS / f"nano_{name}.yaml",
-            # The paper's projector is a plain map.
+            # The paper's projector has no reader of word pieces.
             "model_name_or_path": self.folder / ("base" if name == "self_powered" else "plain_base"),
             "dataset_name": self.folder / "self_powered",
             "output_dir": output,
@@ -165,13 +174,12 @@ class Quickstart:
         return [sys.executable, "-m", "recipes.sft", *flags]
 
     def tasks(self) -> list:
-        """The nano tasks of `recipes.evaluate`, about this run's own corpus."""
+        """Return the nano tasks of `recipes.evaluate`, about the corpus of this run."""
         corpus = {"corpus": str(self.folder / "corpus"), "split": "test"}
         return [override(load_tasks()[name], corpus) for name in ("nano", "nano_unseen")]
 
     def evaluate(self, folder: Path) -> None:
-        """The LSMs, the text LLM, a cascade, the self-powered LSM as a reader of text, and the controls, by
-        `recipes.evaluate`."""
+        """Evaluate the LSMs, the text LLM, a cascade, the self-powered LSM that reads text, and the controls."""
         Evaluation(
             output=folder,
             checkpoints={
@@ -190,41 +198,43 @@ class Quickstart:
         ).run()
 
     def trace(self, folder: Path) -> None:
-        """Where the answers come from, in the text LLM and all LSMs: traced is what the text LLM answers."""
+        """Measure the saliency of the text LLM's answers, in the text LLM and in all LSMs."""
         store, answers = AudioFeatureStore(self.folder / "features"), self.answers()
         questions = read_rows(self.tasks()[0], self.settings["test_clips"], self.seed)
         rows = [question.as_row() for question in questions]
         traced = [
             row | {"response": answers["text_llm", row["id"]]["response"]}
             for row in rows
-            if row["task"] != TRANSCRIPTION and row["utterance"] < self.settings["bias_clips"]
+            if row["task"] != TRANSCRIPTION
+            and row["utterance"] < self.settings["bias_clips"]
+            and answers["text_llm", row["id"]]["response"].strip()
         ]
-        traced = [row for row in traced if row["response"].strip()]
         biases: dict[str, dict] = {}
         for name, path in TRACED.items():
             llm, slot = load(self.folder / path), "transcript" if name == "text_llm" else "audio"
-            compare = None if name == "self_powered" else False  # with what it reads: shown of ours alone
+            compare = None if name == "self_powered" else False  # the report shows the similarity of one model
             bias = analyze(llm, traced, slot, store if slot == "audio" else None, compare=compare)
             asked = [row for row in rows if (name, row["id"]) in answers]
-            said = [answers[name, row["id"]]["response"] for row in asked]
-            about = {"model": path, "data": "corpus", "source": rows[0]["source"], "hear": slot, "target": "response"}
-            biases[SHORT[name]] = bias | behave(asked, said, CHECKER) | about
+            responses = [answers[name, row["id"]]["response"] for row in asked]
+            facts = {"model": path, "data": "corpus", "source": rows[0]["source"], "hear": slot, "target": "response"}
+            biases[SHORT[name]] = bias | behave(asked, responses, CHECKER) | facts
             write(folder / name, biases[SHORT[name]], SHORT[name], dict(list(biases.items())[:-1]))
 
     def answers(self) -> dict[tuple[str, str], dict]:
-        """What was answered, by model and row."""
+        """Return the records of all answers, by model and row."""
         records = Dataset.from_parquet(str(self.folder / "predictions" / "predictions.parquet"))
         return {(NAMES.get(record["system"], record["system"]), record["id"]): record for record in records}
 
     def report(self) -> dict:
-        """`report.json`, `report.md`, `report.html`, plots, `predictions.parquet` and `example.wav`."""
+        """Write `report.json`, `report.md`, `report.html`, figures, `predictions.parquet` and `example.wav`, and return
+        the report."""
         results = json.loads((self.folder / "predictions" / "results.json").read_text(encoding="utf-8"))
-        report, never = (
+        report, unseen = (
             {NAMES.get(name, name): scores_of(scored) for name, scored in results["tasks"][task]["systems"].items()}
             for task in ("nano", "nano_unseen")
         )
-        report["unseen"] = {name: never[name]["right"] for name in COMPARED}
-        report["unseen_tasks"] = never
+        report["unseen"] = {name: unseen[name]["right"] for name in COMPARED}
+        report["unseen_tasks"] = unseen
         records = [
             {key: record[key] for key in ("id", "instruction", "transcript", "response", "correct")}
             | {"model": name, "task": record["part"]}
@@ -248,11 +258,11 @@ class Quickstart:
 
 
 class LiveTable:
-    """Progress bars with the time left, and a line of scores whenever a model has been tried on the validation clips.
+    """Shows progress bars of the trainings, and a line of scores after each evaluation on the validation clips.
 
     Args:
-        folder: of the trainings, each in a folder of its name.
-        steps: of each, those of its alignment included.
+        folder: folder of the trainings; each has a subfolder with its name.
+        steps: number of steps of each training, including its alignment.
     """
 
     def __init__(self, folder: Path, steps: dict[str, int]):
@@ -264,17 +274,17 @@ class LiveTable:
         self.shown: Counter[str] = Counter()
 
     def show(self) -> None:
-        """Whatever is new."""
+        """Update the bars, and write the new scores."""
         for name, bar in self.bars.items():
-            aligned, learned = (read_lines(self.folder / name / part / LOG) for part in (ALIGNMENT, ""))
-            bar.update(sum(log[-1]["step"] for log in (aligned, learned) if log) - bar.n)
-            looks = [row for row in aligned if "reading_wer" in row] + read_lines(self.folder / name / FOLLOWING)
-            for look in looks[self.shown[name] :]:
-                named = [key for key in ("reading_wer", "following", "transcript_copy", "wer") if key in look]
-                stage = f"{name}, alignment" if "reading_wer" in look else name
-                figures = "  ".join(f"{key} {percent(look[key]):>7}" for key in named)
-                bar.write(f"step {look['step']:>5}  {stage:<24} {figures}")
-            self.shown[name] = len(looks)
+            alignment, training = (read_lines(self.folder / name / part / LOG) for part in (ALIGNMENT, ""))
+            bar.update(sum(log[-1]["step"] for log in (alignment, training) if log) - bar.n)
+            scores = [row for row in alignment if "reading_wer" in row] + read_lines(self.folder / name / FOLLOWING)
+            for row in scores[self.shown[name] :]:
+                keys = [key for key in ("reading_wer", "following", "transcript_copy", "wer") if key in row]
+                stage = f"{name}, alignment" if "reading_wer" in row else name
+                figures = "  ".join(f"{key} {percent(row[key]):>7}" for key in keys)
+                bar.write(f"step {row['step']:>5}  {stage:<24} {figures}")
+            self.shown[name] = len(scores)
 
     def close(self) -> None:
         for bar in self.bars.values():
@@ -282,10 +292,10 @@ class LiveTable:
 
 
 def run_trainings(start: Callable[[str], subprocess.Popen], at_once: int, live: LiveTable) -> None:
-    """Run all trainings of the table, in its order and `at_once` at a time.
+    """Run the trainings of the table in its order, `at_once` at the same time.
 
     Raises:
-        RuntimeError: a training failed; says where its log is.
+        RuntimeError: a training failed. Shows the end of its log.
     """
     waiting, processes = list(live.bars), {}
     try:
@@ -310,36 +320,36 @@ def run_trainings(start: Callable[[str], subprocess.Popen], at_once: int, live: 
 
 
 def keep_caches_in(folder: Path) -> None:
-    """Arrow copies of the corpora belong to this run, not to the user's home; the trainings are told, too."""
+    """Keep the caches of `datasets` in this folder instead of the user's home, also for the training processes."""
     datasets.config.HF_DATASETS_CACHE = str(folder)
     os.environ["HF_DATASETS_CACHE"] = str(folder)
 
 
 def contents(settings: dict) -> dict[str, str | None]:
-    """What the models and configurations hold that a run is made from."""
-    named = {name: settings[name] for name in ("audio", "text", "pool")}
-    named |= {name: CONFIGS / f"nano_{name}.yaml" for name in MODELS}
-    return {name: content_of(source) for name, source in named.items()}
+    """Return fingerprints of the models and configurations of a run."""
+    sources = {name: settings[name] for name in ("audio", "text", "pool")}
+    sources |= {name: CONFIGS / f"nano_{name}.yaml" for name in MODELS}
+    return {name: content_of(source) for name, source in sources.items()}
 
 
 def check_folder(folder: Path, identity: dict) -> None:
-    """Refuse a folder of another run and a disk without room; remember what this run is.
+    """Write the settings and fingerprints of a run to its folder, or compare them with those that are there.
 
     Raises:
         ValueError: the folder holds a run with other settings.
-        OSError: too little free disk.
+        OSError: the disk has too little space.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
     if not file.exists():
         if (free := shutil.disk_usage(folder).free) < NEEDED_BYTES:
             raise OSError(
-                f"{folder} has {free / 2**30:.1f} GiB free, the quickstart needs {NEEDED_BYTES / 2**30:.0f} GiB: free "
-                "some space or name another --output."
+                f"{folder} has {free / 2**30:.1f} GiB free, but the quickstart needs {NEEDED_BYTES / 2**30:.0f} GiB; "
+                "free some space or name another --output."
             )
         write_whole(file, json.dumps(identity, indent=2))
     elif differing := differences(json.loads(file.read_text(encoding="utf-8")), identity):
         raise ValueError(
-            f"{folder} holds a run with other settings ({file}: {', '.join(differing)}): delete it or name another "
+            f"{folder} holds a run with other settings ({file}: {', '.join(differing)}); delete it or name another "
             "--output."
         )

@@ -2,12 +2,13 @@
 
     python -m recipes.nano.train_encoder --output assets/nano/encoder
 
-It hears only `train` sentences in training voices (`dataset_builders.nano.speech`), with additive noise, random gain
-and SpecAugment (Park et al. 2019), drawn from `--seed`, and is scored on `test` sentences in voices it never heard.
-Saved as a `WhisperModel` without decoder layers beside its feature extractor; the CTC head that the scores were read
-with is in `ctc_head.safetensors` (`weight`, `bias`; label 0 is the blank, label i the i-th word of the lexicon). A
-second head spells the same words in letters while training, and the first steps hear one or two words at a time: on
-whole sentences alone, CTC stays for long on a plateau where it has learned the grammar and hears nothing.
+It is trained on `train` sentences in training voices (`dataset_builders.nano.speech`), with additive noise, random gain
+and SpecAugment (Park et al. 2019), drawn from `--seed`. It is scored on `test` sentences in voices that the training
+does not have. The output is a `WhisperModel` without decoder layers, its feature extractor, and the CTC head in
+`ctc_head.safetensors` (`weight`, `bias`; label 0 is the blank, label i is the i-th word of the lexicon).
+
+During the training, a second head spells the words in letters, and the clips of the first steps have one or two words.
+Without this, the loss stays on a plateau for long, where the model has learned the grammar but ignores the speech.
 """
 
 import argparse
@@ -42,7 +43,8 @@ LETTERS = list(" abcdefghijklmnopqrstuvwxyz")
 
 
 def featurize(split: str, seed: int, indices: range, most_words: int | None = None) -> list[tuple[np.ndarray, str]]:
-    """Log-mel features `(frames, 80)` float16 and transcript of utterances of the nano corpus; training ones noisy."""
+    """Return the log-mel features `(frames, 80)` float16 and the transcripts of utterances of the nano corpus. Those of
+    the split `train` are noisy."""
     extractor = WhisperFeatureExtractor()
     rows = []
     for index in indices:
@@ -63,7 +65,7 @@ def _featurize(job: tuple[str, int, range, int | None]) -> list[tuple[np.ndarray
 def load_clips(
     split: str, seed: int, count: int, workers: int, most_words: int | None = None
 ) -> list[tuple[np.ndarray, str]]:
-    """`count` featurized utterances; independent of the number of workers."""
+    """Return features and transcripts of `count` utterances; they do not depend on the number of workers."""
     jobs = [(split, seed, range(start, min(start + 250, count)), most_words) for start in range(0, count, 250)]
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         results = list(tqdm(pool.imap(_featurize, jobs), total=len(jobs), desc=f"speaking {count} {split} clips"))
@@ -71,7 +73,8 @@ def load_clips(
 
 
 def collate(clips: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`input_features` `(clips, 80, frames)` float32 and `input_features_mask` `(clips, frames)`, zero-padded."""
+    """Return `input_features` `(clips, 80, frames)` float32 and `input_features_mask` `(clips, frames)`, padded with
+    zeros."""
     frames = max(len(features) for features, _ in clips)
     features, mask = torch.zeros(len(clips), frames, 80), torch.zeros(len(clips), frames, dtype=torch.long)
     for row, (clip, _) in enumerate(clips):
@@ -81,7 +84,8 @@ def collate(clips: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, torch.Te
 
 
 def spec_augment(features: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Silence two bands of up to 16 mels and two stretches of up to a tenth (at most 0.25 s) of each clip."""
+    """Set two bands of up to 16 mels and two spans of up to a tenth of its length (at most 0.25 s) to zero, in each
+    clip."""
     clips, mels, frames = features.shape
     keep = torch.ones_like(features)
     for row in range(clips):
@@ -94,26 +98,28 @@ def spec_augment(features: torch.Tensor, generator: torch.Generator) -> torch.Te
 
 
 def labels_of(transcripts: list[str], units: list[str], split: Callable[[str], Iterable[str]]):
-    """CTC targets: concatenated labels (int64, 1-based index into `units`) and how many each transcript has."""
+    """Return CTC targets: the labels of all transcripts (int64, indices of `units` from 1), and the number of labels of
+    each transcript."""
     label = {unit: index for index, unit in enumerate(units, start=1)}
     rows = [[label[unit] for unit in split(transcript)] for transcript in transcripts]
     return torch.tensor([index for row in rows for index in row]), torch.tensor([len(row) for row in rows])
 
 
 def ctc_loss(logits: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor, target_lengths: torch.Tensor):
-    """Mean CTC loss per label of `(clips, frames, labels)` float32 logits."""
+    """Return the mean CTC loss per label of `(clips, frames, labels)` float32 logits."""
     log_probs = logits.log_softmax(-1).transpose(0, 1)
     lengths = encoded_lengths(mask)
     return nn.functional.ctc_loss(log_probs, targets.to(logits.device), lengths, target_lengths, zero_infinity=True)
 
 
 def encoded_lengths(mask: torch.Tensor) -> torch.Tensor:
-    """Encoder frames (50 per second) of clips of mel frames (100 per second)."""
+    """Return the number of encoder frames (50 per second) of each clip, from the mask of mel frames (100 per
+    second)."""
     return num_encoder_frames(mask.sum(-1))
 
 
 def read_words(logits: torch.Tensor, lengths: torch.Tensor) -> list[str]:
-    """Greedy CTC decoding of `(clips, frames, 1 + words)`."""
+    """Return the greedy CTC decoding of `(clips, frames, 1 + words)`."""
     words, texts = lexicon().words, []
     for row, length in zip(logits.argmax(-1), lengths, strict=True):
         labels = torch.unique_consecutive(row[:length])
@@ -123,19 +129,19 @@ def read_words(logits: torch.Tensor, lengths: torch.Tensor) -> list[str]:
 
 @torch.inference_mode()
 def word_error_rate(encoder: nn.Module, head: nn.Linear, clips: list[tuple[np.ndarray, str]]) -> float:
-    heard = []
+    readings = []
     encoder.eval()
     for start in range(0, len(clips), 64):
         features, mask = collate(clips[start : start + 64])
         device = head.weight.device
         hidden = encoder(features.to(device), mask.to(device)).last_hidden_state
-        heard += read_words(head(hidden).cpu(), encoded_lengths(mask))
+        readings += read_words(head(hidden).cpu(), encoded_lengths(mask))
     encoder.train()
-    return jiwer.wer([transcript for _, transcript in clips], heard)
+    return jiwer.wer([transcript for _, transcript in clips], readings)
 
 
 def load_recognizer(folder: str | Path) -> tuple[LsmAudioTower, nn.Linear]:
-    """The saved encoder and its CTC head, as `word_error_rate` takes them."""
+    """Load a saved encoder and its CTC head."""
     model = WhisperModel.from_pretrained(folder)
     encoder = LsmAudioTower(model.config)
     encoder.load_state_dict(model.encoder.state_dict())
@@ -156,7 +162,7 @@ def save(encoder: LsmAudioTower, head: nn.Linear, output: Path) -> None:
 
 
 class TrainableTower(LsmAudioTower):
-    """The audio tower, thawed: inside an LSM it is frozen (no gradient, always in eval mode), here it learns."""
+    """An audio tower that learns; in an LSM it is frozen, without gradients and always in eval mode."""
 
     forward = LsmAudioTower.forward.__wrapped__  # without its `torch.no_grad`
     train = nn.Module.train
@@ -181,15 +187,15 @@ def trainable_tower(args: argparse.Namespace) -> TrainableTower:
     tower = TrainableTower(config)
     for module in tower.modules():
         if isinstance(module, nn.Linear | nn.Conv1d):
-            # The library's N(0, 0.02) is for loading over: from it, 2 % of the signal would survive the convolutions.
+            # With the library's initial weights, N(0, 0.02), the convolutions would keep only 2 % of the signal.
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear" if isinstance(module, nn.Linear) else "relu")
-    with torch.no_grad():  # Whisper's sinusoids, quiet enough for the speech to be heard over them
+    with torch.no_grad():  # Whisper's sinusoids, smaller so that they do not dominate the speech
         tower.embed_positions.weight.copy_(0.3 * sinusoids(*tower.embed_positions.weight.shape))
     return tower
 
 
 def batches(clips: list[tuple[np.ndarray, str]], frames: int, generator: torch.Generator):
-    """Endless batches of clips of similar length, of at most `frames` mel frames each, padding included."""
+    """Yield batches of clips of similar length without end, each of at most `frames` mel frames including padding."""
     while True:
         order = torch.randperm(len(clips), generator=generator).tolist()
         for start in range(0, len(order), 1024):
@@ -220,17 +226,17 @@ def train(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, 400, args.steps)
     output, scores = Path(args.output), {}
-    alone = itertools.islice(batches(phrases, args.batch_frames, generator), args.phrase_steps)
+    phrases_only = itertools.islice(batches(phrases, args.batch_frames, generator), args.phrase_steps)
     mixed = batches(phrases + clips, args.batch_frames, generator)
-    steps = zip(range(1, args.steps + 1), itertools.chain(alone, mixed), strict=False)
+    steps = zip(range(1, args.steps + 1), itertools.chain(phrases_only, mixed), strict=False)
     progress = tqdm(steps, total=args.steps, desc="nano encoder")
     encoder.train()
     for step, batch in progress:
         features, mask = collate(batch)
         transcripts = [transcript for _, transcript in batch]
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-            heard = features if step <= args.phrase_steps else spec_augment(features, generator)
-            hidden = encoder(heard.to(device), mask.to(device)).last_hidden_state
+            features = features if step <= args.phrase_steps else spec_augment(features, generator)
+            hidden = encoder(features.to(device), mask.to(device)).last_hidden_state
         hidden = hidden.float()
         loss = ctc_loss(head(hidden), mask, *labels_of(transcripts, lexicon().words, str.split))
         loss = loss + ctc_loss(speller(hidden), mask, *labels_of(transcripts, LETTERS, list))
@@ -251,22 +257,22 @@ def train(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--clips", type=int, default=30_000)
-    parser.add_argument("--test-clips", type=int, default=1_000)
-    parser.add_argument("--steps", type=int, default=7_000)
+    parser.add_argument("--output", required=True, help="folder of the encoder")
+    parser.add_argument("--clips", type=int, default=30_000, help="number of training clips")
+    parser.add_argument("--test-clips", type=int, default=1_000, help="number of test clips")
+    parser.add_argument("--steps", type=int, default=7_000, help="number of steps")
     parser.add_argument("--batch-frames", type=int, default=4_800, help="mel frames (10 ms) per batch")
-    parser.add_argument("--phrases", type=int, default=12_000, help="clips of one or two words")
-    parser.add_argument("--phrase-steps", type=int, default=1_000, help="steps on phrases only, at the beginning")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--eval-every", type=int, default=500)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true", help="autocast; pays on CPUs with AVX512-BF16 and on GPUs")
+    parser.add_argument("--phrases", type=int, default=12_000, help="number of clips with one or two words")
+    parser.add_argument("--phrase-steps", type=int, default=1_000, help="first steps, which have only such clips")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="largest learning rate")
+    parser.add_argument("--hidden-size", type=int, default=256, help="width of the encoder")
+    parser.add_argument("--layers", type=int, default=4, help="number of layers")
+    parser.add_argument("--heads", type=int, default=4, help="number of attention heads")
+    parser.add_argument("--eval-every", type=int, default=500, help="steps between two evaluations")
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads of the training")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes that synthesise clips")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws and initial weights")
+    parser.add_argument("--bf16", action="store_true", help="autocast; faster on GPUs and on CPUs with AVX512-BF16")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     train(parser.parse_args())
 

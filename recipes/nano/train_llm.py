@@ -2,10 +2,10 @@
 
     python -m recipes.nano.train_llm --output assets/nano/llm
 
-It learns all tasks of the pool, also those that no LSM is ever trained on, on sentences of the `train` split and on the
-`seen` paraphrases alone, with the instruction before the sentence or after it; evaluation uses `test` sentences and
-`held_out` paraphrases. Everything is drawn from `--seed`. Saved as an ordinary `LlamaForCausalLM` with a BPE tokenizer
-and a chat template.
+It learns all tasks of the pool, also those that no LSM is trained on, from sentences of the `train` split and the
+`seen` paraphrases. The instruction is before or after the sentence. The evaluation uses `test` sentences and `held_out`
+paraphrases. All draws depend on `--seed`. The output is an ordinary `LlamaForCausalLM` with a BPE tokenizer and a chat
+template.
 """
 
 import argparse
@@ -19,12 +19,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
 from dataset_builders.corpora.transcripts import bare_words
 from dataset_builders.instructions import Task, load_pool
@@ -44,7 +39,7 @@ SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
 
 
 def sample_example(rng: random.Random, pool: dict[str, Task], split: str, paraphrases: str) -> dict[str, str]:
-    """One conversation: task, instruction, transcript, a right answer, and whether the instruction comes first."""
+    """Draw an example: task, instruction, transcript, a right answer, and whether the instruction comes first."""
     task = rng.choice(list(pool))
     transcript = str(sample_sentence(rng, split))
     right = answers(task, transcript)
@@ -59,8 +54,8 @@ def sample_example(rng: random.Random, pool: dict[str, Task], split: str, paraph
 
 
 def decisive_words(pool: dict[str, Task]) -> dict[str, set[str]]:
-    """The words that tell a task from the others, by task: those that its seen lines alone have (`sentiment`,
-    `keywords`, ...), and `Spanish`, which every line of two tasks has."""
+    """Return the words of each task that distinguish it from the others: words that only its seen lines have
+    (`sentiment`, `keywords`, ...), and `Spanish`, which all lines of two tasks have."""
     lines = {name: [set(bare_words(line).split()) for line in task.seen] for name, task in pool.items()}
     counts = Counter(word for spoken in lines.values() for word in set.union(*spoken))
     return {
@@ -71,7 +66,7 @@ def decisive_words(pool: dict[str, Task]) -> dict[str, set[str]]:
 
 
 def filler_words(pool: dict[str, Task]) -> list[str]:
-    """The words of seen lines that tell no task from the others."""
+    """Return the words of seen lines that do not distinguish tasks."""
     decisive = set().union(*decisive_words(pool).values())
     return sorted(
         {word for task in pool.values() for line in task.seen for word in bare_words(line).split()} - decisive
@@ -79,11 +74,11 @@ def filler_words(pool: dict[str, Task]) -> list[str]:
 
 
 def vary(instruction: str, decisive: set[str], fillers: list[str], rng: random.Random) -> str:
-    """Drop words, put others in, change their order and the punctuation: a wording that no pool lists must work by what
-    it speaks of.
+    """Return a varied instruction: some words are dropped, others are added, and order and punctuation change.
 
-    Without this, a 2 M parameter model keys on how the known lines begin and end, and answers `In Spanish, how do you
-    express what is said?` as if it were a question about the text. Decisive words stay, or the task would be a guess.
+    Without this, a model of 2 M parameters learns how the lines of the pool begin and end, and answers `In Spanish, how
+    do you express what is said?` as if it were a question about the text. The decisive words remain, because they name
+    the task.
     """
     if not instruction or rng.random() < 0.2:
         return instruction
@@ -102,7 +97,8 @@ def vary(instruction: str, decisive: set[str], fillers: list[str], rng: random.R
 
 
 def train_tokenizer(pool: dict[str, Task], seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on instructions, sentences and answers; almost every word of the nano language is one token."""
+    """Train a byte-level BPE tokenizer on instructions, sentences and answers. Almost every word of the nano language
+    is one token."""
     rng = random.Random(seed)
 
     def texts() -> Iterator[str]:
@@ -128,13 +124,14 @@ def train_tokenizer(pool: dict[str, Task], seed: int) -> PreTrainedTokenizerFast
 
 
 def user_turn(example: dict[str, str]) -> list[dict[str, str]]:
-    """The user's message, as `LsmProcessor.conversation` lays it out."""
+    """Return the user's message, in the same form as `LsmProcessor.conversation`."""
     parts = [part for part in (example["instruction"], example["transcript"]) if part]
     return [{"role": "user", "content": "\n".join(parts if example["instruction_first"] else reversed(parts))}]
 
 
 def collate(examples: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids`, `attention_mask`, `labels` (int64, `(batch, length)`); loss on responses alone."""
+    """Return right-padded `input_ids`, `attention_mask` and `labels` (int64, `(batch, length)`). Only the responses
+    have labels."""
     rows, prompts = [], []
     for example in examples:
         prompt = tokenizer.apply_chat_template(user_turn(example), tokenize=False, add_generation_prompt=True)
@@ -150,7 +147,7 @@ def collate(examples: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) 
 
 @torch.inference_mode()
 def evaluate(model, tokenizer, pool: dict[str, Task], rows: int, seed: int) -> dict[str, float]:
-    """Share of exactly right greedy answers per task, on test sentences and held-out paraphrases."""
+    """Return the share of right greedy answers by task, on test sentences and held-out paraphrases."""
     rng = random.Random(seed)
     examples = [sample_example(rng, pool, "test", "held_out") for _ in range(rows)]
     right: dict[str, list[bool]] = {task: [] for task in pool}
@@ -221,14 +218,14 @@ def train(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--steps", type=int, default=3500)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--eval-every", type=int, default=500)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true", help="autocast; pays on CPUs with AVX512-BF16 and on GPUs")
+    parser.add_argument("--output", required=True, help="folder of the LLM")
+    parser.add_argument("--steps", type=int, default=3500, help="number of steps")
+    parser.add_argument("--batch-size", type=int, default=64, help="number of examples per step")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="largest learning rate")
+    parser.add_argument("--eval-every", type=int, default=500, help="steps between two evaluations")
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws and initial weights")
+    parser.add_argument("--bf16", action="store_true", help="autocast; faster on GPUs and on CPUs with AVX512-BF16")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     train(parser.parse_args())
 

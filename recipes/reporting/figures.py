@@ -191,13 +191,13 @@ def plot_bars(
     Raises:
         ValueError: a system has no style, or there are no scores.
     """
-    if strangers := [system for system in scores if system not in styles]:
-        raise ValueError(f"no style for {strangers[0]!r}; expected one of {', '.join(styles)}.")
+    if unknown := [system for system in scores if system not in styles]:
+        raise ValueError(f"no style for {unknown[0]!r}; expected one of {', '.join(styles)}.")
     systems = [system for system in styles if any(_value(scores, system, group) is not None for group in order)]
     groups = [group for group in order if any(_value(scores, system, group) is not None for system in systems)]
     if not groups:
-        known = dict.fromkeys(group for found in scores.values() for group in found)
-        raise ValueError(f"no system has a score for {', '.join(order)}; expected some of {', '.join(known)}.")
+        scored = dict.fromkeys(group for by_group in scores.values() for group in by_group)
+        raise ValueError(f"no system has a score for {', '.join(order)}; expected some of {', '.join(scored)}.")
     bars = len(systems) * len(groups)
     figure = Figure(figsize=(WIDTH if bars <= MOST_BARS else 2 * WIDTH, 2.4), layout="constrained")
     axes = figure.subplots()
@@ -252,8 +252,8 @@ def plot_study(
     grid = figure.subplots(1, len(panels) + len(traced), sharey=True, squeeze=False)[0]
     for axes, (name, title) in zip(grid, panels.items(), strict=False):
         scale = 1 if name in counts else 100
-        for place, found in enumerate(summaries.values()):
-            if point := found.get(name):
+        for place, summary in enumerate(summaries.values()):
+            if point := summary.get(name):
                 value, low, high = (scale * point[key] for key in ("value", "low", "high"))
                 axes.plot([low, high], [place, place], color="#7a7a7a")
                 axes.plot(value, place, color="#1b3a4b", marker="o")
@@ -265,8 +265,8 @@ def plot_study(
     for axes, part in zip(grid[len(panels) :], traced, strict=True):
         shares = [_column(layers.get(row), part) or [] for row in summaries]
         values = np.full((len(shares), max(map(len, shares))), np.nan)
-        for row, some in zip(values, shares, strict=True):
-            row[: len(some)] = _numbers(some)
+        for row, by_layer in zip(values, shares, strict=True):
+            row[: len(by_layer)] = _numbers(by_layer)
         axes.imshow(values, cmap="Greys", vmin=0, aspect="auto", interpolation="nearest")
         axes.set_title(f"{part},\nby layer\n(black: {100 * np.nanmax(values):.0f} %)")
         axes.set_xticks([])

@@ -70,11 +70,11 @@ class AlignmentModel(nn.Module):
             Log-probabilities `(tokens, 1 + pieces)` of the blank and of the ids `pieces` for the speech tokens of all
             clips, one clip after the other, and the number of speech tokens of each clip `(clips,)`.
         """
-        heard, frames = self.lsm.model.encode_audio(**audio)
+        states, frames = self.lsm.model.encode_audio(**audio)
         if shift:
-            heard = torch.cat([heard[:, :1].expand(-1, shift, -1), heard], dim=1)
+            states = torch.cat([states[:, :1].expand(-1, shift, -1), states], dim=1)
             frames = [length + shift for length in frames]
-        speech = self.projector(heard, frames)
+        speech = self.projector(states, frames)
         counts = torch.tensor(num_audio_tokens(frames, **self.lsm.config.windowing))
         lengths = torch.stack([clip.sum() for clip in counts.split(chunks.tolist())])
         embeddings = self.lsm.get_input_embeddings().weight
@@ -92,7 +92,8 @@ class AlignmentModel(nn.Module):
         input_features_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """
+        """Return the loss of a batch of clips.
+
         Args:
             labels: `(sum of label_lengths,)` int64, the pieces of all transcripts, one transcript after the other, as
                 indices of `pieces` plus one.
@@ -140,10 +141,10 @@ def ctc_loss(
     return (losses / label_lengths.to(losses.device)).mean()
 
 
-def known_pieces(processor: LsmProcessor, embeddings: int) -> torch.Tensor:
+def text_pieces(processor: LsmProcessor, embeddings: int) -> torch.Tensor:
     """Return the ids of tokens with text, `(pieces,)` int64."""
-    never = set(non_text_token_ids(processor.tokenizer, embeddings))
-    return torch.tensor([id for id in range(embeddings) if id not in never])
+    without_text = set(non_text_token_ids(processor.tokenizer, embeddings))
+    return torch.tensor([id for id in range(embeddings) if id not in without_text])
 
 
 class Slot:
@@ -166,12 +167,12 @@ class Slot:
             return self.tokenizer(transcripts, add_special_tokens=False).input_ids
         texts = [self.before + transcript + self.after for transcript in transcripts]
         tokens = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        found = []
+        pieces = []
         for transcript, ids, spans in zip(transcripts, tokens.input_ids, tokens.offset_mapping, strict=True):
             first, last = len(self.before), len(self.before) + len(transcript)
             pairs = zip(ids, spans, strict=True)
-            found.append([id for id, (start, end) in pairs if start < last and end > first and transcript])
-        return found
+            pieces.append([id for id, (start, end) in pairs if start < last and end > first and transcript])
+        return pieces
 
 
 def speech_tokens_needed(pieces: Sequence[int]) -> int:
@@ -199,7 +200,7 @@ def alignment_rows(dataset: Dataset, processor: LsmProcessor, embeddings: int) -
     clips = {key: row for row, key in enumerate(zip(*columns[:].values(), strict=True)) if key[-1] is not None}
     audio = [name for name in ("audio", "audio_key") if name in dataset.features]
     dataset = dataset.select(sorted(clips.values())).select_columns([*audio, "transcript", "duration"])
-    slot, allowed = Slot(processor), set(known_pieces(processor, embeddings).tolist())
+    slot, allowed = Slot(processor), set(text_pieces(processor, embeddings).tolist())
     rate = processor.feature_extractor.sampling_rate
 
     def measure(rows: dict[str, list]) -> dict[str, list]:
@@ -340,7 +341,7 @@ def validation_rows(args, store: AudioFeatureStore | None) -> Dataset | None:
 
     Args:
         args: [`LsmScriptArguments`].
-        store: of their features, if there is one.
+        store: store of the audio tower's output, if there is one.
     """
     if not args.following_corpus:
         return None
@@ -354,16 +355,15 @@ def piece_counts(rows: Dataset, pieces: torch.Tensor, vocabulary: int) -> torch.
     """Return how often each id occurs in the transcripts, plus one, `(vocabulary,)` float; 0 for ids without text."""
     counts = torch.zeros(vocabulary)
     counts[pieces] = 1.0
-    found = np.bincount([id for ids in rows["pieces"] for id in ids], minlength=vocabulary)
-    return counts + torch.from_numpy(found).float()
+    occurrences = np.bincount([id for ids in rows["pieces"] for id in ids], minlength=vocabulary)
+    return counts + torch.from_numpy(occurrences).float()
 
 
 def needs_alignment(model: LsmForConditionalGeneration, args) -> bool:
     """Return whether a training begins with the alignment. If `args.align_steps` is None, it is set here.
 
     Args:
-        model: the LSM. A projector that has learned already, or is a plain map, is left alone, unless `args` asks for
-            it.
+        model: the LSM. By default, a projector is not aligned if it was trained before, or has no reader.
         args: [`LsmTrainingArguments`].
 
     Raises:
@@ -399,13 +399,13 @@ def align(
     """Align the model's projector. An interrupted alignment is resumed, and a finished one is loaded from its folder.
 
     Args:
-        model: the LSM; its projector is changed.
-        processor: its own.
-        dataset: the training's rows, see [`alignment_rows`].
-        args: [`LsmTrainingArguments`], of which the `align_*` settings are used, and where
-            and on what it runs. Checkpoints and log are in `OUTPUT_DIR/alignment`.
-        store: of the clips' features.
-        validation: clips whose reading is measured, as `dataset`.
+        model: the LSM, whose projector is changed.
+        processor: the LSM's processor.
+        dataset: rows of the training, see [`alignment_rows`].
+        args: [`LsmTrainingArguments`]. The alignment uses `align_*`, and the settings of device, logs and checkpoints.
+            Its checkpoints and log are in `OUTPUT_DIR/alignment`.
+        store: store of the audio tower's output.
+        validation: held-out clips, with the columns of `dataset`, on which the WER is measured.
         validation_steps: steps between two measurements.
         identity: fingerprints of the model and the set, which must be the same when an alignment is resumed.
         main_process: whether this process writes.
@@ -414,13 +414,13 @@ def align(
         ValueError: no clip can be aligned, or the folder holds an alignment with other settings.
     """
     settings = alignment_arguments(args)
-    anew = "false" if (args.resume_from_checkpoint or "").lower() == "false" else None
+    resume = "false" if (args.resume_from_checkpoint or "").lower() == "false" else None
     embeddings = model.get_input_embeddings().weight.shape[0]
     rows = alignment_rows(dataset, processor, embeddings)
     clips = {"clips": zlib.crc32(repr((rows["pieces"][:], rows["speech_tokens"][:])).encode())}
     made_of = settings_of(settings) | (identity or {}) | clips
-    checkpoint = find_checkpoint(settings.output_dir, made_of, anew, main_process)
-    pieces = known_pieces(processor, embeddings)
+    checkpoint = find_checkpoint(settings.output_dir, made_of, resume, main_process)
+    pieces = text_pieces(processor, embeddings)
     collator = AlignmentCollator(processor, store, counts=piece_counts(rows, pieces, embeddings))
     if model.device != settings.device:  # weights in 4 bits are already there and cannot be moved
         model.to(settings.device)

@@ -43,8 +43,8 @@ def refuse_without_effect(args) -> None:
     for option in fields(args):
         value = getattr(args, option.name)
         # `completion_only_loss=True` is allowed, because it is what happens anyway.
-        plain = (option.default, None, option.name == "completion_only_loss")
-        if option.name in REFUSED and not any(value is one or value == one for one in plain):
+        allowed = (option.default, None, option.name == "completion_only_loss")
+        if option.name in REFUSED and not any(value is other or value == other for other in allowed):
             raise ValueError(f"--{option.name} {value} has no effect here: {REFUSED[option.name]}. Leave it out.")
 
 
@@ -60,8 +60,7 @@ class LsmScriptArguments(ScriptArguments):
     )
     text: str | None = field(default=None, metadata={"help": "Hub id or folder of the LLM of a new LSM."})
     composition: dict | None = field(
-        default=None,
-        metadata={"help": "More options of `recipes.compose` (YAML: `window_frames: 17`, ...)."},
+        default=None, metadata={"help": "More options of `recipes.compose` (YAML: `window_frames: 17`, ...)."}
     )
     llm: str = field(
         default="frozen",
@@ -161,8 +160,7 @@ class LsmTrainingArguments(SFTConfig):
         },
     )
     response_tasks: list[str] | None = field(
-        default=None,
-        metadata={"help": "With `distill`: tasks whose rows are learned by cross-entropy instead."},
+        default=None, metadata={"help": "With `distill`: tasks whose rows are learned by cross-entropy instead."}
     )
     align_steps: int | None = field(
         default=None,
@@ -218,8 +216,8 @@ class LsmTrainingArguments(SFTConfig):
         super().__post_init__()
 
     def _check_distillation(self) -> None:
-        for name, none in {"loss_type": "nll", "label_smoothing_factor": 0.0}.items():
-            if getattr(self, name) != none and self.objective == "distill":
+        for name, default in {"loss_type": "nll", "label_smoothing_factor": 0.0}.items():
+            if getattr(self, name) != default and self.objective == "distill":
                 raise ValueError(
                     f"--{name} {getattr(self, name)} is for --objective response, but --objective is distill. "
                     f"Leave --{name} out."
@@ -254,9 +252,9 @@ DERIVED = {"max_length", "remove_unused_columns", "dataset_kwargs", "logging_dir
 DERIVED |= {"lora_target_modules", "lora_modules_to_save", "debug", "dataloader_pin_memory", "report_to"}
 
 
-def given(*arguments) -> dict:
+def non_defaults(*arguments) -> dict:
     """Return the settings that differ from their defaults, as in a config file."""
-    found = {}
+    settings = {}
     for part in arguments:
         for field_ in fields(part):
             default = field_.default_factory() if field_.default_factory is not MISSING else field_.default
@@ -264,5 +262,5 @@ def given(*arguments) -> dict:
             value = value.value if isinstance(value, Enum) else value
             default = default.value if isinstance(default, Enum) else default
             if field_.init and field_.name not in DERIVED and value != default:
-                found[field_.name] = value
-    return {name: value for name, value in found.items() if isinstance(value, str | int | float | list | dict)}
+                settings[field_.name] = value
+    return {name: value for name, value in settings.items() if isinstance(value, str | int | float | list | dict)}

@@ -16,7 +16,7 @@ LOG, FOLLOWING = "log.jsonl", "following.jsonl"
 
 
 def rewind(file: Path, step: int) -> None:
-    """Forget what was written of the steps after `step`, which come again."""
+    """Remove the records of steps after `step` from a log, because a resumed training repeats these steps."""
     if file.is_file():
         kept = [record for record in read_lines(file) if record["step"] <= step]
         with whole(file) as partial:
@@ -43,14 +43,16 @@ class LogCallback(TrainerCallback):
 
 
 class FollowingCallback(TrainerCallback):
-    """Every so many steps let the model answer held-out instructions; the scores go to `following.jsonl`, beside the
-    digest of the pool that was asked from, and, as `following` and so on, to the trainer's next log.
+    """Lets the model answer held-out instructions every few steps.
+
+    The scores and a hash of the instruction pool are appended to `following.jsonl`, and the scores are also in the next
+    log of the trainer.
 
     Args:
-        trainer: whose log it is.
-        args: which corpus, which pool of instructions, and how often.
-        processor: of the LSM.
-        store: of the corpus's features, if there is one.
+        trainer: the trainer.
+        args: arguments that name the corpus, the pool of instructions and the interval.
+        processor: the LSM's processor.
+        store: store of the audio tower's output for the corpus, if there is one.
     """
 
     def __init__(self, trainer, args: LsmScriptArguments, processor, store: AudioFeatureStore | None):

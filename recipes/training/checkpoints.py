@@ -50,18 +50,17 @@ class WholeCheckpoints:
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """Return the last complete checkpoint in a training's folder, None if there is none."""
-    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def settings_of(*arguments) -> dict:
     """Return the arguments of the recipe that the loss curve depends on."""
-    found = {}
+    settings = {}
     for part in arguments:
-        values = part.to_dict() if hasattr(part, "to_dict") else dataclasses.asdict(part)
-        found |= {name: value for name, value in values.items() if name not in FREE}
-    found = {name: value for name, value in found.items() if not name.startswith(FREE_PREFIXES)}
-    return json.loads(json.dumps(found, default=str))
+        settings |= part.to_dict() if hasattr(part, "to_dict") else dataclasses.asdict(part)
+    fixed = {n: value for n, value in settings.items() if n not in FREE and not n.startswith(FREE_PREFIXES)}
+    return json.loads(json.dumps(fixed, default=str))
 
 
 def contents_of(script_args, model_args, corpus: Corpus | None = None) -> dict[str, str]:
@@ -71,20 +70,20 @@ def contents_of(script_args, model_args, corpus: Corpus | None = None) -> dict[s
         script_args, model_args: arguments of the recipe.
         corpus: corpus of the training, if its clips do not come from a set.
     """
-    found = {name: content_of(getattr(script_args, name)) for name in ("audio", "text")}
-    found["model_name_or_path"] = content_of(model_args.model_name_or_path, model_args.model_revision)
-    found["dataset_name"] = corpus.revision if corpus else content_of(script_args.dataset_name, repo_type="dataset")
-    return {f"content of {name}": content for name, content in found.items() if content is not None}
+    contents = {name: content_of(getattr(script_args, name)) for name in ("audio", "text")}
+    contents["model_name_or_path"] = content_of(model_args.model_name_or_path, model_args.model_revision)
+    contents["dataset_name"] = corpus.revision if corpus else content_of(script_args.dataset_name, repo_type="dataset")
+    return {f"content of {name}": content for name, content in contents.items() if content is not None}
 
 
-def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_process: bool = True) -> str | None:
+def find_checkpoint(output_dir: str, settings: dict, resume_from: str | None, main_process: bool = True) -> str | None:
     """Return the checkpoint to resume from, the last complete one in the training's folder; None to start.
 
     Args:
         output_dir: folder of the training.
         settings: `settings_of` and `contents_of` the training; they are saved beside the checkpoints.
-        asked: `--resume_from_checkpoint`: a checkpoint's folder, `true` for the last one even with other settings, or
-            `false` to start again.
+        resume_from: `--resume_from_checkpoint`: a checkpoint's folder, `true` for the last one even with other
+            settings, or `false` to start again.
         main_process: whether this process writes.
 
     Raises:
@@ -96,22 +95,22 @@ def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_pro
         raise ValueError(
             f"{output_dir} holds checkpoints of another program ({RUN} is missing); name another --output_dir."
         )
-    if asked and asked.lower() not in ("true", "false"):
-        if not (Path(asked) / COMPLETE).is_file():
+    if resume_from and resume_from.lower() not in ("true", "false"):
+        if not (Path(resume_from) / COMPLETE).is_file():
             raise ValueError(
-                f"--resume_from_checkpoint {asked} is not a complete checkpoint; the last complete one in "
+                f"--resume_from_checkpoint {resume_from} is not a complete checkpoint; the last complete one in "
                 f"{output_dir} is {last}."
             )
-        last = Path(asked)
-    elif asked and asked.lower() == "false":
+        last = Path(resume_from)
+    elif resume_from and resume_from.lower() == "false":
         last = None
-    elif asked and last is None:
+    elif resume_from and last is None:
         raise ValueError(
-            f"--resume_from_checkpoint {asked}: {output_dir} has no complete checkpoint; leave the option out to start "
-            "a new training."
+            f"--resume_from_checkpoint {resume_from}: {output_dir} has no complete checkpoint; leave the option out to "
+            "start a new training."
         )
     elif (
-        not asked
+        not resume_from
         and last
         and run.is_file()
         and (changes := _changes(json.loads(run.read_text(encoding="utf-8")), settings))
@@ -131,8 +130,8 @@ def find_checkpoint(output_dir: str, settings: dict, asked: str | None, main_pro
 
 def _changes(before: dict, now: dict) -> list[str]:
     """Return the changed settings, except those that only one side has, as other versions have other settings."""
-    known = {name: value for name, value in before.items() if name in now}
-    changed = differences(known, {name: now[name] for name in known})
+    common = before.keys() & now.keys()
+    changed = differences(*({name: settings[name] for name in common} for settings in (before, now)))
     return [f"{name} was {was}, now {value}" for name, (was, value) in changed.items()]
 
 

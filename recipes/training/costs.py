@@ -46,7 +46,8 @@ class Costs:
 
     @classmethod
     def of(cls, model: LsmForConditionalGeneration, llm: str, stored: bool = False, distill: bool = False) -> "Costs":
-        """
+        """Return the costs of a model.
+
         Args:
             model: the LSM; it may be on the meta device, because only shapes are read.
             llm: `full`, or a mode in which the LLM's own weights do not learn.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import PartialState
 
+from configuration_lsm import LsmConfig
 from modeling_lsm import LsmForConditionalGeneration
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import count
@@ -78,47 +79,56 @@ def estimate(
         target: the machines on which the training will run.
         row: `frames`, `tokens`, `labels` of the largest row; all rows of the batch are assumed to be so large.
     """
-    text, shards = model.config.text_config, target.devices
-    llm = count(model.model.language_model) + count(model.lm_head)
-    if model.config.tie_word_embeddings:
-        llm -= count(model.lm_head)
-    tower, projector = count(model.model.audio_tower), count(model.model.projector)
-    stored = BYTES[model_args.dtype]
-    learns, frozen = projector, tower * stored
-    if script_args.llm == "full":
-        learns += llm
-    elif script_args.llm == "qlora":
-        embedded = count(model.get_input_embeddings()) + count(model.lm_head)
-        frozen += (llm - embedded) * 0.53 + embedded * stored  # 4 bits and their scales
+    learning, frozen = _weights(model, script_args.llm, model_args)
+    if training_args.objective == "distill" and script_args.llm == "full":
+        frozen += 2 * _llm_weights(model)  # the teacher
+    if target.sharding.startswith("zero"):  # DeepSpeed keeps weights and gradients in half precision
+        weights, gradients, moments = 2 * learning, 2 * learning, 12 * learning
     else:
-        frozen += llm * stored
-    if script_args.llm in ("lora", "qlora"):
-        learns += adapter_weights(model, model_args.lora_r)
-    half = 2 * learns if training_args.bf16 or training_args.fp16 else 0
-    teacher = 2 * llm if training_args.objective == "distill" and script_args.llm == "full" else 0
-    deep = target.sharding.startswith("zero")  # DeepSpeed keeps weights and gradients in half precision
-    weights, gradients = (2 * learns, 2 * learns) if deep else (4 * learns + half, 4 * learns)
-    moments = 12 * learns if deep else 8 * learns
-    everything = shards if target.sharding in ("zero3", "fsdp2") else 1
-    grads = shards if target.sharding in ("zero2", "zero3", "fsdp2") else 1
-    optimizer = shards if target.sharding != "ddp" else 1
+        copies = 2 * learning if training_args.bf16 or training_args.fp16 else 0
+        weights, gradients, moments = 4 * learning + copies, 4 * learning, 8 * learning
+    parts = {
+        "weights": (weights + frozen) / (target.devices if target.sharding in ("zero3", "fsdp2") else 1),
+        "gradients": gradients / (target.devices if target.sharding in ("zero2", "zero3", "fsdp2") else 1),
+        "optimizer": moments / (target.devices if target.sharding != "ddp" else 1),
+        "activations": _activations(model.config, training_args, row),
+    }
+    return {name: value / GIB for name, value in parts.items()} | {"overhead": OVERHEAD_GIB}
 
-    batch, size = training_args.per_device_train_batch_size, 2 if training_args.bf16 or training_args.fp16 else 4
-    tokens = batch * row["tokens"]
+
+def _llm_weights(model: LsmForConditionalGeneration) -> int:
+    head = 0 if model.config.tie_word_embeddings else count(model.lm_head)
+    return count(model.model.language_model) + head
+
+
+def _weights(model: LsmForConditionalGeneration, mode: str, model_args) -> tuple[int, float]:
+    """Return the number of weights that learn, and the bytes of the frozen weights."""
+    llm, size = _llm_weights(model), BYTES[model_args.dtype]
+    learning, frozen = count(model.model.projector), count(model.model.audio_tower) * size
+    if mode == "full":
+        learning += llm
+    elif mode == "qlora":
+        embedded = count(model.get_input_embeddings()) + count(model.lm_head)
+        frozen += (llm - embedded) * 0.53 + embedded * size  # 4 bits and their scales
+    else:
+        frozen += llm * size
+    if mode in ("lora", "qlora"):
+        learning += adapter_weights(model, model_args.lora_r)
+    return learning, frozen
+
+
+def _activations(config: LsmConfig, training_args: LsmTrainingArguments, row: dict[str, int]) -> float:
+    """Return the bytes of the activations and logits of a batch."""
+    text, size = config.text_config, 2 if training_args.bf16 or training_args.fp16 else 4
+    frames, tokens, labels = (
+        training_args.per_device_train_batch_size * row[name] for name in ("frames", "tokens", "labels")
+    )
     layer = tokens * (12 * text.hidden_size + 5 * getattr(text, "intermediate_size", 4 * text.hidden_size)) * size
-    kept = tokens * text.hidden_size * size
-    layers = text.num_hidden_layers
-    activations = layers * kept + layer if training_args.gradient_checkpointing else layers * layer
-    heard = batch * row["frames"] * model.config.audio_config.d_model * 12 * size
-    logits = batch * row["labels"] * text.vocab_size
-    vocabulary = 3 * 4 * logits
+    hidden, layers = tokens * text.hidden_size * size, text.num_hidden_layers
+    decoder = layers * hidden + layer if training_args.gradient_checkpointing else layers * layer
+    audio = frames * config.audio_config.d_model * 12 * size
+    logits = 3 * 4 * labels * text.vocab_size
     if training_args.objective == "distill":  # logits of both LLMs in their own dtype, and of a chunk in float32
         copies = 5 if training_args.distill_top_k is None else 4
-        vocabulary = copies * size * logits + 6 * 4 * CHUNK * text.vocab_size
-    found = {
-        "weights": (weights + frozen + teacher) / everything,
-        "gradients": gradients / grads,
-        "optimizer": moments / optimizer,
-        "activations": activations + heard + vocabulary,
-    }
-    return {name: value / GIB for name, value in found.items()} | {"overhead": OVERHEAD_GIB}
+        logits = copies * size * labels * text.vocab_size + 6 * 4 * CHUNK * text.vocab_size
+    return decoder + audio + logits

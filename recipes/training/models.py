@@ -37,8 +37,8 @@ def check_model(script_args: LsmScriptArguments, model_args: ModelConfig) -> Non
     """Check the model arguments before anything is composed or loaded.
 
     Raises:
-        ValueError: an option of TRL's that would change nothing, another adapter than the one to begin with, or a pool
-            that has not what `following_corpus` is asked.
+        ValueError: an option of TRL has no effect, the settings differ from those of the adapter that the training
+            starts from, or the pool has no held-out instructions for `following_corpus`.
     """
     refuse_without_effect(model_args)
     if script_args.following_corpus:
@@ -150,12 +150,12 @@ def adapter_settings(model_args: ModelConfig) -> PeftConfig | None:
     if adapter.peft_type != PeftType.LORA:
         raise ValueError(f"{name} is an adapter of type {adapter.peft_type.value}; only LoRA can be trained further.")
     adapter.inference_mode = False
-    for said, has in ADAPTER_SETTINGS.items():
-        value = getattr(model_args, said)
-        if value != getattr(default, said) and value != getattr(adapter, has):
+    for option, setting in ADAPTER_SETTINGS.items():
+        value = getattr(model_args, option)
+        if value != getattr(default, option) and value != getattr(adapter, setting):
             raise ValueError(
-                f"--{said} is {value}, but the adapter {name} has {getattr(adapter, has)} and keeps it; leave --{said} "
-                "out, or start from an LSM without an adapter."
+                f"--{option} is {value}, but the adapter {name} has {getattr(adapter, setting)} and keeps it; leave "
+                f"--{option} out, or start from an LSM without an adapter."
             )
     return adapter
 
@@ -206,8 +206,8 @@ def check_vocabulary(processor: LsmProcessor, embeddings: int, audio_token_id: i
 def load_teacher(
     script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig
 ) -> LsmForConditionalGeneration | None:
-    """A second copy of the LLM to learn from, without audio tower and projector; None where the model itself still is
-    that LLM: without its adapter, or with a frozen LLM."""
+    """Load a second copy of the LLM as the teacher, without audio tower and projector. Returns None if the model itself
+    can be the teacher, because its LLM is frozen or has an adapter."""
     if training_args.objective != "distill" or script_args.llm != "full":
         return None
     dtype = torch.bfloat16 if training_args.bf16 else torch.float32

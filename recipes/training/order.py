@@ -23,19 +23,19 @@ def group(costs: Sequence[float], batch_size: int, random: np.random.Generator) 
     Returns:
         The positions of the rows in the new order, `(rows,)` int64.
     """
-    costs, laid, rest = np.asarray(costs), [], None
+    costs, ordered, rest = np.asarray(costs), [], None
     for start in range(0, len(costs), MEGA_BATCHES * batch_size):
         span = np.arange(start, min(start + MEGA_BATCHES * batch_size, len(costs)))
         span = span[np.argsort(-costs[span], kind="stable")]
         batches = [span[first : first + batch_size] for first in range(0, len(span), batch_size)]
         rest = batches.pop() if len(batches[-1]) < batch_size else None  # must come last: batches are cut by position
-        laid += [batches[index] for index in random.permutation(len(batches))]
-    if laid:
-        costliest = max(range(len(laid)), key=lambda index: costs[laid[index][0]])
-        laid[0], laid[costliest] = laid[costliest], laid[0]
+        ordered += [batches[index] for index in random.permutation(len(batches))]
+    if ordered:
+        costliest = max(range(len(ordered)), key=lambda index: costs[ordered[index][0]])
+        ordered[0], ordered[costliest] = ordered[costliest], ordered[0]
     if rest is not None:
-        laid.append(rest)
-    return np.concatenate(laid) if laid else np.array([], dtype=np.int64)
+        ordered.append(rest)
+    return np.concatenate(ordered) if ordered else np.array([], dtype=np.int64)
 
 
 class EpochSampler(Sampler[int]):

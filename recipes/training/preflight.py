@@ -25,13 +25,7 @@ from recipes.listening.composing import compose
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 from recipes.training.costs import Costs, count
 from recipes.training.memory import Target, estimate
-from recipes.training.models import (
-    check_model,
-    check_vocabulary,
-    drop_audio_modules,
-    prepare,
-    update_template,
-)
+from recipes.training.models import check_model, check_vocabulary, drop_audio_modules, prepare, update_template
 from recipes.training.rows import RowSizes, check_response_tasks, check_row, open_stream, refuse_foreign, task_names
 from recipes.training.throughput import GIB
 from recipes.training.trainer import LsmTrainer
@@ -43,7 +37,7 @@ SMALL = 2e12  # most FLOPs for a CPU
 
 
 class Preflight:
-    """Checks a training. Each check returns what it found, or raises an error that says why the training would fail.
+    """Checks a training. Each check returns its result, or raises an error that says why the training would fail.
 
     Args:
         script_args, training_args, model_args: arguments of the recipe.
@@ -51,8 +45,7 @@ class Preflight:
 
     def __init__(self, script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig):
         self.script_args, self.training_args, self.model_args = script_args, training_args, model_args
-        given = script_args.target
-        self.target = Target(**given) if given else Target.here(training_args)
+        self.target = Target(**script_args.target) if script_args.target else Target.here(training_args)
         self.failed: list[str] = []
 
     def run(self) -> bool:
@@ -72,20 +65,19 @@ class Preflight:
                 self.failed.append(name)
                 self._print(f"  --    {name:<10} needs {needed}")
             else:
-                self._say(name, check)
+                self._check(name, check)
         verdict = f"NOT READY: {', '.join(self.failed)}" if self.failed else "READY"
         self._print(f"\n{verdict}")
         return not self.failed
 
-    def _say(self, name: str, check: Callable[[], str]) -> None:
+    def _check(self, name: str, check: Callable[[], str]) -> None:
+        """Run a check and print its result or its error."""
         try:
-            found = check()
+            self._print(f"  ok    {name:<10} {check()}")
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             self.failed.append(name)
-            found = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-            self._print(f"  FAIL  {name:<10} {found}")
-            return
-        self._print(f"  ok    {name:<10} {found}")
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            self._print(f"  FAIL  {name:<10} {kind}{error}")
 
     @staticmethod
     def _print(line: str) -> None:
@@ -127,9 +119,9 @@ class Preflight:
 
     def download(self) -> str:
         """Check access to the weights on the Hub, and the free disk space."""
-        named = (self.script_args.audio, self.script_args.text, self.model_args.model_name_or_path)
-        named = dict.fromkeys(part for name in named if name for part in (name, base_of(name)))
-        names = [name for name in named if not Path(name).exists()]
+        models = (self.script_args.audio, self.script_args.text, self.model_args.model_name_or_path)
+        parts = dict.fromkeys(part for name in models if name for part in (name, base_of(name)))
+        names = [name for name in parts if not Path(name).exists()]
         if not names:
             return "nothing: all weights are on this machine"
         total, api = 0, HfApi()
@@ -187,17 +179,18 @@ class Preflight:
     def memory(self) -> str:
         """Estimate from shapes whether the largest batch fits into memory."""
         largest = {name: int(values.max()) for name, values in self.sizes.items()}
-        args = (self.script_args, self.training_args, self.model_args, self.target)
-        self.parts = estimate(self.shapes, *args, largest)
+        args = (self.script_args, self.training_args, self.model_args)
+        self.parts = estimate(self.shapes, *args, self.target, largest)
         total = sum(self.parts.values())
-        have = self.target.memory_gib or _memory_here()
+        available = self.target.memory_gib or _memory_here()
         parts = ", ".join(f"{name} {value:.1f}" for name, value in self.parts.items())
-        found = f"{total:.1f} GiB of {have:.0f} on each of {self.target.devices} ({self.target.sharding}): {parts}"
-        if total > have:
+        devices = f"each of {self.target.devices} ({self.target.sharding})"
+        result = f"{total:.1f} GiB of {available:.0f} on {devices}: {parts}"
+        if total > available:
             raise ValueError(
-                f"{found}. Use a smaller --per_device_train_batch_size, --llm lora or qlora, or fsdp2 or zero3."
+                f"{result}. Use a smaller --per_device_train_batch_size, --llm lora or qlora, or fsdp2 or zero3."
             )
-        return found
+        return result
 
     def two_steps(self) -> str:
         """Run two steps of the real trainer on the most expensive rows, with random weights of the same shapes."""
@@ -263,8 +256,8 @@ class Preflight:
             return f"{flops:.2e} FLOPs; set peak_tflops of --target to estimate the time"
         steps = int(np.ceil(rows / world))
         minutes = flops / rate / 60
-        took = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
-        return f"{took} for {steps} steps, {flops:.2e} FLOPs, {how}"
+        duration = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+        return f"{duration} for {steps} steps, {flops:.2e} FLOPs, {how}"
 
 
 def _rows_in(name: str, task: str, split: str) -> int | None:
@@ -272,8 +265,8 @@ def _rows_in(name: str, task: str, split: str) -> int | None:
     if Path(name).is_dir():
         files = Path(name).glob(f"data/{task}/{split}-*.parquet")
         return sum(pq.read_metadata(file).num_rows for file in files)
-    found = (load_dataset_builder(name, task).info.splits or {}).get(split)
-    return None if found is None else found.num_examples
+    info = (load_dataset_builder(name, task).info.splits or {}).get(split)
+    return None if info is None else info.num_examples
 
 
 def _memory_here() -> float:

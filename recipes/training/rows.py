@@ -19,7 +19,7 @@ from recipes.training.costs import Costs
 from recipes.training.order import MEGA_BATCHES, group
 
 NEEDED = {"id", "audio", "transcript", "task", "instruction", "response", "duration", "responder"}
-HEARD = ["audio", "duration"]  # columns that are None in text rows
+AUDIO = ["audio", "duration"]  # columns that are None in text rows
 SMALL = ["id", "instruction", "response", "transcript", "duration"]
 
 
@@ -128,10 +128,10 @@ def mix(dataset: Dataset, tasks: list[str] | None, transcription_ratio: float | 
     if missing := (named or set()) - set(rows):
         raise ValueError(f"the set has no rows of {sorted(missing)}; it has {sorted(set(task_of))}.")
     if weights:
-        most = min(len(rows[task]) / weight for task, weight in weights.items())
-        wanted = {task: round(most * weight) for task, weight in weights.items()}
+        unit = min(len(rows[task]) / weight for task, weight in weights.items())
+        wanted = {task: round(unit * weight) for task, weight in weights.items()}
     else:
-        wanted = {task: len(found) for task, found in rows.items()}
+        wanted = {task: len(positions) for task, positions in rows.items()}
     if transcription_ratio is not None and TRANSCRIPTION in rows:
         others = sum(count for task, count in wanted.items() if task != TRANSCRIPTION)
         wanted[TRANSCRIPTION] = min(round(transcription_ratio * others), len(rows[TRANSCRIPTION]))
@@ -150,10 +150,11 @@ def with_text_rows(dataset: Dataset, text_ratio: float, seed: int) -> Dataset:
     """Add text rows: a share `text_ratio` of the rows, except transcriptions, again without audio."""
     rows = zip(dataset["id"], dataset["task"], strict=True)
     read = [row for row, (id, task) in enumerate(rows) if is_read_too(id, task, text_ratio, seed)]
-    return concatenate_datasets([dataset, dataset.select(read).remove_columns(HEARD)]) if read else dataset
+    return concatenate_datasets([dataset, dataset.select(read).remove_columns(AUDIO)]) if read else dataset
 
 
 def is_read_too(id: str, task: str, text_ratio: float, seed: int) -> bool:
+    """Return whether a row is also trained on as a text row."""
     return task != TRANSCRIPTION and draw_fraction(seed, "text", id) < text_ratio
 
 
@@ -165,14 +166,14 @@ def count_tasks(dataset: Dataset) -> dict[str, int]:
 
 
 class RowSizes:
-    """Measures rows without decoding audio: texts are tokenised, and the length of a clip comes from `duration`."""
+    """Measures rows without decoding audio: texts are tokenised, and the length of a clip comes from `duration`.
+
+    Args:
+        processor: the LSM's processor.
+        context: number of positions of the LLM, None if unknown.
+    """
 
     def __init__(self, processor: LsmProcessor, context: int | None = None):
-        """
-        Args:
-            processor: the LSM's processor.
-            context: number of positions of the LLM, None if unknown.
-        """
         self.processor, self.context = processor, context
         bare = render_prompt(processor, {"instruction": ""})
         self.template = len(processor.tokenizer(bare, add_special_tokens=False).input_ids) - 1  # the placeholder
@@ -190,11 +191,11 @@ class RowSizes:
         """
         durations = np.array([duration or 0 for duration in rows["duration"]])
         samples = np.round(durations * self.processor.feature_extractor.sampling_rate).astype(int).clip(min=1)
-        heard = durations > 0
-        frames = np.array([num_encoder_frames(num_mel_frames(int(length))) for length in samples]) * heard
-        speech = np.array([self.processor.num_audio_tokens([int(length)])[0] for length in samples]) * heard
+        has_audio = durations > 0
+        frames = np.array([num_encoder_frames(num_mel_frames(int(length))) for length in samples]) * has_audio
+        speech = np.array([self.processor.num_audio_tokens([int(length)])[0] for length in samples]) * has_audio
         labels = np.array(self._tokens(rows["response"])) + 1
-        slot = np.where(heard, speech, self._tokens(rows["transcript"]))
+        slot = np.where(has_audio, speech, self._tokens(rows["transcript"]))
         tokens = self.template + np.array(self._tokens(rows["instruction"])) + slot + labels
         if self.context is not None and tokens.max() > self.context:
             raise ValueError(
@@ -240,18 +241,18 @@ def stream_rows(
             refuse_foreign(row["responder"], responder)
         return check_row(row)
 
-    def lay_out(rows: dict[str, list]) -> dict[str, list]:
+    def arrange(rows: dict[str, list]) -> dict[str, list]:
         pairs = zip(rows["id"], rows["task"], strict=True)
         read = [row for row, (id, task) in enumerate(pairs) if is_read_too(id, task, args.text_ratio, seed)]
         rows = {
-            name: values + [None if name in HEARD else values[row] for row in read] for name, values in rows.items()
+            name: values + [None if name in AUDIO else values[row] for row in read] for name, values in rows.items()
         }
         random = np.random.default_rng((seed, *rows["id"][0].encode()))
         order = random.permutation(len(rows["id"]))
         order = order[group(costs.row(**sizes.measure(rows))[order], batch_size, random)]
         return {name: [values[row] for row in order] for name, values in rows.items()}
 
-    return rows.map(check).map(lay_out, batched=True, batch_size=MEGA_BATCHES * batch_size)
+    return rows.map(check).map(arrange, batched=True, batch_size=MEGA_BATCHES * batch_size)
 
 
 def task_names(args: LsmScriptArguments) -> list[str]:

@@ -20,7 +20,7 @@ def has_fast_bf16() -> bool:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a device in products of large matrices; the best of twenty, as the device may be busy."""
+    """Measure the FLOP/s of a device with products of large matrices: the best of twenty, as the device may be busy."""
     size = 8192 if device.type == "cuda" else 1024
     own = torch.Generator(device)  # does not change the random state of the training
     left, right = torch.randn(2, size, size, generator=own, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Benchmarks run, on next to nothing; what they measure is for them to say."""
+"""The benchmarks of builds run on very few rows."""
 
 import pytest
 from datasets import Audio, Dataset, load_dataset

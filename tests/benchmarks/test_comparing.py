@@ -1,4 +1,4 @@
-"""The comparisons run, on tiny models and few rows; what they measure is for them to say, what they compare is here."""
+"""The comparisons run on tiny models and few rows, and they compare equal work."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, WhisperConfig
 
 from benchmarks import comparing, generation, growth, inference, same_loss, training, workloads
-from benchmarks.comparing import Found, Setup
+from benchmarks.comparing import Results, Setup
 from benchmarks.contestants import CONTESTANTS, LEVERS, Ours
 from benchmarks.workloads import WORKLOADS, Row, draw_rows, grouped_batches, representative, static_batches
 
@@ -35,7 +35,7 @@ def micro(monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """A benchmark as its command runs it; gives what `--json` wrote."""
+    """Run the command of a benchmark, and return the content of its `--json` file."""
 
     def call(module, *options):
         file = tmp_path / "found.json"
@@ -76,7 +76,7 @@ def test_some_batches_stand_for_all():
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
-def test_everyone_learns_from_the_rows_and_answers_them(name):
+def test_all_contestants_learn_from_rows_and_answer_them(name):
     contestant = CONTESTANTS[name]("tiny", CPU, torch.float32)
     batch = contestant.training_batch(ROWS)
     assert (batch["labels"] != -100).sum() == 3 * workloads.RESPONSE
@@ -87,7 +87,7 @@ def test_everyone_learns_from_the_rows_and_answers_them(name):
 
 
 @pytest.mark.parametrize("name", ["voxtral", "granite_speech", "audio_flamingo_3", "ours"])
-def test_those_who_take_long_clips_take_them_whole(name):
+def test_contestants_with_long_clips_do_not_truncate_them(name):
     contestant = CONTESTANTS[name]("tiny", CPU, torch.float32)
     assert contestant.longest >= 31
     prompts = contestant.prompts([Row(31.0, 0)])
@@ -107,7 +107,7 @@ def test_useful_work_is_what_torch_counts_where_nothing_is_padded():
     batch = ours.training_batch(rows)
     with FlopCounterMode(display=False) as counter:
         ours.step(batch)
-    # eager attention sees the future, too; the rest counts once
+    # eager attention also computes the upper triangle; the rest counts once
     assert ours.flops(rows) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
@@ -123,7 +123,7 @@ def test_steps_of_the_alignment_are_compared_too(run):
         run(training, "--alignment", "--only", "ours,original")
 
 
-def test_training_gives_the_contracts_ratios(run, capsys, tmp_path):
+def test_training_gives_a_ratio_for_each_contestant(run, capsys, tmp_path):
     options = ["--rounds", "1", "--batches", "1", "--batch", "2", "--threads", "1", "--plot", str(tmp_path / "a.png")]
     found = run(training, *options, "--only", "ours,original,qwen2_audio", "--workload", "librispeech,common_voice")
     assert found["ratios"].keys() == {"original", "qwen2_audio"}
@@ -131,17 +131,17 @@ def test_training_gives_the_contracts_ratios(run, capsys, tmp_path):
         assert ratios.keys() == {"librispeech", "common_voice"} and min(ratios.values()) > 0
     assert found["limit"]["librispeech"].keys() == {"tower", "projector", "LLM", "head", "step"}
     printed = capsys.readouterr().out
-    assert "| original |" in printed and "1 threads" in printed and "of the matrix-product rate" in printed
+    assert "| original |" in printed and "1 threads" in printed and "relative to a matrix product" in printed
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
-def test_inference_leaves_out_who_cannot(run, capsys, monkeypatch):
+def test_inference_leaves_out_contestants_that_truncate_the_clip(run, capsys, monkeypatch):
     monkeypatch.setattr(inference, "TEN_MINUTES", 31.0)
     options = ["--rounds", "1", "--clips", "1", "--only", "ours,original,voxtral"]
     found = run(inference, *options, "--workload", "common_voice,ten_minutes")
     assert found["ratios"]["original"].keys() == {"common_voice"}
     assert found["ratios"]["voxtral"].keys() == {"common_voice", "ten_minutes"}
-    assert "Left out of ten_minutes: original" in capsys.readouterr().out
+    assert "too long for them: original." in capsys.readouterr().out
 
 
 def test_generation_asks_once_and_one_by_one(run, monkeypatch):
@@ -155,7 +155,7 @@ def test_generation_asks_once_and_one_by_one(run, monkeypatch):
 
 
 def test_ratios_are_of_the_same_round():
-    found = Found("a machine", "steps")
+    found = Results("a machine", "steps")
     found.add("ours", "librispeech", [1.0, 2.0, 4.0])
     found.add("original", "librispeech", [3.0, 4.0, 12.0])
     summary = found.summary()

@@ -1,4 +1,4 @@
-"""The benchmark of fine-tuning runs, on next to nothing; how fast things are is for it to say."""
+"""The benchmark of fine-tuning runs on a tiny model."""
 
 import gc
 import json
@@ -19,7 +19,7 @@ FIGURES += ("peak_memory_gib", "estimated_memory_gib", "reading_seconds")
 
 
 def rows_of(markdown: str) -> list[list[str]]:
-    """Cells of a table, its head first, without the rule below it."""
+    """Return the cells of a table with its header, without the line below it."""
     lines = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("|")]
     return [lines[0], *lines[2:]]
 
@@ -44,7 +44,7 @@ def test_each_setting_has_its_row_and_its_memory_is_given_back():
     assert found["left_out"] == []
     for row in found["results"]:
         assert all(math.isfinite(row[name]) and row[name] > 0 for name in FIGURES), row
-        # what the trainer counted is what was asked for: clips of two seconds, one a step
+        # the trainer counts the right amount: one clip of two seconds in each step
         assert row["audio_seconds_per_second"] == pytest.approx(2 * row["steps_per_second"], rel=0.02)
     head, *rows = rows_of(table(found))
     assert "MFU of 0.5 TFLOP/s" in head
@@ -60,7 +60,7 @@ def test_full_training_may_distill_without_checkpointing():
     assert not any(name.startswith("MFU of") for name in head)
 
 
-def test_rows_are_of_the_lengths_that_are_said():
+def test_rows_have_the_requested_lengths():
     processor = make_processor()
     rows = make_rows(2, 5.0)
     sizes = RowSizes(processor).measure({name: [row[name] for row in rows] for name in rows[0]})
@@ -105,7 +105,7 @@ def test_what_cannot_fit_is_not_tried(monkeypatch, no_memory):
         ({"peak_tflops": 0.0}, "--peak-tflops 0.0 must be more than 0"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_by_name(option, expected):
+def test_invalid_options_are_refused_by_name(option, expected):
     with pytest.raises(ValueError, match=expected):
         Sweep(**{**TINY, **option})
 
@@ -117,7 +117,7 @@ def test_a_clip_that_the_llm_has_no_positions_for_is_refused():
 
 def test_several_gpus_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="2 GPUs are visible; expected one: set CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(ValueError, match="2 GPUs are visible; expected one. Set CUDA_VISIBLE_DEVICES=0"):
         Bench(Sweep(**TINY), str(tmp_path))
 
 

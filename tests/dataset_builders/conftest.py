@@ -1,4 +1,4 @@
-"""Who answers when the words do not matter."""
+"""Responders for tests in which the words of the answers do not matter."""
 
 import json
 
@@ -10,7 +10,7 @@ from dataset_builders.responders.local import Responder
 
 
 class Backwards(Responder):
-    """Says the transcript's words backwards, as a sentence."""
+    """Answers with the words of the transcript in reverse order, as a sentence."""
 
     engine = "none"
 
@@ -24,7 +24,7 @@ class Backwards(Responder):
 
 
 class Scripted(Backwards):
-    """Gives the replies of a list, one after the other, and the transcript backwards when they are over."""
+    """Answers with the replies of a list, one after the other, and then with reversed transcripts."""
 
     def __init__(self, replies):
         super().__init__()
@@ -42,19 +42,19 @@ def backwards():
 
 @pytest.fixture
 def scripted():
-    """Makes responders that give the replies of a list, one after the other."""
+    """Return a function that makes responders which answer with the replies of a list."""
     return Scripted
 
 
 @pytest.fixture
 def both():
-    """Every utterance with one self-powered task and its transcription."""
+    """Return a draw that gives each utterance one self-powered task and its transcription."""
     return Draw(load_pool(), {**dict.fromkeys(SELF_POWERED_TASKS, 1.0), TRANSCRIPTION: float("inf")}, 2)
 
 
 @pytest.fixture
 def manifest(tmp_path, corpus_dir):
-    """`manifest(texts)` writes a JSONL manifest with a clip for every text, or with the lines as they are given."""
+    """Return `manifest(texts)`, which writes a JSONL manifest with a clip for each text, or with the given lines."""
     from datasets import Audio, load_dataset
 
     clips = load_dataset("parquet", data_files=str(corpus_dir / "train.parquet"), split="train")

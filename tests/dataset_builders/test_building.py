@@ -1,4 +1,4 @@
-"""From a corpus to rows: what is asked of which utterance, what is kept, and what lies on disk afterwards."""
+"""Builds: the tasks of utterances, the rows that are kept, and the files that are written."""
 
 import json
 import time
@@ -33,7 +33,7 @@ def summary_of(folder, split="train"):
     return Summary.of(BuildFolder(folder, split).reports())
 
 
-# What is asked
+# Tasks and instructions
 
 
 def test_an_utterance_gets_one_task_by_default(utterances):
@@ -55,7 +55,7 @@ def test_rows_are_a_function_of_seed_and_utterance(utterances, both):
     assert {row["id"] for row in draw_rows(utterances, other)} != set(rows)
 
 
-# What is kept
+# Rows that are kept
 
 
 def test_responses_are_the_llms_and_a_transcription_is_the_transcript(utterances, both, backwards):
@@ -109,7 +109,7 @@ def test_the_llm_may_judge_its_own_answers(utterances, scripted):
     assert "Answer 0." in question.instruction
 
 
-# What lies on disk
+# Files
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_load_dataset_reads_all_and_every_task(built):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_rows_are_read_as_they_come_without_torchcodec(built, streaming):
-    """README's own line: the audio is a file that `load_audio` takes."""
+    """As in README: `load_audio` takes the audio of a row."""
     rows = load_dataset(str(built), "all", split="train", streaming=streaming)
     assert list(rows) == rows_of(built)
     row = next(iter(rows))
@@ -163,7 +163,7 @@ def test_the_rows_do_not_depend_on_shards_or_processes(built, backwards, both, c
         shared = build(
             open_corpus(corpus_dir), backwards, tmp_path / "shared", both, shard_size=2, worker=Worker(rank, 3)
         )
-        assert (shared / "README.md").exists() == (rank == 2)  # the last one writes it
+        assert (shared / "README.md").exists() == (rank == 2)  # the last process writes it
     by_id = [sorted(rows_of(folder), key=lambda row: row["id"]) for folder in (built, shared)]
     assert by_id[0] == by_id[1]
 
@@ -183,7 +183,7 @@ def test_reading_is_a_shard_ahead_of_answering():
     assert list(items) == [(1,), (2,), (3,)]
 
 
-def test_what_goes_wrong_ahead_is_raised_when_its_turn_comes():
+def test_an_error_while_reading_ahead_is_raised_at_its_own_shard():
     def break_down():
         yield (0,)
         raise OSError("the cable")
@@ -227,13 +227,13 @@ def test_two_splits_share_a_folder(built, backwards, both, corpus_dir):
 
 
 def test_the_llm_inside_answers(lsm_dir, corpus_dir, both, tmp_path):
-    """No stub: a random LLM never ends its answers, so the transcriptions alone are kept."""
+    """The LLM is real here. With random weights, it never ends its answers, so only transcriptions are kept."""
     folder = build(open_corpus(corpus_dir), LocalResponder(lsm_dir, max_new_tokens=2), tmp_path / "set", both, limit=4)
     assert [row["task"] for row in rows_of(folder)] == [TRANSCRIPTION] * 2
     assert "× truncated" in (folder / "README.md").read_text()
 
 
-# What cannot be used
+# Utterances that cannot be used
 
 
 def test_utterances_that_cannot_be_used_are_told_and_counted(manifest, backwards, tmp_path, caplog):
@@ -256,7 +256,7 @@ def test_utterances_that_cannot_be_used_are_told_and_counted(manifest, backwards
 
 @pytest.mark.parametrize(("trust_headers", "kept"), [(False, 1), (True, 3)])
 def test_what_is_cut_off_is_refused_unless_headers_are_trusted(trust_headers, kept, backwards, tmp_path, caplog):
-    """A WAV says in its header that it is cut off; FLAC and MP3 must be decoded to know."""
+    """The header of a WAV shows that it is cut off; FLAC and MP3 must be decoded."""
     rows = [{"audio": f"{kind}.{kind}", "text": f"words of {kind}"} for kind in ("wav", "flac", "mp3", "ogg")]
     files = {row["audio"]: clip(0, row["audio"][-4:].strip(".").upper(), seconds=3.0) for row in rows}
     cut = {name: content[: len(content) // 3] for name, content in files.items() if name != "ogg.ogg"}
@@ -302,12 +302,12 @@ def test_a_task_that_measures_generalisation_is_not_trained_on(corpus_dir, backw
         build(open_corpus(corpus_dir), backwards, tmp_path / "set", Draw(load_pool(), {"haiku": 1.0}))
 
 
-def test_other_settings_do_not_mix_with_what_is_there(built, backwards, both, corpus_dir):
+def test_a_build_with_other_settings_is_refused(built, backwards, both, corpus_dir):
     with pytest.raises(ValueError, match=r"started with other settings: shard_size was 3, now 500"):
         build(open_corpus(corpus_dir), backwards, built, both)
 
 
-def test_a_build_does_not_go_on_with_a_corpus_that_was_edited(backwards, both, tmp_path):
+def test_a_build_is_not_continued_with_an_edited_corpus(backwards, both, tmp_path):
     folder = write(tmp_path / "corpus", {"a.wav": clip(1), "a.txt": "one", "b.wav": clip(2), "b.txt": "two"})
     build(open_corpus(folder), backwards, tmp_path / "set", both)
     asked = len(backwards.asked)
@@ -320,7 +320,7 @@ def test_a_build_does_not_go_on_with_a_corpus_that_was_edited(backwards, both, t
     assert len(backwards.asked) == asked
 
 
-def test_a_corpus_of_parquet_files_is_known_by_what_they_hold(tmp_path):
+def test_the_revision_of_parquet_files_depends_on_their_content(tmp_path):
     row = {"id": "u", "audio": clip(1), "text": "one"}
     first = open_corpus(parquet(tmp_path / "corpus", row)).describe()["revision"]
     assert open_corpus(parquet(tmp_path / "corpus", row)).describe()["revision"] == first
@@ -330,7 +330,7 @@ def test_a_corpus_of_parquet_files_is_known_by_what_they_hold(tmp_path):
 # The card
 
 
-def test_the_card_says_all_that_is_needed_to_judge_and_to_rebuild(built, backwards):
+def test_the_card_has_what_is_needed_to_judge_and_rebuild_the_set(built, backwards):
     card = (built / "README.md").read_text()
     for said in (
         "| transcription | 8 | 8 |",

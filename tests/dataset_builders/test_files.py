@@ -1,4 +1,4 @@
-"""What is on disk: known by what it holds, read without losing anything, written whole."""
+"""Files: fingerprints of their content, YAML, JSON lines, and atomic writes."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Two large tensors, a small one between, and what loading reads besides."""
+    """Make a checkpoint with two large tensors, a small one between them, and the other files that loading reads."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -41,8 +41,9 @@ def save(folder, **changed):
     save_file(tensors | changed, folder / "model.safetensors")
 
 
-def test_a_checkpoint_that_changed_in_place_is_another(checkpoint):
-    """Of equal size; also where the small tensor alone changed, which pieces at equal distances would miss."""
+def test_a_checkpoint_that_changed_in_place_has_another_fingerprint(checkpoint):
+    """The size stays the same. A change of only the small tensor is noticed, too; pieces at equal distances would miss
+    it."""
     first, size = fingerprint(checkpoint), (checkpoint / "model.safetensors").stat().st_size
     save(checkpoint)
     assert fingerprint(checkpoint) == first
@@ -52,7 +53,7 @@ def test_a_checkpoint_that_changed_in_place_is_another(checkpoint):
         assert fingerprint(checkpoint) != first
 
 
-def test_a_checkpoint_is_cheap_to_know(checkpoint, monkeypatch):
+def test_the_fingerprint_of_a_checkpoint_is_cheap(checkpoint, monkeypatch):
     read = sum(len(piece) for piece in files._pieces(checkpoint / "model.safetensors"))
     assert read < 0.1 * (checkpoint / "model.safetensors").stat().st_size
 
@@ -68,7 +69,7 @@ def test_what_trainings_and_evaluations_write_beside_a_checkpoint_does_not_count
     assert fingerprint(tmp_path / "elsewhere") != first
 
 
-def test_an_adapter_is_known_by_its_base_too(checkpoint, tmp_path):
+def test_the_fingerprint_of_an_adapter_depends_on_its_base(checkpoint, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / files.ADAPTER).write_text(json.dumps({"base_model_name_or_path": str(checkpoint)}))
     first = fingerprint(tmp_path / "adapter")
@@ -94,7 +95,7 @@ def test_cards_and_hidden_files_of_a_set_do_not_count(tmp_path):
     assert fingerprint(tmp_path) == first
 
 
-def test_what_is_nowhere_has_no_content(tmp_path):
+def test_a_name_that_does_not_exist_has_no_content(tmp_path):
     assert fingerprint(tmp_path / "gone") is None
     assert fingerprint("") is None
     assert fingerprint("a" * 100_000) is None
@@ -153,18 +154,18 @@ print(json.dumps(content_of("me/it")))
 """
 
 
-def test_what_is_on_the_hub_is_known_by_its_commit_also_offline(hub, tmp_path):
+def test_the_content_of_a_hub_repository_is_its_commit_also_offline(hub, tmp_path):
     found = run(COMMITS, hub, tmp_path / "home", str(ROOT))
     assert [content for content, _ in found] == [commit for _, commit in found]
     assert found[0] != found[1] and found[2] != found[3]
     assert run(CACHED, hub, tmp_path / "home", str(ROOT), HF_HUB_OFFLINE="1") == found[1][0]
 
 
-# Whole or not at all
+# Atomic writes
 
 
 def stop_halfway(target: Path, resume: bool = False) -> None:
-    """Make a file in the folder `target`, and be stopped."""
+    """Make a file in the folder `target`, and stop with an error."""
     with pytest.raises(KeyboardInterrupt), whole(target, resume=resume) as partial:
         partial.mkdir(exist_ok=True)
         (partial / f"part {len(list(partial.iterdir()))}").touch()

@@ -1,4 +1,4 @@
-"""Which responses are dropped and why, and which are kept though they look alike."""
+"""Filters: which responses are dropped and why, and which similar ones are kept."""
 
 import pytest
 
@@ -32,7 +32,7 @@ REPLIES = {
 def test_each_reason_drops_and_can_be_turned_off(reason):
     reply = REPLIES[reason]
     assert reason_to_drop(POOL["continuation"], SAID, reply) == reason
-    # What is cut is unfinished too, and a prompt that was not asked has no response: those speak up in its place.
+    # Several reasons may apply: a cut response is also unfinished, and the response to an unsent prompt is also empty.
     after = {
         "prompt_too_long": "empty",
         "special_token": "empty",
@@ -43,7 +43,7 @@ def test_each_reason_drops_and_can_be_turned_off(reason):
     assert reason_to_drop(POOL["continuation"], SAID, reply, off=set(FILTERS)) is None
 
 
-def test_what_cannot_be_asked_cannot_be_kept():
+def test_a_prompt_that_is_too_long_cannot_be_kept():
     with pytest.raises(ValueError, match="cannot be switched off; set a larger max_prompt_tokens"):
         check_names(["prompt_too_long"])
 
@@ -244,7 +244,7 @@ def test_a_refusal_later_in_the_response_is_part_of_the_story():
 
 
 class Judge:
-    """Says what it is told to say, and remembers what it was asked."""
+    """Answers with given texts, and records the requests."""
 
     def __init__(self, *texts):
         self.texts, self.asked = texts, []
@@ -284,5 +284,5 @@ def test_the_judge_reads_instruction_response_and_transcript():
     assert "Sing {1}." in responder.asked[1].instruction and "{Le}." in responder.asked[1].instruction
 
 
-def test_nothing_to_judge_asks_nothing():
+def test_no_responses_to_judge_give_no_requests():
     assert judge(Judge().respond, [], []) == []

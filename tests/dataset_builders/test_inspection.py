@@ -1,4 +1,4 @@
-"""Looking at a set: what is counted, which rows are drawn, and a page that is safe, whole and always the same."""
+"""Inspection of a set: counts, samples, and a page that is safe, self-contained and reproducible."""
 
 import base64
 import itertools
@@ -53,7 +53,7 @@ def write(folder, task, rows, split="train", schema=SCHEMA):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Twenty rows of `keyword` in two files of two row groups each, one row of `intent`."""
+    """Make a set with twenty rows of `keyword`, in two files of two row groups each, and one row of `intent`."""
     folder = tmp_path_factory.mktemp("inspected") / "set"
     for part in (0, 1):
         write(folder, "keyword", [row("keyword", 10 * part + number) for number in range(10)], f"train-{part}")
@@ -164,13 +164,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
         ({"task": "intent"}, "rows of task 'intent'; expected only 'keyword'"),
     ],
 )
-def test_a_row_that_makes_no_sense_is_refused(tmp_path, fields, complaint):
+def test_an_invalid_row_is_refused(tmp_path, fields, complaint):
     path = write(tmp_path, "keyword", [row("keyword", 0, **fields)])
     with pytest.raises(ValueError, match=rf"{path.name}.*{complaint}"):
         survey(tmp_path)
 
 
-def test_fewer_than_no_samples_are_refused(folder):
+def test_a_negative_number_of_samples_is_refused(folder):
     with pytest.raises(ValueError, match="samples per task is -1"):
         draw_samples(folder, per_task=-1, seed=0)
 
@@ -231,7 +231,7 @@ def page(folder):
 
 
 def page_of(*rows):
-    """The page of a set with these rows of `keyword`."""
+    """Return the page of a set with these rows of `keyword`."""
     return Page(render_html(Survey("set", tasks={"keyword": Tally()}), list(rows)))
 
 
@@ -305,7 +305,7 @@ def test_a_clip_that_the_set_does_not_hold_is_said_to_be_missing():
     assert page.words.count("The set does not hold this clip.") == 3
 
 
-def test_what_lies_beyond_the_last_bin_is_drawn_as_such(tmp_path):
+def test_values_beyond_the_last_bin_are_hatched(tmp_path):
     write(tmp_path, "keyword", [row("keyword", 0), row("keyword", 1, duration=61.0)])
     page = Page(render_html(survey(tmp_path), []))
     assert "duration (seconds); hatched: 60 or more" in page.words

@@ -1,4 +1,4 @@
-"""What the instruction pool promises, and what a draw from it promises."""
+"""The instruction pool, and draws from it."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from dataset_builders.instructions import (
 POOL = load_pool()
 TRAINED = ["continuation", "repetition", "keyword", "intent", "sentiment", "translation", "transcription"]
 ASKED = [name for name, task in POOL.items() if not task.without_instruction]
-WRITTEN = yaml.safe_load(POOL_PATH.read_text(encoding="utf-8"))["tasks"]  # with slots open
+WRITTEN = yaml.safe_load(POOL_PATH.read_text(encoding="utf-8"))["tasks"]  # with unfilled slots
 
 
 def lines_of(task):
@@ -175,7 +175,7 @@ def test_an_unknown_task_or_split_is_refused_with_the_known_ones():
         ({"a": 0}, 1, "at least as many tasks with a weight above 0"),
         ({"a": 1, "b": 0}, 2, "cannot draw 2 tasks"),
         ({"a": 1}, 0, "cannot draw 0 tasks .* expected 1 or more"),
-        ({"a": math.inf, "b": math.inf, "c": 1}, 1, "no more than that with an infinite one"),
+        ({"a": math.inf, "b": math.inf, "c": 1}, 1, "at most as many with an infinite weight"),
         ({"a": -1, "b": 2}, 1, "weight of task 'a' is -1; expected a number, 0 or above"),
         ({"a": math.nan}, 1, "weight of task 'a' is nan"),
     ],
@@ -195,7 +195,7 @@ def test_a_draw_gives_tasks_with_their_wordings():
 
 
 def test_a_wording_depends_on_the_utterance_and_its_task_alone():
-    """Whatever else is drawn: weights and the number of tasks change which rows there are, not what they say."""
+    """Weights and the number of tasks change which rows are drawn, but not their instructions."""
     some, all_of_them = Draw(POOL, {"intent": 5, "keyword": 1}), Draw(POOL, dict.fromkeys(TRAINED, 1), 7)
     assert all(some.of(id)[0] in all_of_them.of(id) for id in IDS[:100])
 
@@ -204,17 +204,17 @@ def test_a_wording_depends_on_the_utterance_and_its_task_alone():
     ("settings", "message"),
     [
         ({"weights": {"singing": 1}}, "unknown task 'singing'; the pool has"),
-        ({"weights": {"intent": 1, "singing": 0}}, "unknown task 'singing'"),  # also one that is never drawn
+        ({"weights": {"intent": 1, "singing": 0}}, "unknown task 'singing'"),  # also for a task that is never drawn
         ({"weights": {"intent": 1}, "tasks_per_utterance": 2}, "cannot draw 2 tasks"),
         ({"weights": {"intent": 1}, "paraphrases": "test"}, "unknown split 'test'"),
     ],
 )
-def test_a_draw_that_cannot_be_is_refused_at_once(settings, message):
+def test_an_invalid_draw_is_refused_at_once(settings, message):
     with pytest.raises(ValueError, match=message):
         Draw(POOL, **settings)
 
 
-def test_a_draw_says_what_it_is_as_json_takes_it():
+def test_the_description_of_a_draw_is_json():
     draw = Draw(load_pool(slots={"language": ["Spanish"]}), {"translation": 1, "transcription": math.inf}, 2, seed=5)
     described = json.loads(json.dumps(draw.describe()))
     assert described == draw.describe()
@@ -222,7 +222,7 @@ def test_a_draw_says_what_it_is_as_json_takes_it():
     assert described["languages"] == ["Spanish"]
     french = Draw(load_pool(slots={"language": ["French"]}), draw.weights, 2, seed=5).describe()
     assert french["pool"] != described["pool"] and french["languages"] == ["French"]
-    both = load_pool(slots={"language": ["German", "French"]})  # in this order, which decides what is drawn
+    both = load_pool(slots={"language": ["German", "French"]})  # in this order, on which the draws depend
     assert Draw(both, draw.weights, 2).describe()["languages"] == ["German", "French"]
 
 
@@ -280,8 +280,8 @@ GOOD = {"description": "d", "seen": ["Sing."], "held_out": ["Do sing."]}
             {"description": "d", "seen": ["Sing in {key}."], "held_out": ["Sing."], "slots": {"key": ["C"]}},
             "`held_out` holds 'Sing.', which lacks the slot {key}",
         ),
-        (GOOD | {"seen": ["Sing in {key}."]}, "'Sing in {key}.', whose slot {key} is none of []"),
-        (GOOD | {"seen": ["Sing {}."]}, "'Sing {}.', whose slot {} is none of []"),
+        (GOOD | {"seen": ["Sing in {key}."]}, "'Sing in {key}.', whose slot {key} is none of the task's slots []"),
+        (GOOD | {"seen": ["Sing {}."]}, "'Sing {}.', whose slot {} is none of the task's slots []"),
         (GOOD | {"seen": ["Sing in {key!r}."], "slots": {"key": ["C"]}}, "lacks the slot {key}"),
         (GOOD | {"seen": ["Sing in {key:{width}}."], "slots": {"key": ["C"]}}, "lacks the slot {key}"),
         (GOOD | {"seen": ["Sing in {key."]}, "'Sing in {key.', whose braces do not match"),
@@ -291,7 +291,7 @@ GOOD = {"description": "d", "seen": ["Sing."], "held_out": ["Do sing."]}
         (GOOD | {"slots": {"a key": ["C"]}}, "`slots` must be a mapping from names"),
         (GOOD | {"slots": {"key": []}}, "slot 'key' must have a list of texts, got []"),
         (GOOD | {"slots": {"key": "C"}}, "slot 'key' must have a list of texts, got 'C'"),
-        (GOOD | {"slots": {"key": ["da", False]}}, "got ['da', False]; quote those"),  # YAML's `no`
+        (GOOD | {"slots": {"key": ["da", False]}}, "got ['da', False]; quote texts"),  # YAML's `no`
         (GOOD | {"slots": {"key": ["C", " "]}}, "slot 'key' must have a list of texts"),
         (
             {"description": "d", "seen": ["Sing {key}."], "held_out": ["Do {key}."], "slots": {"key": ["C", "C"]}},
@@ -348,7 +348,7 @@ def test_a_users_own_task_works_without_code(songs):
 def test_a_task_without_an_instruction_asks_nothing_wherever_it_is_drawn(tmp_path):
     blocks = {name: {"description": "d", "without_instruction": True} for name in ("reply", "sigh")}
     (tmp_path / "silent.yaml").write_text(yaml.safe_dump({"tasks": {"song": GOOD, **blocks}}))
-    pool = load_pool(tmp_path / "silent.yaml")  # two that ask nothing are no duplicates
+    pool = load_pool(tmp_path / "silent.yaml")  # two tasks without instructions are no duplicates
     for paraphrases in ("seen", "held_out"):
         draw = Draw(pool, {"reply": 1, "song": 1}, 2, paraphrases=paraphrases)
         for id in IDS[:50]:
@@ -406,11 +406,11 @@ def test_a_pool_without_held_out_wordings_is_trained_on_and_cannot_measure(tmp_p
     pool = load_pool(tmp_path / "papers.yaml")
     asked = {line for id in IDS[:200] for _, line in Draw(pool, {"continuation": 1}).of(id)}
     assert asked == set(pool["continuation"].seen) and len(asked) == 5
-    with pytest.raises(ValueError, match="'continuation' of the pool has no held_out wordings .* add `held_out` to"):
+    with pytest.raises(ValueError, match="'continuation' of the pool has no held_out wordings; add `held_out` to"):
         Draw(pool, {"continuation": 1}, paraphrases="held_out")
 
 
-def test_the_digest_of_a_pool_is_of_what_it_says_not_of_where_it_lies(songs, tmp_path):
+def test_the_digest_of_a_pool_depends_on_its_content_and_not_on_its_path(songs, tmp_path):
     (tmp_path / "copy.yaml").write_text(f"# The same.{SONGS}")
     (tmp_path / "other.yaml").write_text(SONGS.replace("Please sing", "Kindly sing"))
     same, other = (digest_of(load_pool(tmp_path / name)) for name in ("copy.yaml", "other.yaml"))

@@ -1,7 +1,5 @@
-"""A build is killed, for real and at random moments, and goes on; with another number of processes each time.
-
-`LSM_KILLS=50 pytest tests/dataset_builders/test_killed.py` kills more often than CI does.
-"""
+"""A build is killed at random moments, and continued with another number of processes each time. `LSM_KILLS=50 pytest
+tests/dataset_builders/test_killed.py` kills more often than CI does."""
 
 import hashlib
 import multiprocessing
@@ -16,11 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("LSM_KILLS", "3"))
-ROWS = 60 + 24 * KILLS  # so many that there is something left to kill
+ROWS = 60 + 24 * KILLS  # enough rows for a build that takes a while
 
 
 def build_nano(output: str, rank: int, world_size: int) -> None:
-    """What `python -m dataset_builders.self_powered build` does, in a process that has its imports already."""
+    """Do what `python -m dataset_builders.self_powered build` does, in a process that has already imported
+    everything."""
     import torch
 
     from dataset_builders.nano.tasks import POOL_PATH
@@ -34,7 +33,7 @@ def build_nano(output: str, rank: int, world_size: int) -> None:
 
 @pytest.fixture(scope="module")
 def processes():
-    """Starts builds. The server imports torch once and forks: a build runs within a fraction of a second."""
+    """Starts builds. Its server imports torch once and forks, so a build starts within a fraction of a second."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "dataset_builders.self_powered"])
 
@@ -48,7 +47,7 @@ def processes():
 
 
 def data_files(folder: Path) -> dict[str, str]:
-    """Every file under data/ and the hash of its bytes."""
+    """Return all files under data/ with the hashes of their content."""
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in (folder / "data").rglob("*")
@@ -71,7 +70,7 @@ def test_nothing_is_lost_or_written_twice_or_changed(processes, tmp_path):
         running = processes(folder, draw.choice([1, 1, 2, 3]))
         deadline = time.monotonic() + 60
         while len(list(folder.glob(".build/train/shards/*"))) == before and time.monotonic() < deadline:
-            time.sleep(0.002)  # a kill before anything was written would prove little
+            time.sleep(0.002)  # a kill before the first shard would test little
         time.sleep(draw.uniform(0, 0.05))
         for process in running:
             os.kill(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Sets that go to the original project's JSONL and come from there."""
+"""Import and export of the original project's JSONL."""
 
 import json
 
@@ -23,7 +23,7 @@ def exported(backwards, both, corpus_dir, tmp_path):
     return folder, export_original(folder, tmp_path / "theirs")
 
 
-def test_there_and_back(exported, tmp_path):
+def test_an_exported_set_can_be_imported(exported, tmp_path):
     folder, jsonl = exported
     original = OriginalRows(jsonl, transcripts=jsonl.with_name("train_transcripts.jsonl"))
     mine, back = rows_of(folder), rows_of(import_original(original, tmp_path / "back"))
@@ -84,7 +84,7 @@ def test_an_import_goes_on_where_it_stopped(exported, tmp_path):
     assert len(rows_of(whole)) == 16
 
 
-def test_nothing_is_written_over(exported, tmp_path):
+def test_an_existing_output_is_refused(exported, tmp_path):
     folder, _ = exported
     with pytest.raises(ValueError, match=r"theirs exists; delete it"):
         export_original(folder, tmp_path / "theirs")

@@ -1,4 +1,4 @@
-"""From an ASR corpus on the Hub to a self-powered set on the Hub, as those who build and use it see it."""
+"""Building a set from an ASR corpus on the Hub, publishing it there, and loading it."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ SENTENCES = [f"THE FARMER SOLD THE {thing} I SAID" for thing in ("LAMP", "CLOCK"
 
 @pytest.fixture(scope="module")
 def clips(hub, tmp_path_factory) -> list[str]:
-    """The files of a corpus that is on the Hub, in hexadecimal."""
+    """Return the files of a corpus on the Hub, in hexadecimal."""
     return run(PUBLISH_CORPUS, hub, tmp_path_factory.mktemp("corpus") / "home", json.dumps(SENTENCES))
 
 
@@ -110,13 +110,13 @@ def test_publishing_again_replaces_what_was_there_and_a_revision_stands_beside_i
     assert [len(rows["all False"]) for rows in found] == [len(rows["all True"]) for rows in found] == [4, 16]
 
 
-def test_what_is_not_fit_makes_no_repository(hub, tmp_path):
+def test_an_unfinished_set_creates_no_repository(hub, tmp_path):
     result = start(PUSH, hub, tmp_path / "home", json.dumps([[str(tmp_path), "org/x"]]), PYTHONPATH=str(ROOT))
     assert "is not a finished set" in result.stderr
     assert ("dataset", "org/x") not in hub.repos
 
 
-# What is not fit to be published
+# Sets that cannot be published
 
 
 @pytest.fixture
@@ -124,22 +124,22 @@ def folder(backwards, both, corpus_dir, tmp_path):
     return build(open_corpus(corpus_dir), backwards, tmp_path / "set", both, shard_size=2)
 
 
-def test_a_finished_set_is_fit(folder):
+def test_a_finished_set_can_be_published(folder):
     assert check(folder) == 16
 
 
-def test_half_a_set_is_not(folder):
+def test_an_unfinished_set_cannot_be_published(folder):
     shutil.rmtree(folder / ".build/train/shards/00000-00001")
     with pytest.raises(ValueError, match="lacks 1 shards of split 'train', such as 00000-00001; run its `build`"):
         push_to_hub(folder, "org/half")
 
 
-def test_a_folder_that_is_no_set_is_not(tmp_path):
+def test_a_folder_without_a_set_cannot_be_published(tmp_path):
     with pytest.raises(ValueError, match="is not a finished set"):
         check(tmp_path)
 
 
-def test_an_id_that_comes_twice_is_not(folder):
+def test_a_set_with_a_duplicate_id_cannot_be_published(folder):
     file = next((folder / "data/transcription").iterdir())
     shutil.copy(file, file.with_name("train-00000-00009.parquet"))
     with pytest.raises(ValueError, match="which another row also has"):
@@ -155,7 +155,7 @@ def test_a_set_is_opened_with_its_audio_undecoded(folder):
 
 
 def test_two_folders_of_one_name_are_not_mixed_up(folder, backwards, both, corpus_dir, tmp_path):
-    """`datasets` keys its cache on a folder's name; the card's content hash tells them apart."""
+    """`datasets` names its cache after the folder; the content hash in the card distinguishes the sets."""
     other = build(open_corpus(corpus_dir), backwards, tmp_path / "elsewhere" / "set", both, limit=3)
     assert (len(load_self_powered(folder)), len(load_self_powered(other))) == (16, 3)
 

@@ -1,4 +1,4 @@
-"""The commands and the builder: what a user types, and what comes of it."""
+"""The commands, and the `datasets` builder."""
 
 import json
 import re
@@ -17,7 +17,8 @@ from dataset_builders.self_powered import BuildArguments, SelfPoweredBuilder, ma
 
 @pytest.fixture
 def command(monkeypatch):
-    """`command("build", "--corpus", ...)` is `python -m dataset_builders.self_powered build --corpus ...`."""
+    """Return `command("build", "--corpus", ...)`, which runs `python -m dataset_builders.self_powered build --corpus
+    ...`."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["self_powered", *map(str, arguments)])
@@ -57,7 +58,7 @@ def test_build_inspect_export_import(command, answering, corpus_dir, tmp_path, c
 
 
 def test_the_nano_corpus_and_the_nano_llm(command, tmp_path):
-    """The whole path with nothing stubbed: spoken, asked, answered, written, loaded."""
+    """Nothing is stubbed here: speech, requests, answers, files and loading are real."""
     options = ["--tasks", "intent=2", "keyword", f"{TRANSCRIPTION}=inf", "--tasks-per-utterance", "2", "--limit", "12"]
     options += ["--pool", POOL_PATH]
     command("build", "--corpus", "nano", "--llm", "assets/nano/llm", "--output", tmp_path / "nano", *options)
@@ -106,7 +107,7 @@ def test_the_command_in_the_card_builds_the_same(command, answering, corpus_dir,
     command("build", "--corpus", corpus_dir, "--llm", "any", "--output", tmp_path / "one", *options)
     card = (tmp_path / "one/README.md").read_text()
     (line,) = re.findall(r"^python -m dataset_builders.self_powered (build .*) --output OUTPUT$", card, re.MULTILINE)
-    monkeypatch.chdir(corpus_dir.parent)  # the card names folders, not where they are on somebody's machine
+    monkeypatch.chdir(corpus_dir.parent)  # the card has the names of folders without their paths
     command(*line.split(), "--output", tmp_path / "two")
     assert undecoded(tmp_path / "one").to_list() == undecoded(tmp_path / "two").to_list()
 
@@ -123,7 +124,7 @@ def test_the_command_in_the_card_builds_the_same(command, answering, corpus_dir,
         (["--preset", "ted"], "unknown preset 'ted'"),
     ],
 )
-def test_what_is_wrong_is_told_before_an_llm_is_loaded(command, options, message, corpus_dir, tmp_path):
+def test_invalid_options_are_refused_before_an_llm_is_loaded(command, options, message, corpus_dir, tmp_path):
     with pytest.raises(ValueError, match=message):
         command("build", "--corpus", corpus_dir, "--llm", "no-such-llm", "--output", tmp_path / "set", *options)
 
@@ -139,13 +140,13 @@ def test_a_builder_for_datasets(answering, corpus_dir, tmp_path):
     assert len(rows) == 8
 
 
-def test_builders_that_are_told_otherwise_do_not_share_a_cache(answering, corpus_dir, tmp_path):
+def test_builders_with_different_settings_do_not_share_a_cache(answering, corpus_dir, tmp_path):
     settings = {"corpus": str(corpus_dir), "llm": "any", "cache_dir": str(tmp_path)}
     folders = {SelfPoweredBuilder(**settings, seed=seed).cache_dir for seed in (0, 1)}
     assert len(folders) == 2
 
 
-def test_a_builder_may_be_told_where_the_set_goes(answering, corpus_dir, tmp_path):
+def test_a_builder_writes_the_set_to_a_given_folder(answering, corpus_dir, tmp_path):
     output = tmp_path / "kept"
     settings = {"corpus": str(corpus_dir), "llm": "any", "output": str(output), "cache_dir": str(tmp_path / "cache")}
     SelfPoweredBuilder(**settings).download_and_prepare()

@@ -1,4 +1,4 @@
-"""How a build is shared among processes, and what is on disk after each step of a commit."""
+"""Builds by several processes, and the files after each step of a commit."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def files(folder):
     return sorted(str(file.relative_to(folder.folder)) for file in folder.folder.rglob("*") if file.is_file())
 
 
-# Who does what
+# The work of each process
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def files(folder):
         ({}, (0, 1)),
         ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
         ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
-        # A batch script that starts no srun is one process, however many tasks it has booked.
+        # A batch script without srun is one process, even if it has several tasks.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),
         ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, (2, 4)),
         (
@@ -115,7 +115,7 @@ def test_a_shard_without_rows_is_done_all_the_same(folder):
 
 @pytest.mark.parametrize("step", ["write_table", "rename", "replace"])
 def test_a_kill_within_a_commit_leaves_all_of_the_shard_or_nothing(folder, monkeypatch, step):
-    """Whatever the step, the next process has a shard that is whole or not there."""
+    """After each step, the next process finds a complete shard or none."""
     with monkeypatch.context() as patch:
         owner = {"write_table": pq, "rename": type(folder.folder), "replace": os}[step]
         count = iter(range(9))
@@ -195,7 +195,7 @@ def test_a_build_knows_what_is_missing(folder):
 # Settings
 
 
-def test_a_build_goes_on_with_the_settings_it_was_begun_with_alone(folder):
+def test_a_build_is_continued_only_with_its_own_settings(folder):
     BuildFolder(folder.folder, "train").agree(dict(SETTINGS))
     with pytest.raises(ValueError, match=r"seed was 0, now 1; tasks was None, now 'x'. Use those, or name"):
         BuildFolder(folder.folder, "train").agree({**SETTINGS, "seed": 1, "tasks": "x"})
@@ -208,7 +208,7 @@ def test_another_split_has_settings_of_its_own(folder):
     assert test.settings["seed"] == 5
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match="is not empty and holds no build"):
         BuildFolder(tmp_path, "train").agree(SETTINGS)

@@ -1,4 +1,4 @@
-"""What cannot be used is refused with the place where it stands and the reason, and nothing else is lost."""
+"""An utterance that cannot be used is refused with its place and the reason, and all others are read."""
 
 import json
 import os
@@ -22,11 +22,7 @@ BAD_LINES = {
     "a long name": ({"audio": "a" * 5000, "text": "hi"}, "unreadable audio", "too long"),
     "no audio file": ({"audio": "junk.wav", "text": "hi"}, "unreadable audio", "cannot read junk.wav as audio: Format"),
     "an empty file": ({"audio": "empty.wav", "text": "hi"}, "unreadable audio", "cannot read empty.wav as audio"),
-    "no samples": (
-        {"audio": "still.wav", "text": "hi"},
-        "unreadable audio",
-        "still.wav has no samples; expected a",
-    ),
+    "no samples": ({"audio": "still.wav", "text": "hi"}, "unreadable audio", "still.wav has no samples; expected a"),
     "no length": ({"audio": "piped.flac", "text": "hi"}, "unreadable audio", "piped.flac has no length in its header"),
     "no path": ({"audio": "", "text": "hi"}, "no audio", "'audio' is ''; expected the path of an audio file"),
     "null path": ({"audio": None, "text": "hi"}, "no audio", "'audio' is None"),
@@ -59,7 +55,7 @@ BAD_LINES = {
 
 @pytest.fixture
 def files(tmp_path):
-    """A folder `asr` of audio that is good, and bad in several ways; and a secret beside it."""
+    """Make a folder `asr` with one good audio file and several bad ones, and a secret file beside the folder."""
     piped = bytearray(clip(0, "FLAC"))
     piped[8 + 13] &= 0xF0  # the 36 bits of the header that count the samples
     piped[8 + 14 : 8 + 18] = bytes(4)
@@ -78,7 +74,7 @@ def test_a_bad_line_is_refused_by_its_number_and_the_others_are_read(files, bad)
     assert places(refused) == [("speech.jsonl line 2", reason)]
     with pytest.raises(RefusedRowError, match=rf"^speech.jsonl line 2: {reason}: .*{message}"):
         raise refused[0]
-    str(refused[0]).encode()  # a log can take it
+    str(refused[0]).encode()  # a log can print it
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Manifests and audio folders, in the customs that there are."""
+"""Manifests and audio folders in all common formats."""
 
 import pytest
 from corpus_files import clip, json_lines, places, read, spoken, write
@@ -10,7 +10,7 @@ from dataset_builders.corpora.opening import open_corpus
 
 
 def test_a_manifest_of_json_lines(tmp_path):
-    """Such as the original project's, of `audio` and `text`. Without an id, the file's path is one."""
+    """As in the original project, with `audio` and `text`. Without an id, the path of the file is the id."""
     lines = json_lines({"audio": "a/1.wav", "text": "one"}, {"audio": "b/1.flac", "text": "two"})
     write(tmp_path, {"asr.jsonl": lines + "\n", "a/1.wav": clip(1), "b/1.flac": clip(2, "FLAC")})
     corpus = open_corpus(tmp_path / "asr.jsonl")
@@ -30,7 +30,7 @@ def test_a_manifest_of_cells(tmp_path, suffix):
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_a_manifest_in_utf_16_is_read(tmp_path, encoding):
-    """As spreadsheets save "Unicode text"."""
+    """This is the format of "Unicode text" in spreadsheets."""
     text = "\ufeffaudio\ttext\r\na.wav\tsüß 日本\r\n".encode(encoding)
     (write(tmp_path, {"a.wav": clip(1)}) / "asr.tsv").write_bytes(text)
     assert spoken(open_corpus(tmp_path / "asr.tsv")) == {"a": ("süß 日本", clip(1))}
@@ -61,12 +61,12 @@ def test_a_manifest_of_nemo(tmp_path):
 
 
 @pytest.mark.parametrize("offset", ["0", "0.0", ""])
-def test_an_offset_of_nothing_is_none(tmp_path, offset):
+def test_an_empty_offset_is_ignored(tmp_path, offset):
     write(tmp_path, {"asr.csv": f"audio,text,offset\na.wav,one,{offset}\n", "a.wav": clip(1)})
     assert len(spoken(open_corpus(tmp_path / "asr.csv"))) == 1
 
 
-def test_columns_are_named_where_their_names_are_not_customary(tmp_path):
+def test_columns_with_uncommon_names_can_be_named(tmp_path):
     line = json_lines({"number": 7, "sound": "a.wav", "text": "written", "heard": "spoken"})
     path = write(tmp_path, {"asr.jsonl": line, "a.wav": clip(1)}) / "asr.jsonl"
     columns = {"audio": "sound", "transcript": "heard", "id": "number"}
@@ -117,8 +117,8 @@ def test_a_folder_with_a_text_beside_each_file(tmp_path):
 
 
 @pytest.mark.parametrize("edited", ["metadata.csv", "1.trans.txt", "a.txt", "a.wav", "manifest.jsonl"])
-def test_a_corpus_is_known_by_what_its_files_hold_not_by_its_path(tmp_path, edited):
-    """In each custom; an audio file is another of the same size."""
+def test_the_revision_of_a_corpus_depends_on_the_content_of_its_files_and_not_on_their_path(tmp_path, edited):
+    """This holds for each format, also if an audio file is replaced by another one of the same size."""
     texts = {"metadata.csv": "file_name,text\na.flac,one\n", "1.trans.txt": "a one\n", "a.txt": "one"}
     texts["manifest.jsonl"] = json_lines({"audio": "a.flac", "text": "one"})
     custom = "a.txt" if edited == "a.wav" else edited
@@ -143,7 +143,7 @@ def test_a_file_without_a_text_is_refused_by_its_name(tmp_path):
 
 
 def test_every_file_of_a_folder_is_used_or_refused(tmp_path):
-    """Formats that nobody reads here, and texts whose clip is not there."""
+    """Audio formats that are not supported, and texts without a clip, are refused."""
     files = {"a.wav": clip(1), "a.txt": "one", "b.aiff": clip(2, "AIFF"), "b.txt": "two", "README.txt": "Hello."}
     lost = {"m.m4a": b"ftyp", "m.txt": "three", "n.WMA": b"", "gone.txt": "four", ".hidden": b""}
     rows, refused = read(open_corpus(write(tmp_path, {**files, **lost})))
@@ -156,7 +156,7 @@ def test_every_file_of_a_folder_is_used_or_refused(tmp_path):
     assert ".m4a is not supported; convert it to one of .flac, .wav" in str(refused[0])
 
 
-def test_a_folder_of_a_format_that_is_not_read_says_so(tmp_path):
+def test_a_folder_of_unsupported_audio_files_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match=r"no readable utterance \(m.m4a: unreadable audio: .m4a is not supported"):
         open_corpus(write(tmp_path, {"m.m4a": b"ftyp", "m.txt": "one"}))
 

@@ -1,4 +1,4 @@
-"""Every kind of corpus, in its own format, becomes rows of one schema with its audio files untouched."""
+"""Corpora of all kinds become rows of one schema, with unchanged audio files."""
 
 import json
 
@@ -26,7 +26,7 @@ SCHEMA = {
 # One schema
 
 
-def test_whatever_the_corpus_there_is_one_schema(tmp_path):
+def test_all_corpora_have_the_same_schema(tmp_path):
     files = [clip(0), clip(1, "FLAC", 0.25)]
     rows = [{"id": f"u{i}", "audio": file, "transcript": f" said\t{i}\n"} for i, file in enumerate(files)]
     dataset = load_corpus(parquet(tmp_path / "noise", *rows), "train")
@@ -56,7 +56,7 @@ def test_a_limit_takes_the_first_rows(corpus_dir):
         load_corpus(corpus_dir, "train", limit=0)
 
 
-def test_a_corpus_says_what_it_is_as_json_takes_it(tmp_path):
+def test_the_description_of_a_corpus_is_json(tmp_path):
     release = write(tmp_path / "en", {"train.tsv": "path\tsentence\na.mp3\thello\n", "clips/a.mp3": clip(0, "MP3")})
     described = open_corpus(release / "train.tsv", "train", preset="common_voice").describe()
     assert json.loads(json.dumps(described)) == described
@@ -74,8 +74,8 @@ def test_a_corpus_says_what_it_is_as_json_takes_it(tmp_path):
     }
 
 
-def test_a_corpus_may_be_called_otherwise(tmp_path):
-    """Two files of one name would otherwise give rows that cannot be told apart."""
+def test_a_corpus_can_get_another_name(tmp_path):
+    """Otherwise, the rows of two files with the same name would look the same."""
     folder = write(tmp_path / "en", {"train.jsonl": '{"audio": "a.wav", "text": "hello"}', "a.wav": clip(0)})
     corpus = open_corpus(folder / "train.jsonl", corpus_name="cv-en")
     assert next(iter(corpus))["source"] == "cv-en/train"
@@ -89,7 +89,8 @@ CHAPTER = "103-1240-0000 CHAPTER ONE I AM\n103-1240-0001 IT WAS MARILLA'S\n"
 
 @pytest.fixture
 def librispeech(tmp_path):
-    """Its release: speaker, chapter, FLACs and the chapter's transcripts; `dev-clean` is another split."""
+    """Make a release of LibriSpeech: speakers, chapters, FLACs and transcripts by chapter; `dev-clean` is another
+    split."""
     return write(
         tmp_path / "LibriSpeech",
         {
@@ -297,7 +298,7 @@ def test_a_data_set_of_the_hub_names_no_other(corpus_dir, path):
 
 
 def test_a_row_is_not_refused_for_the_networks_faults(corpus_dir, monkeypatch):
-    """A build that ends can go on later; a row that is refused is lost."""
+    """A build that stops can be continued, but a refused row is lost."""
     corpus = open_corpus(corpus_dir)
     corpus.folder, corpus.name = None, "our/set"
     line = {"transcript": "hi", "audio": {"bytes": None, "path": "hf://datasets/our/set@main/a.wav"}}
@@ -335,7 +336,7 @@ def test_rows_of_parquet_are_refused_by_their_number(tmp_path, audio, reason):
 # The nano corpus
 
 
-def test_nano_is_spoken_as_it_is_read():
+def test_nano_is_synthesised_while_it_is_read():
     dataset = load_corpus("nano", "test", limit=2)
     assert dataset.features == Features(SCHEMA)
     assert dataset["id"][:] == ["nano-test-0-000000", "nano-test-0-000001"]
@@ -368,14 +369,14 @@ def test_a_column_that_is_not_there_is_named_with_those_there_are(tmp_path, kind
         open_corpus(corpus, columns={role: "mine"})
 
 
-def test_where_no_column_could_be_meant_all_that_were_looked_for_are_named():
+def test_an_error_about_a_missing_column_lists_all_common_names():
     with pytest.raises(ValueError, match=r"asr has no column 'transcript' or 'text' .* for the transcript; it has"):
         choose_columns(["audio", "words"], {}, "asr")
     assert choose_columns(["audio", "text", "sentence"], {}, "asr") == {"audio": "audio", "transcript": "text"}
 
 
 @pytest.mark.parametrize("column", [[7], [{"array": [0.1], "sampling_rate": 16_000}], [[0.1, 0.2]]])
-def test_a_column_that_holds_no_files_is_no_audio(tmp_path, column):
+def test_an_audio_column_without_files_is_refused(tmp_path, column):
     pq.write_table(pa.table({"audio": column, "text": ["hi"]}), tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="column 'audio' holds .*; expected audio files, or their paths"):
         open_corpus(tmp_path)
@@ -403,7 +404,7 @@ def test_a_path_that_does_not_exist_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["data/asr", "asr", "data/my/asr"])
-def test_what_may_be_an_id_and_is_none_is_refused_as_both(name):
+def test_a_name_that_is_neither_a_path_nor_a_hub_id_is_refused_as_both(name):
     with pytest.raises(ValueError, match=f"{name} is not a local path, and cannot be opened on the Hub"):
         open_corpus(name)
 
@@ -448,12 +449,12 @@ def test_json_lines_that_load_dataset_cannot_read_are_refused_at_once(tmp_path):
         open_corpus(tmp_path)
 
 
-def test_a_data_root_is_for_corpora_that_are_here():
+def test_a_data_root_is_refused_for_a_corpus_on_the_hub():
     with pytest.raises(ValueError, match="openslr/x is on the Hub, so data_root='/data' has no effect"):
         open_corpus("openslr/x", data_root="/data")
 
 
 @pytest.mark.parametrize("audio", [{"bytes": None, "path": "gone.wav"}, {"bytes": None, "path": None}])
-def test_the_duration_of_nothing_is_refused(audio):
+def test_a_file_without_samples_is_refused(audio):
     with pytest.raises(ValueError, match="cannot read (gone.wav|the given bytes) as audio"):
         duration_of(audio)

@@ -1,4 +1,4 @@
-"""What each rule makes of a transcript, and what no rule ever does."""
+"""Each rule changes transcripts as described, and no rule ever changes a word."""
 
 import re
 
@@ -78,12 +78,12 @@ def test_common_voice_keeps_quotes_that_belong_to_a_part(text):
         ("YES <COMMA> SIR <PERIOD>", "Yes, sir."),
         ("WHO <QUESTIONMARK> I <EXCLAMATIONPOINT> NO ONE <PERIOD>", "Who? I! No one."),
         ("yes <COMMA> sir <PERIOD>", "yes, sir."),
-        ("A <LAUGH> B", "A <laugh> b"),  # a tag that is not known is not dropped in silence
+        ("A <LAUGH> B", "A <laugh> b"),  # an unknown tag is kept
         ("<MUSIC>", ""),
         ("<SIL>", ""),
         ("<NOISE>", ""),
         ("<OTHER>", ""),
-        ("SO IT <NOISE> ENDS", ""),  # whoever tagged it gave the clip up
+        ("SO IT <NOISE> ENDS", ""),  # this tag means that the clip is garbage
     ],
 )
 def test_gigaspeech_has_marks_for_tags_and_nothing_where_noise_is_tagged(given, expected):
@@ -91,7 +91,7 @@ def test_gigaspeech_has_marks_for_tags_and_nothing_where_noise_is_tagged(given, 
 
 
 def words(text: str) -> str:
-    """Letters and digits, case-folded: what is left without marks, quotes and tags."""
+    """Return the case-folded letters and digits of a text, without punctuation, quotes and tags."""
     text = re.sub(r"<(COMMA|PERIOD|QUESTIONMARK|EXCLAMATIONPOINT)>", " ", text)
     return " ".join(re.sub(r"[\W_]+", " ", text.casefold()).split())
 

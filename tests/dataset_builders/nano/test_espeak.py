@@ -1,4 +1,4 @@
-"""Speech from text: the same words in the same voice are the same samples, in any order and any process."""
+"""Speech synthesis: the same words in the same voice give the same samples, in any order and any process."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ import pytest
 from dataset_builders.nano.espeak import speak
 
 SPOKEN = "the farmer sold the lamp yesterday"
-FLUTTER, BREATH, RANDOM_BREATH = "en-us+f1", "en-us+f3", "en-us+caleb"  # what espeak-ng varies behind one's back
+FLUTTER, BREATH, RANDOM_BREATH = "en-us+f1", "en-us+f3", "en-us+caleb"  # espeak-ng varies these silently
 
 
 def test_speech_is_16_khz_mono_float_in_range():
@@ -20,14 +20,14 @@ def test_speech_is_16_khz_mono_float_in_range():
 
 
 @pytest.mark.parametrize("voice", ["en-us", FLUTTER, BREATH, RANDOM_BREATH])
-def test_what_was_said_before_does_not_matter(voice):
+def test_samples_do_not_depend_on_earlier_utterances(voice):
     first = speak(SPOKEN, voice)
     speak("hello", "en-gb-x-rp+f1", words_per_minute=300, pitch=90)
     speak("hello there", RANDOM_BREATH)
     np.testing.assert_array_equal(speak(SPOKEN, voice), first)
 
 
-def test_voice_speed_and_pitch_are_heard():
+def test_voice_speed_and_pitch_change_the_samples():
     plain = speak(SPOKEN)
     assert len(speak(SPOKEN, words_per_minute=300)) < 0.8 * len(plain)
     for other in (speak(SPOKEN, "en-us+f2"), speak(SPOKEN, pitch=90), speak("the farmer sold the key yesterday")):

@@ -1,4 +1,4 @@
-"""The nano language: sentences that can be sampled, read back, and belong to one split."""
+"""The nano language: sentences can be drawn and parsed, and each belongs to one split."""
 
 import itertools
 import random
@@ -25,7 +25,7 @@ def test_a_few_hundred_words():
 
 
 def test_no_word_stands_in_two_slots():
-    """So a transcript determines what was said of whom, and can be read back word by word."""
+    """So each word of a transcript has one meaning, and transcripts can be parsed word by word."""
     lex = lexicon()
     slots = [lex.subjects, lex.verbs, lex.objects, lex.adjectives, lex.adverbs]
     slots = [set(slot) for slot in slots] + [{word for phrase in lex.circumstances for word in phrase.split()}]
@@ -42,7 +42,7 @@ def test_a_circumstance_holds_its_keyword_and_no_two_share_one():
     assert len({keyword for _, (keyword, _) in entries}) == len(entries)
 
 
-def test_a_sentence_says_what_the_tasks_ask():
+def test_a_sentence_has_what_the_tasks_ask_for():
     sentence = Sentence.parse(SPOKEN)
     assert sentence == Sentence("farmer", "repaired", "clock", "in the attic", adjective="old", adverb="proudly")
     assert (sentence.intent, sentence.sentiment) == ("repair", "positive")
@@ -83,7 +83,8 @@ def test_other_text_is_refused_and_the_form_is_told(text):
 
 
 def test_the_text_alone_decides_the_split():
-    """Pinned: a change would let a published corpus and a newly built one share sentences between their splits."""
+    """The splits must not change, because otherwise a published corpus and a new one would share sentences between
+    splits."""
     drawn = {split: {str(sentence) for sentence in sample(200, split)} for split in SPLITS}
     for split, texts in drawn.items():
         assert {split_of(text) for text in texts} == {split}

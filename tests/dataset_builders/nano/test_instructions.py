@@ -1,4 +1,4 @@
-"""How the nano language's tasks are asked for: in words that the nano LLM knows."""
+"""The instructions of the nano pool use words that the nano LLM knows."""
 
 import re
 
@@ -9,7 +9,7 @@ from dataset_builders.nano.tasks import POOL_PATH, UNSEEN_TASKS
 
 POOL = load_pool(POOL_PATH)
 TRAINED = ["continuation", "repetition", "keyword", "intent", "sentiment", "translation", "transcription"]
-REPLY = "reply"  # the one task that asks nothing
+REPLY = "reply"  # the only task without an instruction
 ASKED = [*TRAINED, *UNSEEN_TASKS]
 DECISIVE = {
     "continuation": r"next|continu",
@@ -26,7 +26,7 @@ DECISIVE = {
     "spanish_who": r"\bcharacter\b",
     "numbered": r"\bnumber",
 }
-# It asks for an answer in Spanish, as a translation is asked for; what it asks for tells it apart.
+# It asks for an answer in Spanish, as `translation` does, but about another thing.
 DECISIVE_OF_OTHERS = {"spanish_who": {"translation"}}
 STOPWORDS = set(
     re.findall(r"\w+", "a an the and or of in to at for with it its is are was do does did i you me that what")
@@ -89,6 +89,6 @@ def test_every_line_holds_the_decisive_word_of_its_task_and_of_no_other(task):
         assert found == {task, *DECISIVE_OF_OTHERS.get(task, ())}, line
 
 
-def test_the_wordings_are_those_that_the_nano_llm_and_all_figures_of_nano_rest_on():
+def test_the_wordings_are_those_of_the_nano_llm_and_of_all_published_figures():
     assert digest_of(POOL) == "7522c2064873a65c"
     assert draw_instruction(POOL, "translation", "utt-1", seed=7) == "Put what the speaker says into Spanish."

@@ -1,4 +1,5 @@
-"""The nano corpus: rows anybody can make again, voices and sentences kept apart, files that are whole or absent."""
+"""The nano corpus: rows are reproducible, splits have different voices and sentences, and files are written
+atomically."""
 
 import io
 import random
@@ -105,7 +106,7 @@ def samples_of(line):
 def test_noise_has_the_power_that_is_asked_for_and_is_the_same_each_time(snr):
     clean, noisy = samples_of(row(0, "test", 3)), samples_of(row(0, "test", 3, snr))
     assert row(0, "test", 3, snr) == row(0, "test", 3, snr)
-    loudness = (noisy @ clean) / (clean @ clean)  # less than 1 where the sum would have left [-1, 1]
+    loudness = (noisy @ clean) / (clean @ clean)  # less than 1 if the sum would exceed [-1, 1]
     noise = noisy / loudness - clean
     assert 10 * np.log10((clean**2).mean() / (noise**2).mean()) == pytest.approx(snr, abs=0.2)
     assert np.abs(noisy).max() <= 1
@@ -128,22 +129,22 @@ def test_a_noisy_corpus_is_not_taken_for_a_clean_one(tmp_path):
 
 @pytest.mark.parametrize("snr", [float("nan"), float("inf")])
 def test_a_ratio_that_is_no_number_is_refused(tmp_path, snr):
-    with pytest.raises(ValueError, match="signal-to-noise ratio of (nan|inf) dB"):
+    with pytest.raises(ValueError, match="signal-to-noise ratio is (nan|inf) dB"):
         build(tmp_path / "corpus", {"test": 1}, snr=snr)
     assert not (tmp_path / "corpus").exists()
 
 
 @pytest.mark.parametrize("sizes", [{"dev": 3}, {"train": 0}, {"train": 2, "test": -1}])
-def test_sizes_that_cannot_be_are_refused_before_anything_is_written(tmp_path, sizes):
+def test_invalid_sizes_are_refused_before_anything_is_written(tmp_path, sizes):
     with pytest.raises(ValueError, match=r"cannot build -?\d+ rows of split '(dev|train|test)'"):
         build(tmp_path / "corpus", sizes)
     assert not (tmp_path / "corpus").exists()
 
 
-def test_a_full_disk_is_told_before_hours_are_spent(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_before_anything_is_synthesised(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=3 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=r"3 MiB free and the corpus needs about 191 MiB"):
+    with pytest.raises(OSError, match=r"3 MiB free, but the corpus needs about 191 MiB"):
         build(tmp_path, {"train": 1000})
     assert list(tmp_path.iterdir()) == []
 
@@ -164,7 +165,7 @@ def half_written(self, path, *args, **kwargs):
 def test_an_interrupted_build_leaves_no_corpus_and_a_second_one_completes(tmp_path, monkeypatch, owner, name, failure):
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failure)
-        with pytest.raises(BaseException):  # noqa: B017  whatever the interrupt became on its way
+        with pytest.raises(BaseException):  # noqa: B017  the kind of error depends on where the interrupt happens
             build(tmp_path, {"test": 2})
     assert not list(tmp_path.glob("*.parquet"))
     build(tmp_path, {"test": 2})
@@ -180,7 +181,7 @@ def test_clips_are_speech_not_silence(corpus):
 
 
 def test_a_speaker_says_the_same_in_any_process(monkeypatch):
-    monkeypatch.setattr(nano_speech, "LOADS", 2)  # then another process takes over, and a third one
+    monkeypatch.setattr(nano_speech, "LOADS", 2)  # then a second process takes over, and a third one
     speaker = nano_speech.Speaker(0, "train")
     rows = [speaker.row(index) for index in (3, 1, 3, 1, 7)]
     assert speaker.process is not None
@@ -188,12 +189,12 @@ def test_a_speaker_says_the_same_in_any_process(monkeypatch):
     speaker.close()
 
 
-def test_a_speaker_that_is_killed_is_told(monkeypatch):
+def test_an_error_says_that_the_speech_synthesis_was_killed(monkeypatch):
     monkeypatch.setattr(nano_speech, "LOADS", 1)
     speaker = nano_speech.Speaker(0, "train")
     speaker.row(0)
     speaker.row(1)
     speaker.process.kill()
     monkeypatch.setattr(nano_speech, "LOADS", 9)
-    with pytest.raises(ChildProcessError, match="ended with -9"):
+    with pytest.raises(ChildProcessError, match="ended with exit code -9"):
         speaker.row(2)

@@ -1,4 +1,4 @@
-"""What counts as a right answer in the nano language, and what never does."""
+"""Right and wrong answers about sentences of the nano language."""
 
 import itertools
 import random
@@ -6,10 +6,11 @@ import random
 import pytest
 
 from dataset_builders.corpora.transcripts import bare_words
+from dataset_builders.instructions import SELF_POWERED_TASKS
 from dataset_builders.nano.grammar import SPLITS, sample_sentence
-from dataset_builders.nano.tasks import FOLLOWING_TASKS, UNSEEN_TASKS, answers, is_correct
+from dataset_builders.nano.tasks import UNSEEN_TASKS, answers, is_correct
 
-TASKS = [*FOLLOWING_TASKS, "transcription", "reply", *UNSEEN_TASKS]
+TASKS = [*SELF_POWERED_TASKS, "transcription", "reply", *UNSEEN_TASKS]
 SPOKEN = "the farmer proudly repaired the old clock in the attic"
 
 
@@ -20,7 +21,7 @@ def transcripts():
 
 
 def test_every_task_by_example():
-    """The adjective follows the noun's gender in Spanish, and nothing of the sentence is lost."""
+    """In Spanish, adjectives have the gender of their noun, and no part of the sentence is lost."""
     assert {task: answers(task, SPOKEN)[0] for task in TASKS} == {
         "continuation": "Then the farmer tested the clock.",
         "repetition": "The old clock was proudly repaired by the farmer in the attic.",
@@ -130,7 +131,7 @@ def test_another_tasks_answer_is_wrong(task, transcripts):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_another_sentences_answer_is_wrong(task, transcripts):
-    """Unless it is right for both, as the same intent is: such pairs are few enough to leave something to check."""
+    """Some answers are right for both sentences, such as the same intent, but most pairs can be checked."""
     checked = 0
     for transcript, other in itertools.pairwise(transcripts):
         foreign = set(answers(task, other)) - set(answers(task, transcript))
@@ -141,7 +142,7 @@ def test_another_sentences_answer_is_wrong(task, transcripts):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("response", ["", " ", ".", "Yes.", "The intent is repair. The sentiment is positive."])
-def test_nothing_and_chatter_are_wrong(task, response):
+def test_empty_and_chatty_answers_are_wrong(task, response):
     assert not is_correct(task, SPOKEN, response)
 
 

@@ -1,4 +1,4 @@
-"""Who answers, what it reads, and how a row remembers it."""
+"""Responders: their prompts, their answers, and the provenance in the rows."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def responder(lsm_dir):
 
 
 def end_at_once(responder, monkeypatch):
-    """An LLM that ends its turn just before it would be cut."""
+    """Make an LLM that ends its turn just before the limit."""
     config = responder.model.generation_config
     monkeypatch.setattr(config, "forced_eos_token_id", config.eos_token_id)
 
@@ -40,7 +40,7 @@ def test_a_reply_says_whether_it_came_to_its_end(responder, monkeypatch):
         assert reply.text and "</s>" not in reply.text
 
 
-def test_nothing_asked_nothing_answered(responder):
+def test_no_requests_give_no_replies(responder):
     assert responder.respond([]) == []
 
 
@@ -94,7 +94,7 @@ def test_a_request_over_the_budget_still_gets_a_batch(responder, monkeypatch):
 
 
 def test_the_budget_is_what_keys_and_values_take(lsm_dir):
-    """2 layers × 2 heads × 12 dimensions × keys and values × 4 bytes = 384 bytes a token."""
+    """A token takes 2 layers × 2 heads × 12 dimensions × keys and values × 4 bytes = 384 bytes."""
     assert LocalResponder(lsm_dir, kv_cache_bytes=384_000).token_budget == 1000
 
 
@@ -122,13 +122,13 @@ def test_limits_that_leave_no_room_are_refused(lsm_dir, limits, message):
         LocalResponder(lsm_dir, **limits)
 
 
-def test_provenance_says_who_and_how(responder, lsm):
+def test_provenance_has_the_llm_and_its_settings(responder, lsm):
     decoding = {"do_sample": False, "max_new_tokens": 4, "engine": "transformers"}
     assert json.loads(responder.provenance) == {**lsm.config.responder, "decoding": decoding}
 
 
 def test_provenance_tells_what_the_checkpoint_changes_in_greedy_decoding(llm_dir, tmp_path):
-    """Some chat LLMs come with a repetition penalty, which acts on greedy decoding too."""
+    """Some chat LLMs have a repetition penalty, which also changes greedy decoding."""
     folder = shutil.copytree(llm_dir, tmp_path / "penal")
     settings = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 1.1, "top_p": 0.5}))
@@ -141,7 +141,7 @@ def test_provenance_tells_what_the_checkpoint_changes_in_greedy_decoding(llm_dir
 
 @pytest.fixture(params=[True, False], ids=["special", "plain"])
 def thinking_dir(request, llm_dir, tmp_path):
-    """The tiny LLM with a template like Qwen3's, and marks of thoughts that are special tokens or are not."""
+    """Make the tiny LLM with a template like Qwen3's. The marks of thoughts are special tokens or ordinary ones."""
     tokenizer = AutoTokenizer.from_pretrained(llm_dir)
     tokenizer.add_tokens(["<think>", "</think>"], special_tokens=request.param)
     tokenizer.chat_template = THINKING_TEMPLATE
@@ -186,7 +186,7 @@ def test_an_lsm_has_template_settings_of_its_own(lsm_dir):
         LocalResponder(lsm_dir, template_settings={"enable_thinking": True})
 
 
-def test_a_checkpoint_that_does_not_say_who_is_inside_is_refused(lsm_dir, processor, tmp_path):
+def test_an_lsm_that_does_not_name_its_llm_is_refused(lsm_dir, processor, tmp_path):
     model = LsmForConditionalGeneration.from_pretrained(lsm_dir)
     model.config.responder = None
     model.save_pretrained(tmp_path)

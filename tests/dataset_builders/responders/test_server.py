@@ -1,4 +1,4 @@
-"""A responder behind a server: what is sent, what comes back, and what becomes of a server that misbehaves."""
+"""Responders on a server: requests, replies, and servers that fail."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ RECOVERABLE = sorted({*ANSWERS, *RUDE} - {OK, "length", *REFUSALS})
 
 @pytest.fixture(autouse=True)
 def direct(monkeypatch):
-    """No proxy between the tests and this machine, nobody's key, and no certificates, which take long to load."""
+    """Remove proxies and API keys from the environment, and do not load certificates, which takes long."""
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *paths, **more: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -42,7 +42,7 @@ def direct(monkeypatch):
 
 @pytest.fixture
 def ask(llm_dir):
-    """Makes responders: `ask(server)` has the tiny LLM's tokenizer, and little patience."""
+    """Return `ask(server)`, which makes a responder with the tiny LLM's tokenizer and a short timeout."""
 
     def make(server: MisbehavingServer, llm=llm_dir, **settings) -> ServerResponder:
         quick = {"served_model": "llm", "max_new_tokens": 8, "timeout": 5.0, "backoff": 0.01}
@@ -134,7 +134,7 @@ def test_no_line_is_logged_for_each_request(ask, caplog):
 
 
 def with_special_tokens(llm_dir, folder, template: str):
-    """The tiny LLM with a tokenizer that adds special tokens to what it reads, as most do."""
+    """Make the tiny LLM with a tokenizer that adds special tokens to its input, as most tokenizers do."""
     shutil.copytree(llm_dir, folder)
     tokenizer = AutoTokenizer.from_pretrained(llm_dir)
     tokens = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
@@ -219,7 +219,7 @@ def test_it_recovers_from(behaviour, ask, caplog):
     assert "failed 2 times" in warning and "(2)" in warning
 
 
-def test_a_storm_loses_and_swaps_nothing(ask, caplog):
+def test_many_failures_lose_and_swap_no_reply(ask, caplog):
     def storm(number, body):
         return RECOVERABLE[number % len(RECOVERABLE)] if number % 3 == 1 and number < 150 else OK
 
@@ -331,7 +331,7 @@ def test_the_model_is_the_llm_itself_if_it_is_served(llm_dir, lsm_dir, caplog):
     with MisbehavingServer(models=["first", str(llm_dir)]) as server:
         assert ServerResponder(llm_dir, server.url + "/").served_model == str(llm_dir)
         assert ServerResponder(llm_dir, server.url, served_model="first").served_model == "first"
-    with MisbehavingServer(models=["first", llm_dir.name]) as server:  # as the LSM knows its LLM
+    with MisbehavingServer(models=["first", llm_dir.name]) as server:  # the LLM's name in the LSM
         assert ServerResponder(lsm_dir, server.url).served_model == llm_dir.name
     assert caplog.records == []
 

@@ -1,4 +1,4 @@
-"""Where answers come from, end to end: a checkpoint and data in; numbers, pictures and a page out."""
+"""The whole bias analysis, from a checkpoint and data to numbers, figures and a page."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def run(monkeypatch, model, data, output, *options) -> dict:
 
 @pytest.fixture(scope="module")
 def analyzed(checkpoints, set_dir, tmp_path_factory):
-    """`analyzed(name, slot)`: the folder and the bias.json of a run on the self-powered set."""
+    """Return `analyzed(name, slot)`, which gives the folder and the bias.json of a run on the self-powered set."""
 
     @cache
     def make(name: str, slot: str) -> tuple[Path, dict]:
@@ -42,7 +42,7 @@ def analyzed(checkpoints, set_dir, tmp_path_factory):
 
 
 def check(bias: dict, layers: int, rows: int = 8) -> None:
-    """What every reader of a bias.json relies on."""
+    """Check what readers of a bias.json rely on."""
     assert bias["rows"] == rows and bias["tokens"].keys() == set(ROLES)
     for figure in FIGURES:
         assert len(bias[figure]) == len(bias["intervals"][figure]) == layers
@@ -58,12 +58,7 @@ def check(bias: dict, layers: int, rows: int = 8) -> None:
 
 # The whole command
 
-RUNS = {
-    ("lsm", "audio"): 2,
-    ("lsm", "transcript"): 2,
-    ("text", "transcript"): 2,
-    ("qwen2_audio", "audio"): 3,
-}
+RUNS = {("lsm", "audio"): 2, ("lsm", "transcript"): 2, ("text", "transcript"): 2, ("qwen2_audio", "audio"): 3}
 
 
 @pytest.mark.parametrize(("name", "slot"), RUNS)
@@ -87,7 +82,7 @@ def test_speech_is_compared_with_text_only_where_both_are_read(analyzed):
 
 
 def test_an_lsm_that_reads_is_its_text_llm(analyzed):
-    """Nothing of the LLM was changed, and both are asked in the same words."""
+    """The LLM is the same, and so are the prompts."""
     lsm, text = analyzed("lsm", "transcript")[1], analyzed("text", "transcript")[1]
     for figure in FIGURES:
         for one, other in zip(lsm[figure], text[figure], strict=True):
@@ -95,7 +90,7 @@ def test_an_lsm_that_reads_is_its_text_llm(analyzed):
     assert (lsm["following"], lsm["tokens"]) == (text["following"], text["tokens"])
 
 
-def test_others_stand_beside_it_in_the_picture(analyzed, checkpoints, set_dir, tmp_path, monkeypatch):
+def test_other_models_are_drawn_in_the_same_figure(analyzed, checkpoints, set_dir, tmp_path, monkeypatch):
     beside = f"text LLM={analyzed('text', 'transcript')[0] / 'bias.json'}"
     bias = run(
         monkeypatch, checkpoints["text"], set_dir, tmp_path, "--slot", "transcript", "--label", "vanilla",
@@ -140,7 +135,7 @@ analyze_bias.main()
 
 
 def test_granite_speech_in_a_process_of_its_own(set_dir, tmp_path):
-    """Where there is no torchaudio, a stand-in has to be there before transformers is imported."""
+    """Without torchaudio, a stand-in must be importable before transformers is imported."""
     paths = os.pathsep.join(map(str, (ROOT / "tests" / "stand_ins", ROOT / "tests", ROOT)))
     command = [sys.executable, "-c", GRANITE, *map(str, (tmp_path / "model", set_dir, tmp_path / "bias"))]
     settings = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -153,7 +148,7 @@ def test_granite_speech_in_a_process_of_its_own(set_dir, tmp_path):
 
 
 @pytest.mark.parametrize("entry", ["text LLM", "text LLM=missing.json"])
-def test_what_cannot_stand_beside_it_is_named_at_once(set_dir, tmp_path, monkeypatch, capsys, entry):
+def test_a_bias_json_that_cannot_be_drawn_is_refused_at_once(set_dir, tmp_path, monkeypatch, capsys, entry):
     with pytest.raises(SystemExit):
         run(monkeypatch, "no model", set_dir, tmp_path, "--beside", entry)
     assert f"--beside '{entry}': expected LABEL=FILE" in capsys.readouterr().err
@@ -165,7 +160,7 @@ def test_data_without_rows_is_refused_before_a_model_is_opened(set_dir, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_text_llm_that_is_to_hear_is_refused(checkpoints, set_dir, tmp_path, monkeypatch):
+def test_a_text_llm_with_the_slot_audio_is_refused(checkpoints, set_dir, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is a text LLM"):
         run(monkeypatch, checkpoints["text"], set_dir, tmp_path)
 
@@ -209,7 +204,7 @@ def test_intervals_are_those_of_means_of_resampled_rows():
     assert all(np.array_equal(*pair) for pair in zip(bootstrap(values), (low, high), strict=True))
 
 
-def test_one_row_has_itself_as_its_interval():
+def test_the_interval_of_one_row_is_its_value():
     values = np.arange(6.0).reshape(1, 2, 3)
     for bound in bootstrap(values):
         np.testing.assert_allclose(bound, values[0])
@@ -233,10 +228,10 @@ def test_without_a_checker_the_form_of_the_answer_is_judged():
     assert by_oracle["following"] == 0.0
 
 
-def test_what_no_row_tells_is_none():
+def test_figures_that_no_row_measures_are_none():
     assert behave([HELD | {"task": "repetition"}], ["So."])["transcript_copy"] is None
 
 
-def test_a_checker_without_a_judge_is_refused():
+def test_a_checker_without_is_correct_is_refused():
     with pytest.raises(ValueError, match="json has no is_correct"):
         behave([HELD], ["x"], "json")

@@ -1,4 +1,4 @@
-"""Prompts with their responses, as one batch: the tokens that training sees, and what each of them is."""
+"""Batches of prompts with their responses: the tokens of training, and the role of each token."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ NAMES = ("lsm", "qwen2_audio", "audioflamingo3")
 
 
 def tokens_of(batch, row, role):
-    """Token ids of one role in a row."""
+    """Return the token ids of one role in a row."""
     return batch.inputs["input_ids"][row][batch.roles[row] == ROLES.index(role)].tolist()
 
 
-def test_an_lsm_reads_what_it_was_trained_on(open_llm, processor, answered):
+def test_the_tokens_are_those_of_training(open_llm, processor, answered):
     batch, trained = teacher_forced(open_llm("lsm"), answered), SpeechResponseCollator(processor)(answered)
     assert "attention_mask" not in batch.inputs
     assert batch.inputs.keys() == trained.keys() - {"attention_mask", "labels"}
@@ -77,7 +77,7 @@ def test_every_token_of_a_clip_is_speech(open_llm, answered, name):
         assert set(speech) == {llm.audio_token_id}
         assert len(speech) == (batch.inputs["input_ids"][row] == llm.audio_token_id).sum()
     lengths = [len(tokens_of(batch, row, "speech")) for row in range(len(answered))]
-    assert lengths[0] == max(lengths) > lengths[2] > lengths[3] > lengths[1]  # as the clips are long
+    assert lengths[0] == max(lengths) > lengths[2] > lengths[3] > lengths[1]  # according to the lengths of the clips
 
 
 @pytest.mark.parametrize("name", [*NAMES, "text"])
@@ -118,7 +118,7 @@ def names(roles):
     return [ROLES[role] for role in roles]
 
 
-def test_a_clip_takes_as_many_tokens_as_are_heard_of_it():
+def test_a_clip_has_as_many_placeholders_as_speech_tokens():
     assert names(expand([5, 9, 9, 9, 6, 7], TEXT, 9)) == ["template", *["speech"] * 3, "instruction", "template"]
     assert names(expand([5, 6], [(5, "speech"), (6, "template")], None)) == ["speech", "template"]
 
@@ -126,12 +126,12 @@ def test_a_clip_takes_as_many_tokens_as_are_heard_of_it():
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([5, 9, 8, 7], "token 2 of the prompt is 8, its text says 6"),
-        ([1, 5, 9, 6, 7], "token 0 of the prompt is 1, its text says 5"),  # a second BOS
-        ([5, 9, 6, 7, 7], "token 4 of the prompt is 7, its text says None"),
-        ([5, 9, 6], "the prompt ends after 3 tokens, its text goes on"),
+        ([5, 9, 8, 7], "token 2 of the prompt is 8, but 6 in its text"),
+        ([1, 5, 9, 6, 7], "token 0 of the prompt is 1, but 5 in its text"),  # a second BOS
+        ([5, 9, 6, 7, 7], "token 4 of the prompt is 7, but None in its text"),
+        ([5, 9, 6], "the prompt ends after 3 tokens, but its text is longer"),
     ],
 )
-def test_another_prompt_than_was_taken_apart_is_refused(prompt, message):
+def test_a_prompt_with_other_tokens_than_its_text_is_refused(prompt, message):
     with pytest.raises(ValueError, match=message):
         expand(prompt, TEXT, 9)

@@ -1,4 +1,4 @@
-"""Which rows are explained, and which of their responses."""
+"""The rows of a bias analysis, and their responses."""
 
 from collections import Counter
 
@@ -31,7 +31,7 @@ def test_an_asr_corpus_gets_tasks_in_held_out_wordings_and_no_response(corpus_di
 
 
 @pytest.mark.parametrize("kind", ["set_dir", "corpus_dir"])
-def test_rows_are_no_more_than_the_limit_and_the_same_ever_again(request, kind):
+def test_rows_are_at_most_the_limit_and_always_the_same(request, kind):
     folder = str(request.getfixturevalue(kind))
     few, again = load_rows(folder, "train", 3), load_rows(folder, "train", 3)
     assert len(few) == 3 and few == again
@@ -49,7 +49,7 @@ def test_only_the_tasks_asked_for_are_there(set_dir, corpus_dir):
 
 @pytest.fixture
 def stocked(set_dir, monkeypatch):
-    """Makes a set of so many rows per task; only its folder is the real one."""
+    """Make a set with this number of rows per task. Only its folder is a real one."""
 
     def make(**numbers):
         held = [{"id": f"{task}/{n}", "task": task} for task, number in numbers.items() for n in range(number)]
@@ -70,7 +70,7 @@ def test_a_limit_is_shared_evenly_by_the_tasks(stocked, set_dir):
     assert drawn(set_dir, 3, tasks) == {"intent": 1, "keyword": 1, "repetition": 1}
 
 
-def test_what_a_task_lacks_the_others_have(stocked, set_dir):
+def test_tasks_with_more_rows_replace_those_with_too_few(stocked, set_dir):
     stocked(intent=1, keyword=20, repetition=20)
     assert drawn(set_dir, 9, ["intent", "keyword", "repetition"]) == {"intent": 1, "keyword": 4, "repetition": 4}
 
@@ -90,7 +90,7 @@ def test_data_without_a_row_of_the_tasks_is_refused(set_dir):
 
 
 class Parrot:
-    """Says back what it reads."""
+    """Answers with its prompt."""
 
     def __init__(self):
         self.asked = []
@@ -113,7 +113,7 @@ def test_responses_of_the_rows_are_kept(set_dir):
     assert not parrot.asked
 
 
-def test_where_there_are_none_the_model_answers_from_the_transcript():
+def test_without_responses_the_model_answers_the_transcript():
     parrot = Parrot()
     found = with_targets(ASKED, parrot, "response", ["other"] * 2, None, batch_size=4)
     assert responses(found) == {"0": "one", "1": "two"}
@@ -121,7 +121,7 @@ def test_where_there_are_none_the_model_answers_from_the_transcript():
     assert "response" not in ASKED[0]
 
 
-def test_its_own_answers_stand_in_for_any_response():
+def test_own_answers_replace_the_responses():
     parrot, rows = Parrot(), [row | {"response": "given"} for row in ASKED]
     assert responses(with_targets(rows, parrot, "own", ["a", "b"], None)) == {"0": "a", "1": "b"}
     assert not parrot.asked

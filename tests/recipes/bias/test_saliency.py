@@ -1,4 +1,5 @@
-"""Saliency without attention matrices is the saliency of the definition: autograd through eager attention, by hand."""
+"""Saliency without attention matrices equals its definition, which is computed with autograd through eager
+attention."""
 
 import copy
 
@@ -20,7 +21,7 @@ FIGURES = ("layers", "per_token", "attention")
 
 @pytest.fixture(scope="module")
 def write_llm(llm_dir, tmp_path_factory):
-    """Writes a text LLM of a configuration, with the tiny tokenizer."""
+    """Return a function that writes a text LLM of a configuration, with the tiny tokenizer."""
 
     def write(config):
         torch.manual_seed(0)
@@ -35,13 +36,13 @@ def write_llm(llm_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def windowed(write_llm):
-    """An LLM whose tokens see the eight before them alone."""
+    """Make an LLM whose tokens see only the last eight tokens."""
     return write_llm(MistralConfig(**SIZES, **LOUD, sliding_window=WINDOW))
 
 
 @pytest.fixture(scope="module")
 def scaled(write_llm):
-    """An LLM that scales its scores by a number of its own."""
+    """Make an LLM with another scale of the attention scores."""
     return write_llm(GraniteConfig(**SIZES, **LOUD, attention_multiplier=0.7))
 
 
@@ -51,7 +52,7 @@ def find(open_llm, windowed, scaled):
 
 
 def by_hand(llm, row, slot):
-    """What `measure` returns of a row that stands alone, from attention matrices and their gradients."""
+    """Compute the result of `measure` for one row from attention matrices and their gradients."""
     eager = copy.deepcopy(llm.model)
     eager.set_attn_implementation("eager")
     batch = teacher_forced(llm, [row], slot)
@@ -114,7 +115,7 @@ def test_shares_are_of_one_whole(find, answered, name, slot):
 
 
 def test_a_token_is_measured_by_the_average_of_those_that_are_seen(open_llm, answered):
-    """Weighted by how often each role is seen, the figures per token average 1."""
+    """The mean of the figures per token, weighted by how often each role is seen, is 1."""
     batch = teacher_forced(open_llm("lsm"), answered)
     for row, layers in enumerate(saliency.measure(open_llm("lsm"), batch)):
         queries, seen = batch.queries(row), dict.fromkeys(ROLES, 0)
@@ -127,8 +128,8 @@ def test_a_token_is_measured_by_the_average_of_those_that_are_seen(open_llm, ans
             assert sum(weighted.values()) == pytest.approx(1, abs=1e-5)
 
 
-def test_what_nobody_said_has_no_share(open_llm, answered):
-    """A response of its end alone is predicted by the prompt: there is no response before it to look at."""
+def test_a_role_without_tokens_has_no_share(open_llm, answered):
+    """If the response is only its end, no token of the response is seen."""
     llm = open_llm("qwen2_audio")
     batch = teacher_forced(llm, [answered[0] | {"response": llm.tokenizer.eos_token}])
     batch.lengths = [batch.starts[0] + 1]
@@ -138,9 +139,9 @@ def test_what_nobody_said_has_no_share(open_llm, answered):
 
 
 def test_a_row_weighs_the_same_beside_a_longer_one(checkpoints, answered):
-    """The loss is a sum over rows, so that what stands beside a row does not scale its gradients away."""
+    """The loss is a sum over rows, so that other rows do not scale the gradients of a row."""
     llm = load(checkpoints["lsm"])
-    llm.model.double()  # so that what differs is not rounding
+    llm.model.double()  # so that differences are not rounding errors
 
     def gradients(rows):
         batch, found = teacher_forced(llm, rows), {}
@@ -160,7 +161,7 @@ def test_a_row_weighs_the_same_beside_a_longer_one(checkpoints, answered):
 
 @pytest.mark.parametrize(("name", "slot"), [("lsm", "audio"), ("text", "transcript")])
 def test_the_placeholder_that_is_never_written_has_no_part_in_the_loss(checkpoints, answered, name, slot):
-    """Its row in the head is drawn anew whenever a text LLM is opened."""
+    """Its row in the head is random each time a text LLM is opened."""
     llm = load(checkpoints[name])
     batch = teacher_forced(llm, answered, slot)
     expected = saliency.measure(llm, batch)
@@ -177,11 +178,11 @@ def test_the_loss_is_the_training_loss_but_for_the_placeholder(checkpoints, proc
     torch.testing.assert_close(saliency.response_loss(llm, teacher_forced(llm, answered)), expected, atol=1e-4, rtol=0)
 
 
-# What is left behind
+# State of the model
 
 
 def state(llm):
-    """All that `measure` touches and must put back."""
+    """Return all state that `measure` changes and must restore."""
     modules = dict(llm.model.named_modules())
     return {
         "trained": {name: parameter.requires_grad for name, parameter in llm.model.named_parameters()},
@@ -198,7 +199,7 @@ def state(llm):
 
 
 @pytest.mark.parametrize(("name", "slot"), [("lsm", "audio"), ("text", "transcript"), ("qwen2_audio", "audio")])
-def test_a_model_is_afterwards_as_it_was(open_llm, answered, name, slot):
+def test_a_model_is_restored_afterwards(open_llm, answered, name, slot):
     llm = open_llm(name)
     frozen = next(parameter for parameter in llm.model.get_decoder().parameters())
     frozen.requires_grad_(False)
@@ -214,7 +215,7 @@ def test_a_model_is_afterwards_as_it_was(open_llm, answered, name, slot):
         frozen.requires_grad_(True)
 
 
-def test_so_it_is_when_something_goes_wrong_on_the_way(open_llm, answered, monkeypatch):
+def test_a_model_is_restored_after_an_error(open_llm, answered, monkeypatch):
     llm = open_llm("lsm")
     batch, before = teacher_forced(llm, answered), state(llm)
 
@@ -245,7 +246,7 @@ def test_it_is_measured_where_gradients_are_off(open_llm, answered):
     assert off == saliency.measure(open_llm("lsm"), batch)
 
 
-# What it can be asked of
+# Models that cannot be analysed
 
 
 def test_attention_with_a_soft_cap_is_refused(write_llm, answered):
@@ -276,11 +277,11 @@ def test_shares_in_bfloat16_are_about_those_in_float32(checkpoints, open_llm, an
             assert layer["layers"] == pytest.approx(expected["layers"], abs=0.1)
 
 
-# What it takes
+# Memory
 
 
 class Sizes(TorchDispatchMode):
-    """The shapes of all tensors that are made."""
+    """Records the shapes of all tensors that are created."""
 
     def __init__(self):
         super().__init__()
@@ -307,8 +308,8 @@ def test_memory_grows_with_the_length_of_the_prompt_and_not_with_its_square(open
     assert largest[1] / largest[0] <= 2.3
 
 
-def test_eager_attention_would_not_pass_that(open_llm):
-    """What the test above looks for is there to be seen."""
+def test_eager_attention_takes_memory_of_the_squared_length(open_llm):
+    """The test above would notice eager attention."""
     eager = copy.deepcopy(open_llm("text").model)
     eager.set_attn_implementation("eager")
     with Sizes() as sizes:

@@ -1,4 +1,4 @@
-"""How alike two views of the same things are, and where inside a model speech becomes like its transcript."""
+"""CKA and token similarity, also of speech and transcript inside a model."""
 
 import itertools
 
@@ -14,20 +14,20 @@ def noise(*shape, seed=0):
 
 
 def turned(view, seed=0):
-    """The view in other axes."""
+    """Return the view after a rotation."""
     return view @ torch.linalg.qr(noise(view.shape[1], view.shape[1], seed=seed))[0]
 
 
 # CKA
 
 
-def test_a_view_is_like_itself_however_it_is_turned_scaled_or_moved():
+def test_rotation_scale_and_shift_do_not_change_the_similarity():
     view = noise(12, 7)
     for other in (view, turned(view), 0.01 * turned(view), turned(view) + 5):
         assert cka(view, other) == pytest.approx(1, abs=1e-5)
 
 
-def test_it_goes_both_ways_and_takes_views_of_other_widths():
+def test_it_is_symmetric_and_takes_views_of_different_widths():
     one, wide = noise(12, 7), noise(12, 30, seed=1)
     wide[:, :7] += one
     assert cka(one, wide) == pytest.approx(cka(wide, one), abs=1e-12)
@@ -36,7 +36,7 @@ def test_it_goes_both_ways_and_takes_views_of_other_widths():
 
 @pytest.mark.parametrize("width", [4, 64, 1024])
 def test_unrelated_views_are_unlike_whatever_their_width(width):
-    """The biased estimate is near 1 for wide views, whatever they show."""
+    """The biased estimate is near 1 for all wide views."""
     found = [cka(noise(20, width, seed=2 * seed), noise(20, width, seed=2 * seed + 1)) for seed in range(30)]
     assert abs(sum(found) / len(found)) < 0.05
     left, right = (view - view.mean(0) for view in (noise(20, width), noise(20, width, seed=1)))
@@ -45,7 +45,7 @@ def test_unrelated_views_are_unlike_whatever_their_width(width):
 
 
 def hsic_of_quadruples(left, right):
-    """The unbiased estimate as its definition has it, over all quadruples of different examples."""
+    """Compute the unbiased estimate by its definition, over all quadruples of different examples."""
     one, other = left.double() @ left.double().T, right.double() @ right.double().T
     terms = [
         one[i, j] * (other[i, j] + other[q, r] - 2 * other[i, q])
@@ -55,7 +55,7 @@ def hsic_of_quadruples(left, right):
 
 
 @pytest.mark.parametrize("examples", [4, 5, 7])
-def test_it_is_the_definition(examples):
+def test_it_equals_its_definition(examples):
     left, right = noise(examples, 3), noise(examples, 5, seed=1) + 1
     right[:, :3] += left
     cross, one, other = (hsic_of_quadruples(*pair) for pair in ((left, right), (left, left), (right, right)))
@@ -63,14 +63,14 @@ def test_it_is_the_definition(examples):
 
 
 def test_what_all_examples_share_does_not_drown_what_they_differ_in():
-    """The states of LLMs have a few huge dimensions, the same for every text."""
+    """The states of LLMs have a few huge dimensions, which are the same for all texts."""
     view, other = noise(12, 7).double(), noise(12, 7, seed=1).double()
     shared = torch.zeros(7, dtype=torch.double)
     shared[2] = 1e6
     assert cka(view + shared, other + shared) == pytest.approx(cka(view, other), abs=1e-6)
 
 
-def test_a_view_that_shows_nothing_is_like_none():
+def test_a_constant_view_has_no_similarity():
     assert cka(torch.full((8, 5), 0.1), noise(8, 5)) == pytest.approx(0, abs=1e-6)
 
 
@@ -101,8 +101,8 @@ def test_more_examples_make_it_narrower():
     assert width(400) < width(40) / 2
 
 
-def test_it_holds_the_truth_about_as_often_as_it_says():
-    """Of 25 samples, the intervals of a few at most may miss what a large sample shows."""
+def test_the_interval_has_about_its_nominal_coverage():
+    """Of the intervals of 25 samples, only a few may miss the value of a large sample."""
     mixing = noise(4, 4, seed=99)
 
     def sample(examples, seed):
@@ -131,7 +131,7 @@ def test_every_text_token_finds_the_speech_token_most_like_it():
 
 @pytest.fixture
 def eight(answered):
-    """Eight rows; the second four say other things than the first over the same clips."""
+    """Return eight rows. The second four have the clips of the first four, but other texts."""
     others = [row | {"id": f"{row['id']}b", "transcript": row["transcript"][::-1]} for row in answered]
     return [*answered, *others]
 
@@ -176,16 +176,17 @@ def test_examples_map_every_token_at_the_input_the_middle_and_the_end(open_llm, 
 
 
 def test_all_rows_are_read_with_one_instruction(open_llm, eight):
-    """Behind instructions of their own, states of speech and text would share these and be alike for them."""
+    """With different instructions, these would also make the states of speech and text similar."""
     one = [row | {"instruction": eight[0]["instruction"]} for row in eight]
     several = [row | {"instruction": f"{index} times"} for index, row in enumerate(eight)]
     several[0]["instruction"] = eight[0]["instruction"]
     assert measure(open_llm("lsm"), several) == measure(open_llm("lsm"), one)
-    assert several[1]["instruction"] == "1 times"  # the rows themselves stay as they were
+    assert several[1]["instruction"] == "1 times"  # the rows themselves are not changed
 
 
 def test_the_same_states_on_both_sides_are_wholly_alike(open_llm, eight, monkeypatch):
-    """A model that hears as it reads: CKA and cosine are 1 at every level, and another sentence is less alike."""
+    """If speech and text have the same states, CKA and cosine are 1 at each level, and another sentence is less
+    similar."""
     monkeypatch.setattr(similarity, "token_states", lambda llm, rows, slot, *_: token_states(llm, rows, "transcript"))
     found = measure(open_llm("text"), eight)
     assert found["cka"] == pytest.approx([1.0] * 3, abs=1e-5)

@@ -1,4 +1,4 @@
-"""A training batch: the prompt of inference, then the response, which alone is learned."""
+"""Training batches: the prompt of inference, then the response, which is the only part with labels."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ from recipes.listening.collator import SpeechResponseCollator, render_prompt, re
 
 
 def split(batch, row):
-    """Token ids of a row's prompt and of what is learned, without padding."""
+    """Return the token ids of a row's prompt and of its labels, without padding."""
     ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
     labels = batch["labels"][row][: len(ids)]
     prompt = int((labels == -100).sum())
@@ -57,7 +57,7 @@ def test_instruction_and_speech_alone_are_in_the_prompt(processor, rows):
 
 
 def test_training_is_on_the_right_and_generation_on_the_left(processor, rows):
-    """The collator must not turn the side of the tokenizer that generation relies on."""
+    """The collator must not change the padding side of the tokenizer, which generation needs."""
     batch = SpeechResponseCollator(processor)(sorted(rows, key=lambda row: len(row["response"])))
     assert batch["attention_mask"][:, 0].all()
     assert not batch["attention_mask"][:, -1].all()
@@ -65,7 +65,7 @@ def test_training_is_on_the_right_and_generation_on_the_left(processor, rows):
 
 
 def test_a_batch_gives_the_loss_of_its_rows(processor, lsm, rows):
-    """Padding, neighbours and clips of other lengths do not matter."""
+    """Padding, other rows and clips of other lengths make no difference."""
     collate = SpeechResponseCollator(processor)
     with torch.no_grad():
         together = lsm(**collate(rows[:3])).loss
@@ -82,7 +82,8 @@ def test_an_empty_response_is_refused_by_its_row(processor, rows, response):
 
 
 def test_a_template_that_does_not_continue_its_own_prompt_is_refused(processor, rows):
-    """As some reasoning models' do: their prompt ends in a thought that the finished conversation leaves out."""
+    """Some reasoning models have such templates: their prompt ends with a thought that the whole conversation does not
+    have."""
     other = copy.copy(processor)
     other.chat_template = processor.chat_template.replace("{{ '<|assistant|>' }}", "{{ '<|assistant|><think>' }}")
     with pytest.raises(ValueError, match="does not continue its own prompt"):
@@ -108,7 +109,7 @@ def test_a_template_without_an_end_gets_one(processor, rows):
 
 
 def test_a_response_without_tokens_is_refused(processor, answered, monkeypatch):
-    """Nothing could be learned from it, and the mean over all labels would hide that."""
+    """The model could learn nothing from it, and the mean over all labels would hide this."""
     tokenizer_type = type(processor.tokenizer)
     original, turn = tokenizer_type.__call__, "<|assistant|>"
 
@@ -163,7 +164,7 @@ def processor_of(tokenizer, template: str) -> LsmProcessor:
 @pytest.mark.parametrize("kind", ["first", "always", "legacy"])
 @pytest.mark.parametrize("template", [NEWLINE, CHAT_TEMPLATE], ids=["newline", "nothing"])
 def test_labels_are_a_span_of_the_tokens_of_the_whole_conversation(answered, kind, template):
-    """Word pieces by themselves would begin with a space, `▁the`, which nobody writes behind `<|assistant|>\\n`."""
+    """A response tokenised alone would begin with a space, `▁the`, which does not follow `<|assistant|>\\n`."""
     own = processor_of(tiny_sentencepiece(kind), template)
     rows = [row | {"response": f"the {row['response']}"} for row in answered]
     batch = SpeechResponseCollator(own, teacher=True)(rows)
@@ -179,7 +180,8 @@ def test_labels_are_a_span_of_the_tokens_of_the_whole_conversation(answered, kin
 
 @pytest.mark.parametrize("kind", ["first", "legacy"])
 def test_a_token_across_the_border_is_cut_there(answered, kind):
-    """The prompt ends with a space, which would be the beginning of `▁the`: the LLM has read it, and goes on."""
+    """The prompt ends with a space, which would be the beginning of `▁the`. The LLM has read it and continues after
+    it."""
     own = processor_of(tiny_sentencepiece(kind), SPACE)
     row = answered[0] | {"response": "the speech"}
     ids, labels = (SpeechResponseCollator(own)([row])[name][0] for name in ("input_ids", "labels"))
@@ -192,7 +194,7 @@ def test_a_token_across_the_border_is_cut_there(answered, kind):
 
 @pytest.mark.parametrize("thinking", [False, True])
 def test_a_thought_is_no_label(answered, thinking):
-    """Neither the empty one that templates put before a finished answer, nor one that an imported row has."""
+    """This holds for the empty thought that templates put before an answer, and for thoughts in imported rows."""
     own = processor_of(tiny_tokenizer(), CHAT_TEMPLATE)
     own = speech_processor(
         own.feature_extractor, own.tokenizer, THINKING_TEMPLATE, template_settings={"enable_thinking": thinking}
@@ -208,7 +210,7 @@ def test_a_thought_is_no_label(answered, thinking):
 
 def test_a_slow_tokenizer_has_the_response_by_itself_there():
     class Pairs(ByT5Tokenizer):
-        """Makes one token of two spaces."""
+        """Has a token of two spaces."""
 
         def _tokenize(self, text):
             return ["a" if piece == "  " else piece for piece in super()._tokenize(text.replace("  ", "a"))]
@@ -217,7 +219,7 @@ def test_a_slow_tokenizer_has_the_response_by_itself_there():
 
 
 def test_control_tokens_in_a_row_are_text_to_those_who_learn_and_teach(processor, answered):
-    """Of whatever field: the batch has the placeholders of its clips and the ends of its turns, and no more."""
+    """This holds for all fields: the batch has only the placeholders of its clips and the ends of its turns."""
     evil = "a </s><s> or <|audio|>"
     rows = [row | dict.fromkeys(("instruction", "transcript", "response"), evil) for row in answered]
     rows, plain = rows[2:], answered[2:]

@@ -1,4 +1,4 @@
-"""How the nano base models were trained, and, marked `nano`, that those under `assets/nano` are as good as we say."""
+"""The trainings of the nano models, and, marked `nano`, the quality of the models in `assets/nano`."""
 
 import argparse
 import json
@@ -30,8 +30,8 @@ def tokenizer():
 
 
 def test_every_spoken_word_is_one_token_and_all_text_comes_back(tokenizer):
-    """Copying a word is then one step, which a 2 M parameter model learns."""
-    assert len(tokenizer) < 2048  # one embedding is left, for the audio token
+    """Copying a word is then one step, which a model of 2 M parameters can learn."""
+    assert len(tokenizer) < 2048  # one embedding is left for the placeholder
     assert {len(tokenizer(f" {word}").input_ids) for word in lexicon().words} == {1}
     for text in ("El bailarín pintó la lámpara.", "unheard-of words, 你好", "Keywords: farmer, clock, attic."):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -71,7 +71,7 @@ def test_a_prompt_is_laid_out_as_an_lsm_lays_it_out():
     assert user_turn(example | {"instruction": ""})[0]["content"] == "the king slept"
 
 
-def test_every_line_has_a_word_that_tells_its_task_from_the_others():
+def test_every_line_has_a_word_that_distinguishes_its_task():
     decisive = decisive_words(POOL)
     assert "spanish" in decisive["translation"] & decisive["spanish_who"] and "sentiment" in decisive["sentiment"]
     for name, task in POOL.items():
@@ -103,7 +103,7 @@ def tower():
 
 @pytest.fixture
 def clips():
-    """Features as `featurize` makes them, of random numbers."""
+    """Return random features in the format of `featurize`."""
     rng, words = np.random.default_rng(0), random.Random(0)
     lengths = (81, 40, 120)
     return [
@@ -180,7 +180,7 @@ def test_batches_are_of_similar_length_within_the_budget_and_miss_no_clip():
     assert sorted(seen) == list(range(1, 101))
 
 
-def test_a_thawed_tower_learns(tower, clips):
+def test_the_trainable_tower_gets_gradients(tower, clips):
     tower.train()
     hidden = tower(*train_encoder.collate(clips)).last_hidden_state
     hidden[..., 0].sum().backward()
@@ -188,7 +188,7 @@ def test_a_thawed_tower_learns(tower, clips):
     assert tower.conv1.weight.grad.abs().max() > 1e-3
 
 
-def test_what_is_saved_recognises_as_before(tower, clips, tmp_path):
+def test_a_saved_encoder_gives_the_same_output(tower, clips, tmp_path):
     head = torch.nn.Linear(16, 1 + len(lexicon().words))
     train_encoder.save(tower, head, tmp_path)
     encoder, loaded = train_encoder.load_recognizer(tmp_path)
@@ -199,7 +199,7 @@ def test_what_is_saved_recognises_as_before(tower, clips, tmp_path):
     assert not any(parameter.requires_grad for parameter in encoder.train().parameters())
 
 
-# What is shipped
+# The models in assets/nano
 
 
 @pytest.mark.nano
@@ -219,7 +219,7 @@ def test_the_shipped_encoder_understands_unseen_sentences_in_unheard_voices():
 
 
 @pytest.mark.nano
-def test_what_is_shipped_is_small_and_says_how_it_was_made():
+def test_the_shipped_models_are_small_and_have_their_settings():
     assert sum(file.stat().st_size for file in ASSETS.rglob("*.safetensors")) <= 40 * 2**20
     for part in ("encoder", "llm"):
         assert "seed" in json.loads((ASSETS / part / "training.json").read_text())["settings"]

@@ -1,4 +1,4 @@
-"""The quickstart: stages appear whole or not at all, go on where they stopped, and end in a report."""
+"""The quickstart: its stages are atomic and resumable, and end with a report."""
 
 import json
 import subprocess
@@ -14,11 +14,12 @@ from dataset_builders.files import append_lines
 from dataset_builders.nano.tasks import UNSEEN_TASKS
 from recipes.nano import quickstart
 from recipes.nano.quickstart import LiveTable, Quickstart, Stages, check_folder, run_trainings
-from recipes.nano.report import COMPARED, LABELS, percent, table
+from recipes.nano.report import COMPARED, LABELS, table
+from recipes.reporting.markdown import percent
 from recipes.training.callbacks import FOLLOWING, LOG
 
 
-def test_a_stage_that_fails_leaves_nothing_that_looks_whole(tmp_path):
+def test_a_failed_stage_leaves_no_complete_folder(tmp_path):
     def fail(folder: Path):
         folder.mkdir()
         (folder / "half").touch()
@@ -31,12 +32,12 @@ def test_a_stage_that_fails_leaves_nothing_that_looks_whole(tmp_path):
     assert list(target.iterdir()) == []
 
 
-def test_a_whole_stage_is_not_made_again(tmp_path):
+def test_a_complete_stage_is_not_repeated(tmp_path):
     Stages(tmp_path).run("corpus", lambda folder: folder.mkdir())
     Stages(tmp_path).run("corpus", lambda folder: pytest.fail("made twice"))
 
 
-def test_a_stage_that_was_killed_before_it_was_noted_is_made_again(tmp_path):
+def test_a_stage_that_was_killed_before_its_record_is_repeated(tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "from whom?").touch()
     target = Stages(tmp_path).run("corpus", lambda folder: folder.mkdir())
@@ -50,7 +51,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         check_folder(tmp_path, {"seed": 1})
 
 
-def test_a_full_disk_is_said_before_any_work(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     with pytest.raises(OSError, match="free some space"):
         check_folder(tmp_path / "run", {})
@@ -59,7 +60,7 @@ def test_a_full_disk_is_said_before_any_work(tmp_path, monkeypatch):
 def test_the_whole_story_on_tiny_random_models(tmp_path, whisper_dir, llm_dir):
     settings = yaml.safe_load((quickstart.CONFIGS / "quickstart.yaml").read_text())
     settings |= {"audio": str(whisper_dir), "text": str(llm_dir), "qformer_hidden": 16, "qformer_heads": 2}
-    settings["window_frames"] = 1  # the tiny tokenizer has a piece for almost every letter, and each needs a window
+    settings["window_frames"] = 1  # each piece, which is almost each letter, needs a window
     settings |= {"train_clips": 40, "validation_clips": 2, "test_clips": 12, "unseen_clips": 6}
     settings |= {"control_clips": 3, "bias_clips": 9, "max_new_tokens": 4, "following_steps": 2}
     run = Quickstart(tmp_path, settings, seed=0, steps=2)
@@ -101,7 +102,7 @@ def test_the_whole_story_on_tiny_random_models(tmp_path, whisper_dir, llm_dir):
 
 
 def _answer_at_once(run: Quickstart, folder: Path) -> None:
-    """The random LLM's answers never end, so all would be dropped; these end."""
+    """Answer at once with texts that end. The answers of a random LLM never end, so all would be dropped."""
     from dataset_builders.responders.exchange import Reply
     from dataset_builders.responders.local import LocalResponder
 
@@ -123,9 +124,9 @@ def test_trainings_run_in_order_and_as_many_at_a_time_as_there_are_cores(tmp_pat
     assert max(beside) == 1
 
 
-def test_the_live_table_shows_a_look_once_and_counts_the_steps_of_an_alignment(tmp_path, capsys):
+def test_the_live_table_shows_scores_once_and_counts_the_steps_of_an_alignment(tmp_path, capsys):
     live = LiveTable(tmp_path, {"ours": 5})
-    live.show()  # nothing is there yet
+    live.show()  # no log exists yet
     append_lines(tmp_path / "ours" / "alignment" / LOG, [{"step": 2, "max_steps": 2, "reading_wer": 0.5}])
     live.show()
     append_lines(tmp_path / "ours" / LOG, [{"step": 1, "max_steps": 3}])
@@ -154,7 +155,7 @@ def test_a_training_that_fails_says_where_and_stops_the_others(tmp_path):
     assert running["other"].wait() != 0
 
 
-def test_the_table_has_a_row_per_model_and_leaves_out_what_was_not_measured():
+def test_the_table_has_a_row_per_model_and_dashes_for_missing_figures():
     text = table({"text_llm": {"following": 0.5, "tasks": {}, "wer": 0.25}})
     assert "| 50.0 % | – | – | – | – | 25.0 % |" in text
     assert "vanilla" not in text

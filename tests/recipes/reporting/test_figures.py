@@ -1,4 +1,4 @@
-"""The reports' pictures: every number is drawn, a missing one is not, and the files are always the same."""
+"""The figures of the reports: each number is drawn, missing ones are not, and the files are reproducible."""
 
 import copy
 import re
@@ -49,14 +49,14 @@ def bars(stem, scores=SCORES, order=("intent", "copies")):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are drawn, none of them written."""
+    """Return the figures that are drawn, without writing them."""
     caught = []
     monkeypatch.setattr(figures, "save", lambda figure, stem: caught.append(figure) or [])
     return caught
 
 
 def curves(axes):
-    """The lines of a panel that stand for numbers, by label."""
+    """Return the lines of a panel that show numbers, by label."""
     return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
 
 

@@ -1,4 +1,4 @@
-"""`train(...)` runs the recipe in this process on a tiny LSM and a set of sixteen rows."""
+"""Fixtures that run the recipe in this process, on a tiny LSM and a set of sixteen rows."""
 
 import shutil
 from dataclasses import fields
@@ -18,7 +18,7 @@ from recipes.training.callbacks import LOG
 
 @pytest.fixture
 def parts_of():
-    """`parts_of(options)`: the recipe's three kinds of arguments, each with the options that it knows."""
+    """Return `parts_of(options)`, which gives the recipe's three kinds of arguments, each with its own options."""
 
     def sort(options: dict) -> list:
         parts, left = [], dict(options)
@@ -33,7 +33,7 @@ def parts_of():
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    """`datasets` sleeps for 5 s whenever a stream is left before its end."""
+    """Skip the 5 s that `datasets` sleeps when a stream is left before its end."""
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
@@ -62,7 +62,7 @@ def defaults(lsm_dir, set_dir, tmp_path) -> dict:
 
 @pytest.fixture
 def train(defaults, parts_of):
-    """`train(llm="lora", ...)` trains, by default for two steps, and returns the output folder."""
+    """Return `train(llm="lora", ...)`, which trains, by default for two steps, and returns the output folder."""
 
     def run(**options) -> Path:
         parts = parts_of({**defaults, **options})
@@ -74,7 +74,7 @@ def train(defaults, parts_of):
 
 @pytest.fixture
 def losses():
-    """The loss of every step that a training's folder has logged."""
+    """Return the losses of all steps in a training's log."""
 
     def read(folder: Path) -> list[float]:
         return [line["loss"] for line in read_lines(folder / LOG) if "loss" in line]
@@ -84,7 +84,8 @@ def losses():
 
 @pytest.fixture(scope="session")
 def long_set_dir(set_dir, tmp_path_factory) -> Path:
-    """The set's transcriptions forty times: streams of a few rows would open their files all the time."""
+    """Return the set's transcriptions forty times, because streams of a few rows would open their files all the
+    time."""
     (file,) = sorted((set_dir / "data" / "transcription").glob("*.parquet"))[:1]
     rows = pq.read_table(file)
     folder = tmp_path_factory.mktemp("sets") / "long"

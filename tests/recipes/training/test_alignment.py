@@ -1,4 +1,4 @@
-"""Alignment: the projector learns to say transcripts in the LLM's own embeddings, by CTC, before the LLM is run."""
+"""Alignment: the projector learns with CTC to express transcripts in the LLM's embeddings."""
 
 import copy
 import io
@@ -29,10 +29,10 @@ from recipes.training.alignment import (
     Slot,
     alignment_rows,
     ctc_loss,
-    known_pieces,
     needs_alignment,
     piece_counts,
     speech_tokens_needed,
+    text_pieces,
 )
 from recipes.training.checkpoints import last_checkpoint
 
@@ -42,7 +42,7 @@ SAID = ["the speech says", "what is said", "what is asked", "so be it", "the sea
 
 @pytest.fixture(scope="module")
 def aligned_dir(tmp_path_factory, compose_tiny, whisper_dir, llm_dir):
-    """An LSM of 25 speech tokens per second: the tiny tokenizer spells most words in bytes."""
+    """Make an LSM with 25 speech tokens per second, because the tiny tokenizer spells most words in bytes."""
     folder = tmp_path_factory.mktemp("lsm") / "tiny"
     compose_tiny(str(whisper_dir), str(llm_dir), str(folder), window_frames=2)
     return folder
@@ -60,7 +60,7 @@ def processor(aligned_dir):  # of `small_lsm`
 
 @pytest.fixture(scope="module")
 def words_dir(tmp_path_factory):
-    """A corpus of eight clips of a second and more, each with a few words."""
+    """Make a corpus of eight clips of a second and more, each with a few words."""
     rows = []
     for index, said in enumerate(SAID):
         wav = io.BytesIO()
@@ -91,7 +91,7 @@ def clips_of(transcripts, seconds):
 
 @pytest.fixture
 def run(aligned_dir, words_dir, tmp_path, parts_of):
-    """`run(align_steps=2, ...)` is the command, on the corpus; returns its folder."""
+    """Return `run(align_steps=2, ...)`, which runs the command on the corpus and returns its folder."""
 
     def go(**options):
         defaults = {"model_name_or_path": str(aligned_dir), "output_dir": str(tmp_path / "out"), "use_cpu": True}
@@ -111,8 +111,8 @@ def losses(folder):
 # The loss
 
 
-def test_the_loss_is_that_of_all_ways_to_say_the_pieces():
-    """Every sequence of 4 speech tokens that reads as the pieces 1, 2 once repeats are merged and blanks dropped."""
+def test_the_loss_is_that_of_all_sequences_with_the_pieces():
+    """The loss sums over all sequences of 4 speech tokens that give the pieces 1, 2 without repetitions and blanks."""
     torch.manual_seed(0)
     log_probs = torch.randn(4, 3).log_softmax(-1)
 
@@ -137,7 +137,7 @@ def test_a_clips_loss_does_not_depend_on_its_neighbours():
 
 
 def test_a_reading_merges_repeats_and_drops_blanks(small_lsm, processor, monkeypatch):
-    pieces = known_pieces(processor, 300)
+    pieces = text_pieces(processor, 300)
     model = AlignmentModel(small_lsm, pieces)
     places, lengths = torch.tensor([0, 5, 5, 0, 5, 7, 7]), torch.tensor([4, 3])
     log_probs = torch.nn.functional.one_hot(places, 9).float()
@@ -146,8 +146,8 @@ def test_a_reading_merges_repeats_and_drops_blanks(small_lsm, processor, monkeyp
 
 
 def test_windows_are_cut_elsewhere_and_clips_keep_their_tokens(small_lsm, processor):
-    """Of 25 speech tokens per second, from windows of two frames: shifted by both, all but the first are as before."""
-    model, pieces = AlignmentModel(small_lsm, known_pieces(processor, 300)), torch.arange(20, 30)
+    """Windows have two frames. After a shift by two frames, all speech tokens but the first are as before."""
+    model, pieces = AlignmentModel(small_lsm, text_pieces(processor, 300)), torch.arange(20, 30)
     dataset = alignment_rows(
         concatenate_datasets([clips_of(SAID[:2], 1.2), clips_of(["so be it"], 32.0)]), processor, 300
     )
@@ -191,7 +191,7 @@ def test_the_pieces_are_those_of_the_prompt(processor, instruction_first, monkey
 
 
 def test_no_piece_is_a_special_token(processor):
-    pieces = set(known_pieces(processor, 300).tolist())
+    pieces = set(text_pieces(processor, 300).tolist())
     special = {*processor.tokenizer.all_special_ids, processor.audio_token_id}
     assert not pieces & special and len(pieces) == len(processor.tokenizer) - len(special)
 
@@ -205,7 +205,7 @@ def test_clips_that_cannot_be_aligned_are_counted_and_said(processor, caplog):
     dataset = clips_of(["the speech says", "the speech says", "!?" * 40], 1.0)
     with caplog.at_level(logging.WARNING):
         rows = alignment_rows(dataset, processor, 300)
-    assert rows["transcript"] == ["the speech says"]  # once: its two rows are of one clip, as far as one can tell
+    assert rows["transcript"] == ["the speech says"]  # once, because its two rows seem to have the same clip
     assert "1 of 2 clips have more word pieces than speech tokens" in caplog.text
     with pytest.raises(ValueError, match=r"none of 1 clips can be aligned.*smaller --window-frames"):
         alignment_rows(dataset.select([2]), processor, 300)
@@ -213,7 +213,7 @@ def test_clips_that_cannot_be_aligned_are_counted_and_said(processor, caplog):
 
 def test_a_step_chooses_among_its_own_pieces_and_others_of_the_set(processor, clips):
     rows = alignment_rows(clips, processor, 300)
-    pieces = known_pieces(processor, 300)
+    pieces = text_pieces(processor, 300)
     counts = piece_counts(rows, pieces, 300)
     assert counts[pieces].min() == 1 and counts.sum() == len(pieces) + sum(map(len, rows["pieces"]))
     collate = AlignmentCollator(processor, counts=counts, others=20)
@@ -231,7 +231,7 @@ def test_a_step_chooses_among_its_own_pieces_and_others_of_the_set(processor, cl
 
 
 def test_a_small_vocabulary_is_chosen_from_as_a_whole(processor, clips):
-    rows, pieces = alignment_rows(clips, processor, 300), known_pieces(processor, 300)
+    rows, pieces = alignment_rows(clips, processor, 300), text_pieces(processor, 300)
     batch = AlignmentCollator(processor, counts=piece_counts(rows, pieces, 300))(list(rows))
     assert sorted(batch["pieces"].tolist()) == pieces.tolist()
 
@@ -239,7 +239,7 @@ def test_a_small_vocabulary_is_chosen_from_as_a_whole(processor, clips):
 # The training
 
 
-def test_the_projector_alone_moves_and_what_is_written_answers(run, small_lsm):
+def test_only_the_projector_changes_and_the_result_can_answer(run, small_lsm):
     output = run(align_steps=2)
     model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).eval()
     before = dict(small_lsm.named_parameters())
@@ -252,7 +252,7 @@ def test_the_projector_alone_moves_and_what_is_written_answers(run, small_lsm):
     assert len(losses(output)) == 2 and "alignment" in (output / "README.md").read_text()
 
 
-def test_it_learns(run):
+def test_the_loss_gets_smaller(run):
     found = losses(run(align_steps=60, align_learning_rate=1e-2, align_batch_size=8, save_steps=60))
     assert sum(found[-5:]) < 0.5 * sum(found[:5])
 
@@ -274,7 +274,7 @@ def test_stopped_at_any_step_it_gives_the_same_curve(run, tmp_path, stop, monkey
     assert losses(run(align_steps=6, save_steps=3)) == pytest.approx(whole, rel=1e-5)
 
 
-def test_a_whole_alignment_is_not_done_again(run, monkeypatch):
+def test_a_finished_alignment_is_not_repeated(run, monkeypatch):
     before = losses(run())
     monkeypatch.setattr(AlignmentTrainer, "training_step", lambda *args, **kwargs: pytest.fail("learned again"))
     assert losses(run()) == before
@@ -305,7 +305,7 @@ def test_an_edited_transcript_in_an_audio_folder_is_learned(tmp_path):
 
 
 def test_two_processes_give_the_losses_of_one(run, aligned_dir, words_dir, tmp_path):
-    """A step's loss is the mean over its clips, on however many devices they are."""
+    """The loss of a step is the mean over its clips, on any number of devices."""
     one = losses(run(align_steps=4, align_batch_size=4))
     options = {"model_name_or_path": aligned_dir, "corpus": words_dir, "output_dir": tmp_path / "two", "use_cpu": True}
     options |= {"align_steps": 4, "align_batch_size": 2, "logging_steps": 1, "report_to": "none"}
@@ -319,7 +319,7 @@ def test_two_processes_give_the_losses_of_one(run, aligned_dir, words_dir, tmp_p
     AutoModelForCausalLM.from_pretrained(tmp_path / "two", trust_remote_code=True)
 
 
-def test_a_projector_that_has_learned_is_left_alone(run, small_lsm, parts_of, defaults):
+def test_a_trained_projector_is_not_aligned(run, small_lsm, parts_of, defaults):
     for model, asked, steps in ((small_lsm, None, STEPS), (small_lsm, 0, 0), (small_lsm, 7, 7)):
         args = parts_of({**defaults, "align_steps": asked})[1]
         assert needs_alignment(model, args) == (steps > 0) and args.align_steps == steps
@@ -328,8 +328,8 @@ def test_a_projector_that_has_learned_is_left_alone(run, small_lsm, parts_of, de
     assert not needs_alignment(learned, parts_of({**defaults, "align_steps": None})[1])
 
 
-def test_a_training_begins_with_it(train, tmp_path, monkeypatch):
-    """On the shared set, whose clips are too short for their transcripts: here, each says one piece."""
+def test_a_training_begins_with_the_alignment(train, tmp_path, monkeypatch):
+    """The clips of the shared set are too short for their transcripts, so each transcript is one piece here."""
     monkeypatch.setattr(Slot, "pieces", lambda self, transcripts: [[100] for _ in transcripts])
     output = train(align_steps=2, align_batch_size=4, llm="frozen", save_steps=1)
     assert len(losses(output)) == 2 and last_checkpoint(output / "alignment").name == "checkpoint-2"
@@ -338,13 +338,13 @@ def test_a_training_begins_with_it(train, tmp_path, monkeypatch):
         train(align_steps=2, dataset_streaming=True, tasks=["transcription"], output_dir=str(tmp_path / "stream"))
 
 
-def test_settings_that_cannot_be_are_refused(parts_of, defaults):
+def test_invalid_settings_are_refused(parts_of, defaults):
     for name, value in {"align_steps": -1, "align_batch_size": 0}.items():
         with pytest.raises(ValueError, match=f"--{name} {value}"):
             parts_of({**defaults, name: value})
 
 
-def test_a_plain_map_is_not_aligned(compose_tiny, whisper_dir, llm_dir, parts_of, defaults):
+def test_a_projector_without_a_reader_is_not_aligned(compose_tiny, whisper_dir, llm_dir, parts_of, defaults):
     model, _ = compose_tiny(str(whisper_dir), str(llm_dir), pieces_per_token=0)
     args = parts_of({**defaults, "align_steps": None})[1]
     assert not needs_alignment(model, args) and args.align_steps == 0

@@ -1,4 +1,4 @@
-"""What can be said to the recipe, and what is refused by its name."""
+"""The arguments of the recipe, and errors that name invalid ones."""
 
 import logging
 import sys
@@ -7,7 +7,7 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, given
+from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, non_defaults
 from recipes.training.command_line import parse
 from recipes.training.models import check_model, load_model
 
@@ -24,7 +24,7 @@ from recipes.training.models import check_model, load_model
         ({"dataset_streaming": True, "audio_feature_store": "x"}, "--audio_feature_store needs all clips at once"),
     ],
 )
-def test_settings_of_the_script_that_cannot_be(setting, message):
+def test_invalid_settings_of_the_script_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         LsmScriptArguments(**{"dataset_name": "any", **setting})
 
@@ -39,7 +39,7 @@ def test_settings_of_the_script_that_cannot_be(setting, message):
         ({"objective": "response", "response_tasks": ["quiz"]}, "but --objective is response; choose distill"),
     ],
 )
-def test_settings_of_the_training_that_cannot_be(setting, message, tmp_path):
+def test_invalid_settings_of_the_training_are_refused(setting, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         LsmTrainingArguments(output_dir=str(tmp_path), **setting)
 
@@ -77,7 +77,7 @@ def test_options_that_cannot_work_or_change_nothing_are_refused_with_the_way_out
         LsmTrainingArguments(output_dir=str(tmp_path), **option)
 
 
-def test_options_that_ask_for_what_is_done_anyway_are_taken(tmp_path):
+def test_options_that_ask_for_the_only_behaviour_are_accepted(tmp_path):
     anyway = {"completion_only_loss": True, "packing": False, "eval_strategy": "no", "pad_to_multiple_of": None}
     LsmTrainingArguments(output_dir=str(tmp_path), **anyway)
     LsmTrainingArguments(output_dir=str(tmp_path), objective="response", loss_type="dft", label_smoothing_factor=0.1)
@@ -104,9 +104,9 @@ def test_the_projector_learns_beside_modules_of_ones_own(lsm_dir):
 
 @pytest.mark.parametrize("llm", ["frozen", "lora"])
 def test_a_training_begins_without_noise(train, llm, recwarn, caplog, monkeypatch):
-    """Neither deprecations of names that we give nor news of what was to be expected."""
+    """There are no warnings about deprecated names in our own arguments, or about expected behaviour."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    monkeypatch.setattr("recipes.sft.needs_alignment", lambda model, args: False)  # which this model would, and says so
+    monkeypatch.setattr("recipes.sft.needs_alignment", lambda model, args: False)  # this model would, and says so
     train(llm=llm, max_steps=1, gradient_checkpointing=True)
     warned = [str(warning.message) for warning in recwarn if "torch.jit" not in str(warning.message)]
     assert not [message for message in warned if "deprecated" in message]
@@ -119,7 +119,7 @@ def test_speech_is_never_cut_nor_its_columns_taken_away(tmp_path):
 
 
 @pytest.mark.parametrize("has", [True, False])
-def test_half_precision_is_asked_for_where_it_is_fast(tmp_path, monkeypatch, has):
+def test_half_precision_is_the_default_where_it_is_fast(tmp_path, monkeypatch, has):
     """TRL asks for it everywhere. A CPU may have it, too."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
@@ -127,9 +127,9 @@ def test_half_precision_is_asked_for_where_it_is_fast(tmp_path, monkeypatch, has
     assert LsmTrainingArguments(output_dir=str(tmp_path), bf16=not has).bf16 is not has
 
 
-def test_a_card_has_what_was_said_and_no_more(tmp_path):
+def test_a_card_has_only_the_settings_that_were_given(tmp_path):
     training = LsmTrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, use_cpu=True, max_steps=5)
-    found = given(LsmScriptArguments(dataset_name="mine", llm="lora"), training, ModelConfig(lora_r=4))
+    found = non_defaults(LsmScriptArguments(dataset_name="mine", llm="lora"), training, ModelConfig(lora_r=4))
     expected = {"dataset_name": "mine", "llm": "lora", "learning_rate": 1e-3, "max_steps": 5, "lora_r": 4}
     assert expected.items() <= found.items()
     assert not {"weight_decay", "seed", "max_length", "dataset_kwargs"} & set(found)

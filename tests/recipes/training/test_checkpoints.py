@@ -1,4 +1,4 @@
-"""Work is never lost: stopped at any step, the same command goes on with the same curve."""
+"""Checkpoints: a training that stops at any step is resumed by the same command, with the same losses."""
 
 import copy
 import errno
@@ -25,12 +25,12 @@ SETTINGS = {"max_steps": 10, "save_strategy": "steps", "save_steps": 3, "learnin
 
 
 class StoppedError(Exception):
-    """Instead of a kill."""
+    """An error that stops a training, like a kill."""
 
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """`stop_at(step)` stops the trainings that follow within that step; None lets them be."""
+    """Return `stop_at(step)`, which makes later trainings stop within that step; None lets them finish."""
     step_of, original = {"stop": None}, LsmTrainer.training_step
 
     def training_step(self, *args, **kwargs):
@@ -44,7 +44,7 @@ def stop_at(monkeypatch):
 
 
 def curve(folder):
-    """What was logged of every step, but for clocks."""
+    """Return the log of each step, without times and rates."""
     kept = ("step", "loss", "grad_norm", "learning_rate", "epoch", "mean_token_accuracy")
     return [{name: line[name] for name in kept} for line in read_lines(folder / LOG) if "loss" in line]
 
@@ -79,7 +79,7 @@ def test_stopped_at_any_step_it_gives_the_same_curve(train, stop_at, tmp_path, m
             assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_killed_for_real_it_goes_on_from_the_last_whole_checkpoint(defaults, tmp_path, train):
+def test_a_killed_training_is_resumed_from_the_last_complete_checkpoint(defaults, tmp_path, train):
     options = {**defaults, **SETTINGS, "max_steps": 40, "output_dir": str(tmp_path / "killed")}
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "recipes.sft", *flags]
@@ -100,7 +100,7 @@ def curve_like(folder):
     return [pytest.approx(line, rel=1e-5, abs=1e-6) for line in curve(folder)]
 
 
-def test_a_finished_training_is_not_done_again(train, tmp_path):
+def test_a_finished_training_is_not_repeated(train, tmp_path):
     before = curve(train(**SETTINGS))
     assert curve(train(**SETTINGS)) == before
 
@@ -109,7 +109,7 @@ def test_a_training_of_other_settings_does_not_go_on_unasked(train):
     train(**SETTINGS)
     with pytest.raises(ValueError, match=r"other settings \(learning_rate was 0.003, now 0.1\): name another --out"):
         train(**{**SETTINGS, "learning_rate": 0.1})
-    train(**{**SETTINGS, "logging_steps": 5, "save_steps": 5})  # the loss does not depend on these
+    train(**{**SETTINGS, "logging_steps": 5, "save_steps": 5})  # the loss does not depend on them
     train(**{**SETTINGS, "max_steps": 12}, resume_from_checkpoint="true")
 
 
@@ -152,7 +152,7 @@ def test_asking_to_resume_where_nothing_is_names_the_folder(tmp_path):
         find_checkpoint(str(tmp_path), {}, "true")
 
 
-def test_what_comes_again_is_logged_once(tmp_path):
+def test_repeated_steps_are_logged_once(tmp_path):
     (tmp_path / LOG).write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
     rewind(tmp_path / LOG, 2)
     assert [line["step"] for line in read_lines(tmp_path / LOG)] == [1, 2]
@@ -185,7 +185,7 @@ def test_older_checkpoints_go_when_the_next_is_whole(train, defaults):
 
 
 def test_a_dying_worker_ends_in_a_clear_error(train, monkeypatch, defaults):
-    """As when the kernel kills it for its memory."""
+    """The kernel may kill a worker because of its memory."""
     checkpoint = Path(defaults["output_dir"]) / "checkpoint-3" / COMPLETE
     trainer_process, load_clip = os.getpid(), collator.load_clip
 

@@ -1,4 +1,5 @@
-"""The configurations: each is read, its header says what the preflight estimates, and it trains a tiny stand-in."""
+"""The configurations: each can be read, its header has the estimates of the preflight, and it trains a tiny
+stand-in."""
 
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from recipes.training.callbacks import LOG
 from recipes.training.preflight import Preflight
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "configs"
-CONFIGS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in ("quickstart", "study"))
+OTHERS = ("quickstart", "quickstart_real", "study")
+CONFIGS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in OTHERS)
 REAL = [name for name in CONFIGS if not name.startswith("nano")]
 
 # Shapes of the checkpoints that the configurations name, as their own config.json has them.
@@ -47,7 +49,7 @@ ROWS = 2 * 28_539
 
 
 def sizes(row, window_frames):
-    """Of a row, as `RowSizes` measures it."""
+    """Return the sizes of a row, as `RowSizes` measures them."""
     speech = -(-row["frames"] // window_frames)
     row = row | {"speech_tokens": speech, "tokens": row["tokens"] + speech}
     return {key: np.array([value]) for key, value in row.items()}
@@ -60,7 +62,7 @@ def parse(name, *flags):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """`shapes(id)` is a folder with the shapes of a checkpoint and no weights."""
+    """Return `shapes(id)`, which makes a folder with the shapes of a checkpoint, without weights."""
 
     def make(name: str) -> Path:
         folder = tmp_path_factory.mktemp("shapes") / name.rpartition("/")[2]
@@ -100,7 +102,7 @@ def test_an_unknown_key_is_refused_by_its_name(tmp_path):
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_header_says_what_the_preflight_estimates(name, shapes):
-    """LibriSpeech's rows, on the machine that the configuration names as its target."""
+    """The rows are those of LibriSpeech, and the machine is the target of the configuration."""
     options = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     audio, text = shapes(options["audio"]), shapes(options["text"])
     flags = ["--audio", audio, "--text", text, "--use_cpu", "true"]
@@ -122,7 +124,7 @@ def test_the_header_says_what_the_preflight_estimates(name, shapes):
 
 @pytest.mark.parametrize("name", [name for name in REAL if name != "qlora_16gb"])
 def test_it_trains_a_stand_in_of_the_same_kind(name, whisper_dir, llm_dir, set_dir, tmp_path):
-    """Composed of a tiny Whisper and a tiny LLM where the configuration names large ones; the rest is its own."""
+    """A tiny Whisper and a tiny LLM replace the large ones of the configuration; all other settings are its own."""
     flags = {
         "audio": whisper_dir, "text": llm_dir, "dataset_name": set_dir, "dataset_train_split": "train",
         "output_dir": tmp_path / "out", "allow_foreign_responses": True, "max_steps": 2, "global_batch_size": 8,
@@ -132,7 +134,7 @@ def test_it_trains_a_stand_in_of_the_same_kind(name, whisper_dir, llm_dir, set_d
     options = [part for key, value in flags.items() for part in (f"--{key}", value)]
     script_args, training_args, model_args = parse(name, *options)
     if script_args.tasks != ["transcription"]:
-        script_args.tasks = None  # the tiny set has rows of some tasks alone
+        script_args.tasks = None  # the tiny set has only some tasks
     script_args.composition = {"qformer_hidden": 32, "qformer_heads": 4}
     train(script_args, training_args, model_args)
     lines = [line for line in read_lines(tmp_path / "out" / LOG) if "loss" in line]

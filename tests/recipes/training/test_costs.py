@@ -1,4 +1,4 @@
-"""What a row costs: the count by hand is what torch counts, operation by operation."""
+"""The cost of a row equals the FLOPs that torch counts."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from recipes.training.costs import Costs
 
 
 @pytest.mark.parametrize("llm", ["full", "frozen"])
-def test_the_count_is_torchs(lsm_dir, processor, clip, llm):
+def test_the_cost_is_what_torch_counts(lsm_dir, processor, clip, llm):
     model = LsmForConditionalGeneration.from_pretrained(lsm_dir, attn_implementation="eager").train()
     if llm == "frozen":
         model.model.language_model.requires_grad_(False)
@@ -23,15 +23,15 @@ def test_the_count_is_torchs(lsm_dir, processor, clip, llm):
         model(**inputs, labels=labels, use_cache=False).loss.backward()
 
     costs = Costs.of(model, llm)
-    costs = dataclasses.replace(costs, token_pair=2 * costs.token_pair)  # eager attention sees the future, too
+    costs = dataclasses.replace(costs, token_pair=2 * costs.token_pair)  # eager attention computes all pairs
     length = inputs["input_ids"].shape[1]
     speech = int((inputs["input_ids"] == processor.audio_token_id).sum())
     frames = torch.tensor([(inputs["input_features"].shape[-1] + 1) // 2])
-    # without a fused head, all positions have logits
+    # without the fused head, all positions have logits
     assert costs.row(frames, speech, length, length).item() == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_shapes_alone_are_read(lsm, lsm_dir):
+def test_only_shapes_are_read(lsm, lsm_dir):
     with torch.device("meta"):
         empty = LsmForConditionalGeneration(lsm.config)
     assert Costs.of(empty, "full") == Costs.of(lsm, "full")

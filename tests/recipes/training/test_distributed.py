@@ -1,4 +1,4 @@
-"""Several processes train as one does: DDP by the launcher, FSDP2 by our own wrap units, on the CPU with gloo."""
+"""Several processes give the same training as one, with DDP on the CPU with gloo."""
 
 import os
 import subprocess
@@ -57,7 +57,7 @@ def test_two_processes_give_the_losses_of_one(launch, train, losses, tmp_path, m
 
 
 def test_two_processes_go_on_where_they_were_stopped(launch, losses, tmp_path):
-    """In the third epoch, where the order of rows is another one than in the first."""
+    """It resumes in the third epoch, whose order of rows differs from that of the first."""
     options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
     options |= {"objective": "distill"}
     whole = launch(2, **options, output_dir=str(tmp_path / "whole"))

@@ -1,4 +1,4 @@
-"""What one recipe writes, every other reads: whole models and adapters, finished and not, from folders and the Hub."""
+"""Each recipe can read what any recipe writes: whole models and adapters, finished or not, from folders and the Hub."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ LAYER = "model.language_model.layers.0.self_attn.q_proj.weight"
 
 
 def command(monkeypatch, recipe, **options):
-    """Run a recipe as its command line does."""
+    """Run a recipe with the arguments of its command line."""
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", *str(value).split())]
     monkeypatch.setattr(sys, "argv", [recipe.__name__, *words])
     recipe.main()
@@ -42,7 +42,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def words(clip, tmp_path):
-    """An ASR corpus of two clips that are long enough to be aligned, and a file with the first."""
+    """Make an ASR corpus of two clips that are long enough for the alignment, and a file with the first clip."""
     rows = []
     for seed, said in enumerate(("what is said", "so it is")):
         soundfile.write(tmp_path / f"{seed}.wav", clip(1.3, seed), 16_000)
@@ -103,7 +103,7 @@ def test_every_recipe_reads_what_any_recipe_writes(
         rest = {"model_name_or_path": str(folder), "learning_rate": 0.0, "max_steps": 1, "align_steps": None}
         again = train(**steps, **rest, llm="frozen", output_dir=str(out / "frozen"))
         torch.testing.assert_close(layer(load(again).model), layer(chat.model))
-        assert not (again / "alignment").exists()  # its projector has learned already
+        assert not (again / "alignment").exists()  # its projector is already trained
 
 
 # Training on from an adapter
@@ -130,7 +130,7 @@ def test_an_adapter_learns_on_from_where_it_is(train, adapter, lsm_dir, tmp_path
 
 @pytest.mark.parametrize("llm", ["full", "frozen"])
 def test_an_adapter_is_merged_where_none_learns(train, adapter, lsm, llm, tmp_path):
-    """By distillation, so that the LLM that reads is the merged one, too."""
+    """The objective is distillation, so the merged LLM is also the teacher."""
     output = train(model_name_or_path=str(adapter), llm=llm, objective="distill", output_dir=str(tmp_path / llm))
     start, model = load(adapter).model, load(output).model
     assert not torch.equal(layer(start), layer(lsm))
@@ -145,7 +145,7 @@ def test_another_adapter_than_the_one_that_is_there_is_refused(train, adapter, s
         train(model_name_or_path=str(adapter), llm="lora", output_dir=str(tmp_path / "other"), **{name: value})
 
 
-# Where it lies
+# Where adapters are
 
 
 def test_an_adapter_is_moved_together_with_what_it_is_for(train, whisper_dir, llm_dir, tmp_path):

@@ -1,4 +1,4 @@
-"""Which rows are learned: mixed as asked, self-powered or refused, and never silently dropped."""
+"""The training rows: mixed as requested, self-powered or refused, and never silently dropped."""
 
 from collections import Counter
 from itertools import islice
@@ -43,7 +43,7 @@ def arguments(folder, **options):
         (None, 0.5, {"intent": 4, "keyword": 6, "transcription": 5}),
         (["intent", "transcription"], 1.0, {"intent": 4, "transcription": 4}),
         (["intent"], 1.0, {"intent": 4}),
-        (None, 100.0, {"intent": 4, "keyword": 6, "transcription": 10}),  # there are no more
+        (None, 100.0, {"intent": 4, "keyword": 6, "transcription": 10}),  # the task has no more rows
         (["intent=1", "keyword=1"], None, {"intent": 4, "keyword": 4}),
         (["intent=2", "keyword"], None, {"intent": 4, "keyword": 2}),
         (["intent=1", "keyword=3"], None, {"intent": 2, "keyword": 6}),
@@ -75,12 +75,12 @@ def test_which_rows_stay_is_a_function_of_seed_and_id(tasks, ratio):
         (["transcription"], 1.0, "no row of .* is left"),
     ],
 )
-def test_mixes_that_cannot_be_are_refused_with_the_reason(tasks, ratio, message):
+def test_invalid_mixes_are_refused_with_the_reason(tasks, ratio, message):
     with pytest.raises(ValueError, match=message):
         mix(SET, tasks, ratio, seed=0)
 
 
-# Rows that are read
+# Text rows
 
 
 def test_text_rows_are_the_same_rows_without_their_clips(set_dir, processor, lsm):
@@ -131,7 +131,7 @@ def test_a_set_without_the_columns_is_refused_by_their_names(set_dir):
     ("column", "value", "message"),
     [("response", " \n", "row 'b' has an empty response"), ("duration", 0.0, "row 'b' has a clip of 0.0 s")],
 )
-def test_rows_that_nothing_can_be_learned_from_are_found_before_training(column, value, message):
+def test_rows_without_text_or_speech_are_refused_before_training(column, value, message):
     good = {"instruction": "", "transcript": "", "response": "no", "duration": 1.0}
     rows = Dataset.from_list([{"id": "a", **good}, {"id": "b", **good, column: value}])
     with pytest.raises(ValueError, match=message):
@@ -139,7 +139,7 @@ def test_rows_that_nothing_can_be_learned_from_are_found_before_training(column,
 
 
 def test_short_answers_are_rows_like_others(processor, spoken):
-    """The original code drops all of five tokens or less: every yes and no."""
+    """The original code drops all responses of five tokens or less, such as yes and no."""
     rows = [row | {"response": response} for row, response in zip(spoken, ["Yes", "no", "1", "?"], strict=True)]
     check_rows(Dataset.from_list([{**row, "audio": None, "duration": 1.0} for row in rows]))
     assert ((SpeechResponseCollator(processor)(rows)["labels"] != -100).sum(-1) >= 2).all()

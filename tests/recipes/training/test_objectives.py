@@ -1,4 +1,4 @@
-"""Learning the response, or what the LLM would say if it read."""
+"""The objectives: cross-entropy on the response, and distillation from the LLM that reads the transcript."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_chunks_of_positions_give_the_gradient_of_all_at_once(positions):
 
 
 class LargestFloat32(TorchDispatchMode):
-    """The most numbers that a float32 tensor had."""
+    """Records the size of the largest float32 tensor."""
 
     numbers = 0
 
@@ -209,7 +209,7 @@ def test_more_tokens_than_there_are_is_refused(train, lsm):
     [("frozen", {}), ("lora", {}), ("full", {"distill_top_k": 5})],
 )
 def test_a_model_that_only_reads_has_nothing_to_learn(train, losses, llm, options, monkeypatch):
-    """Teacher and student are the same LLM: given the same prompts, the divergence is zero."""
+    """Teacher and student are the same LLM, so with the same prompts, the divergence is zero."""
     monkeypatch.setattr("recipes.listening.collator.SpeechResponseCollator._audio", lambda self, rows: ({}, []))
     monkeypatch.setattr(
         "recipes.listening.collator.SpeechResponseCollator.__call__",
@@ -257,7 +257,7 @@ def test_only_a_full_training_keeps_a_second_llm(lsm_dir, llm, copies, defaults)
     ids=["response", "distill", "both"],
 )
 def test_accumulated_batches_give_the_loss_of_one(train, losses, tmp_path, options):
-    """All objectives are means over all response tokens of a step, however it is cut."""
+    """All objectives are means over all response tokens of a step, however it is divided into batches."""
     options = {**options, "train_sampling_strategy": "sequential", "max_steps": 3}
     one = train(per_device_train_batch_size=8, output_dir=str(tmp_path / "one"), **options)
     cut = train(

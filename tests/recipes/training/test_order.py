@@ -1,4 +1,4 @@
-"""In which order rows are learned."""
+"""The order of the training rows."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_every_row_comes_once_and_the_order_is_of_seed_and_epoch(costs):
 
 def test_batches_hold_rows_of_like_cost():
     def waste(costs):
-        """What padding to the most expensive row of each batch adds."""
+        """Return the share of padding, if rows are padded to the most expensive one of their batch."""
         found = batches(EpochSampler(1003, 0, costs, batch_size=8), 8)
         return sum(COSTS[rows].max() * len(rows) for rows in found) / COSTS.sum() - 1
 

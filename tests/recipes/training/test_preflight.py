@@ -1,4 +1,4 @@
-"""The preflight: what it finds before anything large is downloaded or loaded."""
+"""The preflight: its checks before anything large is downloaded or loaded."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from recipes.training.preflight import preflight
 
 @pytest.fixture
 def check(defaults, capsys, parts_of):
-    """`check(...)` is the preflight of a training: its exit code, and its lines by what they are about."""
+    """Return `check(...)`, which runs the preflight of a training and returns its exit code, and its lines by check."""
 
     def run(**options) -> tuple[int, dict[str, str]]:
         options = {**defaults, **options}
@@ -42,7 +42,7 @@ def test_two_models_are_checked_before_they_are_composed(check, whisper_dir, llm
     assert not Path(defaults["output_dir"]).exists()
 
 
-def test_what_needs_a_failed_check_is_left_out(check):
+def test_checks_that_need_a_failed_check_are_skipped(check):
     code, lines = check(model_name_or_path=None)
     assert code == 1
     assert "no model: give --model_name_or_path" in lines["model"]
@@ -74,7 +74,7 @@ def test_an_empty_response_fails_by_its_row(check, set_dir, tmp_path):
 
 
 def test_every_task_is_looked_at_wherever_its_rows_lie(check, monkeypatch):
-    """A set's files are of one task each, so the first rows of all would be of one of them."""
+    """Each file of a set has one task, so the first rows of the whole set would all have the same task."""
     monkeypatch.setattr("recipes.training.preflight.PEEKED", 1)
     assert "8 rows; of 1:" in check(tasks=["transcription"])[1]["data"]
     assert "16 rows; of 5:" in check()[1]["data"]
@@ -92,7 +92,7 @@ def test_a_targets_rate_gives_a_time(check):
 
 
 @pytest.mark.parametrize(("setting", "message"), [({"sharding": "zero9"}, "zero9"), ({"devices": 0}, "devices 0")])
-def test_targets_that_cannot_be_are_refused(setting, message):
+def test_invalid_targets_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         Target(**setting)
 
@@ -122,7 +122,7 @@ def test_a_tokenizer_of_another_llm_is_refused(processor, lsm):
         check_vocabulary(processor, embeddings, 3)
 
 
-def test_the_training_stops_there_too(train, lsm_dir, tmp_path):
+def test_a_training_with_such_a_tokenizer_is_refused(train, lsm_dir, tmp_path):
     shutil.copytree(lsm_dir, tmp_path / "mixed")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mixed")
     tokenizer.add_tokens([f"word{number}" for number in range(9)])

@@ -1,4 +1,4 @@
-"""Fine-tuning: which weights move, by which objective, and that what is saved can be loaded again."""
+"""Fine-tuning: which weights change with which objective, and that saved models can be loaded."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ from recipes.training.models import load_model
 
 
 def moved(before, after):
-    """The parts of the model that have a parameter that is not what it was, and the parts that have none."""
+    """Return the parts of the model that have a changed parameter, and the parts that have none."""
     parts = {"audio_tower", "projector", "language_model", "lm_head"}
     old, new = dict(before.named_parameters()), dict(after.named_parameters())
     changed = {part for part in parts for name in old if part in name and not torch.equal(old[name], new[name])}
@@ -32,10 +32,9 @@ def moved(before, after):
 
 
 @pytest.mark.parametrize(
-    ("llm", "trained"),
-    [("full", {"projector", "language_model", "lm_head"}), ("frozen", {"projector"})],
+    ("llm", "trained"), [("full", {"projector", "language_model", "lm_head"}), ("frozen", {"projector"})]
 )
-def test_what_moves_and_that_it_loads_again(llm, trained, train, lsm, rows):
+def test_the_right_parts_change_and_the_result_can_be_loaded(llm, trained, train, lsm, rows):
     output = train(llm=llm)
     model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).eval()
     assert moved(lsm, model)[0] == trained
@@ -62,7 +61,7 @@ def test_an_llm_that_learns_is_not_left_out(train, llm):
 
 
 def test_rows_are_of_the_prompts_that_the_processor_lays_out_now(lsm_dir, train, tmp_path):
-    """Not of those that the LSM was composed with: somebody turned the order of instruction and speech."""
+    """The order of instruction and speech was changed after the LSM was composed."""
     folder = shutil.copytree(lsm_dir, tmp_path / "turned")
     LsmProcessor.from_pretrained(lsm_dir, instruction_first=False).save_pretrained(folder)
     with pytest.raises(ValueError, match="foreign to this LSM .*template: "):
@@ -104,7 +103,7 @@ def test_a_store_of_other_clips_is_refused_before_training(train, lsm, processor
 
 
 def test_the_projector_may_learn_faster(train, lsm):
-    """Adam's first steps are as long as its rate: they show which rate a parameter learns at."""
+    """The first steps of Adam are as large as the learning rate, so they show the rate of each parameter."""
     model = AutoModelForCausalLM.from_pretrained(train(projector_learning_rate=1e-4), trust_remote_code=True)
 
     def way(part):
@@ -116,7 +115,7 @@ def test_the_projector_may_learn_faster(train, lsm):
 
 @pytest.mark.parametrize("llm", ["full", "frozen", "lora"])
 def test_checkpointing_changes_memory_not_the_training(train, llm, tmp_path):
-    """It is TRL's default. With a frozen LLM the gradient must still reach the projector through it."""
+    """Checkpointing is TRL's default. With a frozen LLM, the gradient must still reach the projector."""
     logs = []
     for checkpointing in (False, True):
         output = train(llm=llm, gradient_checkpointing=checkpointing, output_dir=str(tmp_path / str(checkpointing)))
@@ -157,7 +156,7 @@ def test_an_adapter_on_an_llm_in_four_bits(train, wide_lsm_dir):
     assert (output / "adapter_model.safetensors").exists() and not (output / "model.safetensors").exists()
 
 
-def test_what_learns_is_in_float32_and_what_does_not_as_it_is_told(lsm_dir):
+def test_weights_that_learn_are_in_float32_and_others_in_the_given_dtype(lsm_dir):
     for llm in ("full", "frozen"):
         config = ModelConfig(model_name_or_path=str(lsm_dir), dtype="bfloat16")
         model, _ = load_model(LsmScriptArguments(dataset_name="any", llm=llm), config)
@@ -179,7 +178,7 @@ def test_two_checkpoints_are_composed_once(train, whisper_dir, llm_dir, tmp_path
 def test_a_base_that_was_composed_of_something_else_is_refused(
     parts_of, defaults, whisper_dir, llm_dir, tmp_path, monkeypatch
 ):
-    """Of other settings, or of an LLM that changed in place; where it is does not matter."""
+    """This holds for other settings and for an LLM that changed in place; the path of the LLM does not matter."""
     shutil.copytree(llm_dir, tmp_path / "llm")
     monkeypatch.setattr(models, "compose", lambda audio, text, output, **composition: Path(output).mkdir(parents=True))
 
@@ -204,7 +203,7 @@ def test_every_checkpoint_can_be_loaded_as_it_is(train):
         AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 
-def test_the_card_tells_data_settings_and_curve(train):
+def test_the_card_has_data_settings_and_losses(train):
     card = (train(llm="frozen") / "README.md").read_text()
     assert "llm: frozen" in card and "| transcription | 8 |" in card and "training.png" in card
 

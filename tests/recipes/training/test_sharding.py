@@ -1,4 +1,4 @@
-"""FSDP2 on two processes of a CPU: by the model's own units, and by the recipe under accelerate's configuration."""
+"""FSDP2 with two processes on a CPU, by the model's own units and by the recipe with accelerate's configuration."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from recipes.listening.collator import SpeechResponseCollator
 
 ROOT = Path(__file__).parents[3]
 
-# Each of two processes learns from its half of a batch; sharded and whole models must see the same losses.
+# Each of two processes learns from half of a batch; sharded and whole models must have the same losses.
 SCRIPT = """
 import sys
 import torch
@@ -89,12 +89,12 @@ dist.destroy_process_group()
 def test_sharded_over_two_processes_the_losses_are_those_of_one(
     lsm_dir, plain_lsm_dir, processor, answered, tmp_path, llm, projector
 ):
-    """A frozen LLM is in bfloat16 where the projector is the paper's plain map: what a random one reads would change
-    with the rounding."""
+    """A frozen LLM is in bfloat16 only if the projector has no reader, because the output of a random reader would
+    change with rounding."""
     folder, dtype = {"reader": (lsm_dir, "float32"), "plain": (plain_lsm_dir, "bfloat16")}[projector]
     collate = SpeechResponseCollator(processor)
     heard, read = answered, [row | {"audio": None} for row in answered]
-    # in the second batch one process hears nothing
+    # in the second batch, one process has no clip
     halves = [(collate(heard[:2]), collate(heard[2:])), (collate(heard[:2]), collate(read[2:]))] * 3
     torch.save(halves, tmp_path / "batches.pt")
     (tmp_path / "script.py").write_text(SCRIPT)
