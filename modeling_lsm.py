@@ -310,8 +310,8 @@ class LsmProjector(LsmPreTrainedModel):
     def cut_windows(
         self, hidden_states: torch.Tensor, encoder_frames: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Lay the windows that hold real frames out as rows: `(windows, frames, d_audio)`, of the window and its context,
-        and their frame mask."""
+        """Lay the windows that hold real frames out as rows `(windows, frames, d_audio)`, each with its context, and
+        their frame mask."""
         window, counts = window_layout(encoder_frames, self.config.window_frames, self.config.window_mode)
         chunks, frames, width = hidden_states.shape
         most = max(counts)
@@ -593,10 +593,10 @@ def _join(
         name, revision = replacements[part], None
         try:
             if name is None and known["revision"].startswith("sha256:"):
-                name = _folder_near(source, known["model"])
+                name = str(_folder_near(source, known["model"]))
             elif name is None:
                 name, revision = known["model"], known["revision"]
-            weights |= load(str(name), config, {**hub, "revision": revision})
+            weights |= load(name, config, {**hub, "revision": revision})
         except OSError as error:
             raise OSError(
                 f"{source} is a projector for {known['model']} ({known['revision']}), which cannot be loaded: {error} "
