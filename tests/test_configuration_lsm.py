@@ -55,6 +55,10 @@ def test_roundtrip_keeps_every_field(tmp_path):
     ("settings", "message"),
     [
         ({"window_mode": "sliding"}, "window_mode"),
+        ({"context_frames": -1}, "context_frames"),
+        ({"context_frames": 4, "window_mode": "proportional"}, "context_frames"),
+        ({"sources": {"audio": {}}}, "sources"),
+        ({"projector_only": True}, "sources"),
         ({"audio_padding": "none"}, "audio_padding"),
         ({"window_frames": 0}, "window_frames"),
         ({"window_frames": 2.5}, "window_frames"),

@@ -79,6 +79,43 @@ def test_processor_and_model_count_alike(lsm_dir, lsm, processor, mode, window, 
         assert speech.shape[0] == sum(counter.num_audio_tokens(batch))
 
 
+@pytest.fixture
+def with_context(lsm):
+    """A projector whose tokens see 5 frames before and behind their windows of 8."""
+    torch.manual_seed(0)
+    settings = {"window_frames": 8, "context_frames": 5, "pieces_per_token": 0}
+    projector = LsmProjector(LsmConfig(**{**lsm.config.to_dict(), **settings})).eval()
+    for weight in projector.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return projector
+
+
+@torch.no_grad()
+def test_a_token_sees_its_context_and_no_more(with_context):
+    frames = torch.randn(1, 40, 32)
+    before = with_context(frames, [40])
+    for place, seen in {2: {0}, 11: {0, 1}, 19: {1, 2}, 30: {3, 4}}.items():  # window 1 is of the frames 8 to 15
+        changed = frames.clone()
+        changed[0, place] = torch.randn(32)
+        moved = (with_context(changed, [40]) - before).abs().amax(-1) > 1e-4
+        assert set(moved.nonzero()[:, 0].tolist()) == seen
+
+
+@torch.no_grad()
+def test_a_token_tells_what_comes_before_from_what_comes_behind(with_context):
+    frames = torch.randn(1, 18, 32)
+    assert (with_context(frames.flip(1), [18])[1] - with_context(frames, [18])[1]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_context_is_of_the_clip_alone(with_context):
+    """Neither padding nor another clip is heard."""
+    frames = 5 * torch.randn(2, 60, 32)
+    together = with_context(frames, [21, 60])
+    close(together[:3], with_context(frames[:1, :21], [21]))
+    close(together[3:], with_context(frames[1:], [60]))
+
+
 def test_only_windows_with_real_frames_run(lsm, processor, clip):
     rows = []
     handle = lsm.model.projector.qformer.register_forward_pre_hook(
