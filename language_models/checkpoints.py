@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
@@ -73,6 +74,8 @@ def open_model(
     if adapter is None:
         model, loaded = auto.from_pretrained(str(source), revision=revision, output_loading_info=True, **settings)
         refuse_missing(source, loaded["missing_keys"])
+        if settings.get("dtype", "auto") == "auto":
+            leave_float16(model)
         if settings.get("attn_implementation") is None:
             attend_fast(model)
         return model
@@ -94,6 +97,12 @@ def open_model(
     if "projector" in (adapter.get("modules_to_save") or ()):
         model.config.projector_trained = True
     return model
+
+
+def leave_float16(model: PreTrainedModel) -> None:
+    """Convert a float16 model to float32 where there is no accelerator, because CPUs multiply float16 very slowly."""
+    if model.dtype == torch.float16 and not torch.accelerator.is_available():
+        model.float()
 
 
 @contextlib.contextmanager

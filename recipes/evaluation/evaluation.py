@@ -108,7 +108,8 @@ class Evaluation:
                 some = rows[task.name]
                 if system.is_control and self.control_limit is not None:
                     some = [row for row in some if row.utterance < self.control_limit]
-                if system.slot == "transcript" and not all(row.transcript for row in some):
+                reads = system.slot == "transcript" and system.change != "recognised"
+                if reads and not all(row.transcript for row in some):
                     logger.warning("%s has rows without a transcript, so %s is left out", task.name, system.name)
                     continue
                 results[task.name, system.name] = result = self.ask(task, system, some)

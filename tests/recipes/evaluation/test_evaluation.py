@@ -422,6 +422,8 @@ def test_where_nobody_knows_what_is_said_nobody_can_read_it(scripted, corpus_dir
     assert "format has rows without a transcript, so text_llm is left out" in caplog.text
     with pytest.raises(ValueError, match="nothing could be asked"):
         Evaluation(tmp_path / "other", {"model": "good"}, [task], ["text_llm"]).run()
+    found = Evaluation(tmp_path / "cascade", {"model": "good"}, [task], ["cascade"]).run()
+    assert list(found["tasks"]["format"]["systems"]) == ["cascade"]  # it reads what its recogniser heard
 
 
 # A run that is killed, and one that is added to
