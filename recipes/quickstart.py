@@ -9,6 +9,9 @@ is first aligned with the LLM's embeddings, the LLM that reads is its teacher, a
 held-out instructions about held-out speech, of kinds that were trained and of kinds that were not. Every stage appears
 under `--output` when it is complete, and the trainings keep checkpoints, so the same command resumes an interrupted
 run.
+
+The same story with real checkpoints and any corpus is a study: `python -m recipes.study --config
+recipes/configs/quickstart_real.yaml`.
 """
 
 import argparse
@@ -39,6 +42,8 @@ def main() -> None:
     folder = Path(args.output)
     keep_caches_in(folder / ".cache")
     settings = read_yaml(args.config)
+    if "rows" in settings:
+        parser.error(f"{args.config} is a study: run python -m recipes.study --config {args.config}.")
     check_folder(folder, {**settings, "seed": args.seed, "steps": args.steps, "content": contents(settings)})
     try:
         with alone_in(folder):

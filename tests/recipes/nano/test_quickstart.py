@@ -12,8 +12,9 @@ from transformers import AutoModel, AutoProcessor
 
 from dataset_builders.files import append_lines
 from dataset_builders.nano.tasks import UNSEEN_TASKS
+from recipes import quickstart as command
 from recipes.nano import quickstart
-from recipes.nano.quickstart import LiveTable, Quickstart, Stages, check_folder, run_trainings
+from recipes.nano.quickstart import CONFIGS, LiveTable, Quickstart, Stages, check_folder, run_trainings
 from recipes.nano.report import COMPARED, LABELS, table
 from recipes.reporting.markdown import percent
 from recipes.training.callbacks import FOLLOWING, LOG
@@ -160,3 +161,11 @@ def test_the_table_has_a_row_per_model_and_dashes_for_missing_figures():
     assert "| 50.0 % | – | – | – | – | 25.0 % |" in text
     assert "vanilla" not in text
     assert percent(None) == "–"
+
+
+def test_a_study_is_no_quickstart_and_the_error_names_its_command(tmp_path, monkeypatch, capsys):
+    config = CONFIGS / "quickstart_real.yaml"
+    monkeypatch.setattr(sys, "argv", ["quickstart", "--config", str(config), "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert f"is a study: run python -m recipes.study --config {config}" in " ".join(capsys.readouterr().err.split())

@@ -18,6 +18,7 @@ from recipes.studies.study import Job, cell, jobs_of, overrides, read, record_of
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 
 CONFIG = Path(study.__file__).parents[1] / "configs" / "study.yaml"
+REAL = CONFIG.with_name("quickstart_real.yaml")
 
 
 def metric(value, spread=0.1):
@@ -94,6 +95,20 @@ def test_a_configuration_with_other_keys_is_refused(tmp_path):
         read(tmp_path / "study.yaml")
 
 
+def test_values_are_named_in_the_configuration_and_replaced_on_the_command_line(tmp_path):
+    content = {**STUDY, "values": {"llm": "hub/llm", "clips": 400}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    assert read(tmp_path / "study.yaml")["values"] == {"llm": "hub/llm", "clips": 400}
+    assert read(tmp_path / "study.yaml", {"llm": "here"})["values"] == {"llm": "here", "clips": 400}
+    with pytest.raises(ValueError, match=r"has no value 'lm'; its values are clips, llm"):
+        read(tmp_path / "study.yaml", {"lm": "here"})
+    base = {**BASE, "compose": {"run": "python -m compose", "text": "{llm}", "seed": "{seed}"}}
+    jobs = jobs_of({**content, "base": base}, ["ours"], (), Path("out"))
+    assert jobs[0].stages["compose"].command[3:7] == ("--text", "hub/llm", "--seed", "0")
+    with pytest.raises(ValueError, match="'compose' is the name of a stage and of a value"):
+        jobs_of({**content, "values": {"compose": "x"}}, ["ours"], (), Path("out"))
+
+
 BASE = {
     "compose": {"run": "python -m compose", "seed": "{seed}"},
     "sft": {"run": "python -m sft", "model": "{compose}"},
@@ -124,19 +139,20 @@ def test_a_row_that_cannot_be_planned_is_named():
         jobs_of({**STUDY, "rows": rows}, (), (), Path("out"))
 
 
-# The configuration of `make study`
+# The configurations that come with the package
 
 
-def nano_commands() -> dict[str, tuple[str, ...]]:
-    """One command for each set of options that the study's stages have; outputs and inputs count for nothing."""
-    found = {}
-    for job in jobs_of(read(CONFIG), (), [0], Path("out")):
+def configured_commands() -> dict[str, tuple[str, ...]]:
+    """One command for each set of options that the stages have; outputs and inputs count for nothing."""
+    found: dict[str, tuple[str, ...]] = {}
+    jobs = [job for config in (CONFIG, REAL) for job in jobs_of(read(config), (), [0], Path("out"))]
+    for job in jobs:
         for stage in job.stages.values():
             found[" ".join(word for word in stage.command if not word.startswith("out/"))] = stage.command
     return found
 
 
-@pytest.mark.parametrize("command", nano_commands().values(), ids=lambda command: command[2])
+@pytest.mark.parametrize("command", configured_commands().values(), ids=lambda command: command[2])
 def test_every_option_of_the_study_is_known_to_its_recipe(command, monkeypatch):
     python, dash_m, module, *words = command
     assert (python, dash_m) == ("python", "-m")
@@ -156,6 +172,14 @@ def test_every_option_of_the_study_is_known_to_its_recipe(command, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     with pytest.raises(ParsedError):
         importlib.import_module(module).main()
+
+
+def test_the_study_of_real_checkpoints_has_nothing_of_nano_and_encodes_and_answers_once():
+    assert "nano" not in REAL.read_text()
+    jobs = {job.row: job.stages for job in jobs_of(read(REAL), (), (), Path("out"))}
+    assert len({(stages["features"], stages["base"]) for stages in jobs.values()}) == 1
+    assert jobs["ours"]["set"] == jobs["paper"]["set"] == jobs["vanilla"]["set"]
+    assert jobs["ours"]["align"] == jobs["aligned"]["align"] and "align" not in jobs["paper"]
 
 
 def test_the_nano_study_makes_what_its_rows_have_in_common_once():
