@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset_builders.files import read_lines, read_yaml, write_whole
+from recipes.evaluation.metrics import FIGURES
 from recipes.evaluation.tables import main_figure
 from recipes.reporting.figures import plot_study
 from recipes.reporting.markdown import to_markdown
@@ -43,9 +44,10 @@ COUNTS = ("steps", "seconds")  # all others are shares
 NOTE = (
     "The figures are means over seeds. The brackets go from the lowest to the highest end of the seeds' 95 % intervals "
     "(resampling questions), or from the lowest to the highest number of steps or seconds. Text kept is the change of "
-    "the share of right answers from the transcript, relative to the text LLM. Steps to 90 % are steps of the last "
-    "training until the following rate on the validation clips reached 90 % of the text LLM's; `k of n` means that "
-    "only k of n seeds did. Training is the seconds of all trainings, with {workers} commands at the same time. "
+    "the share of right answers from the transcript, relative to the text LLM. Where nobody knows the right answers, "
+    "the agreement with the text LLM's answers (chrF) stands for the share of right ones. Steps to 90 % are steps of "
+    "the last training until the following rate on the validation clips reached 90 % of the text LLM's; `k of n` means "
+    "that only k of n seeds did. Training is the seconds of all trainings, with {workers} commands at the same time. "
     "Silence, other clip and other instruction are controls, where a model that listens and follows must fail."
 )
 
@@ -164,7 +166,7 @@ def record_of(job: Job, folder: Path, trained: str, unseen: str) -> dict:
         **{name: values[name] for name in (*RESULTS, *BESIDE)},
         "intervals": {name: [metric["low"], metric["high"]] for name, metric in metrics.items() if metric},
         "parts": {
-            kind: part["figures"].get("right", {}).get("value")
+            kind: (share(part["figures"], "right") or share(part["figures"], "agreement") or {}).get("value")
             for system in systems
             for kind, part in system.get("parts", {}).items()
         },
@@ -179,7 +181,7 @@ def metrics_of(trained: Mapping, unseen: Mapping) -> dict[str, dict | None]:
     def figure(task: Mapping, system: str, name: str | None = None, part: str | None = None) -> dict | None:
         scored = task["systems"].get(system, {})
         figures = (scored.get("parts", {}).get(part, scored) if part else scored).get("figures", {})
-        return figures.get(name or main_figure(figures))
+        return share(figures, name or main_figure(figures))
 
     def both(name: str, system: str, which: str | None = None) -> dict[str, dict | None]:
         return {name: figure(trained, system, which), f"unseen_{name}": figure(unseen, system, which)}
@@ -188,7 +190,8 @@ def metrics_of(trained: Mapping, unseen: Mapping) -> dict[str, dict | None]:
     return {
         "trained": figure(trained, "model"),
         "unseen": figure(unseen, "model"),
-        "text_kept": trained["comparisons"].get("text_kept"),
+        "text_kept": trained["comparisons"].get("text_kept")
+        or _less_than_all(figure(trained, "model_reading", "agreement")),
         "wer": figure(trained, "model", "wer", "transcription"),
         "cascade_wer": figure(trained, "cascade", "wer", "transcription"),
         **both("copies", "model", "transcript_copy"),
@@ -196,6 +199,19 @@ def metrics_of(trained: Mapping, unseen: Mapping) -> dict[str, dict | None]:
         **both("cascade", "cascade"),
         **controls,
     }
+
+
+def share(figures: Mapping, name: str | None) -> dict[str, float] | None:
+    """Return a figure with its interval as a share of 1, also if it goes to 100; None if it is missing."""
+    if name is None or name not in figures:
+        return None
+    scale = 1.0 if FIGURES[name].is_fraction else 0.01
+    return {key: scale * figures[name][key] for key in ("value", "low", "high")}
+
+
+def _less_than_all(agreement: dict | None) -> dict | None:
+    """Return an agreement with the text LLM as a change: 0 is the same answers. None stays None."""
+    return agreement and {key: value - 1 for key, value in agreement.items()}
 
 
 def summary(records: Sequence[dict], name: str) -> dict | None:

@@ -14,7 +14,7 @@ from recipes import align
 from recipes import study as command
 from recipes.studies import stages, study
 from recipes.studies.stages import Stage
-from recipes.studies.study import Job, cell, jobs_of, overrides, read, record_of, summary
+from recipes.studies.study import Job, cell, jobs_of, metrics_of, overrides, read, record_of, summary
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
 
 CONFIG = Path(study.__file__).parents[1] / "configs" / "study.yaml"
@@ -41,6 +41,17 @@ def results(following=0.9, questions=0.8, wer=0.02, text_llm=1.0) -> dict:
         "nano_unseen": {"systems": unseen, "comparisons": {}},
     }
     return {"tasks": tasks}
+
+
+def test_agreement_stands_in_where_nobody_knows_what_is_right():
+    def system(chrf):
+        figures = {"agreement": {"value": chrf, "low": chrf - 1, "high": chrf + 1}}
+        return {"figures": figures | {"transcript_copy": metric(0.1)}}
+
+    task = {"systems": {"model": system(62.0), "model_reading": system(97.0)}, "comparisons": {}}
+    figures = metrics_of(task, task)
+    assert figures["trained"] == {"value": 0.62, "low": 0.61, "high": 0.63}
+    assert figures["text_kept"]["value"] == pytest.approx(-0.03)
 
 
 @pytest.fixture
