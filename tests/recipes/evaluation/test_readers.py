@@ -317,7 +317,7 @@ def test_boolq_asks_of_a_written_passage(tmp_path):
 
 def test_yes_and_no_may_be_said_otherwise_but_not_be_something_else(tmp_path):
     assert facts(asked("boolq", boolq(tmp_path / "a", "True", "no")), "references") == [["yes"], ["no"]]
-    with pytest.raises(ValueError, match="task 'boolq', row 0: 'perhaps' says neither yes nor no"):
+    with pytest.raises(ValueError, match="task 'boolq', row 0: 'perhaps' means neither yes nor no"):
         asked("boolq", boolq(tmp_path / "b", "perhaps"))
 
 
@@ -403,7 +403,7 @@ def test_options_that_are_the_same_for_all_rows_are_labels(tmp_path):
     lines = [{"audio": "a.wav", "transcript": "hm", "answer": answer} for answer in ("the dog", "a", "B")]
     place = write(tmp_path, {"asr.jsonl": json_lines(*lines), "a.wav": clip(1)}) / "asr.jsonl"
     (tmp_path / "mine.yaml").write_text(json.dumps({"tasks": {"mine": block}}))
-    with pytest.raises(ValueError, match="'a' is no option; expected the name, text or number of one of .*'the cat'"):
+    with pytest.raises(ValueError, match="'a' is not an option; expected the name, text or number of one of .*'the cat'"):
         read_rows(override(load_tasks(tmp_path / "mine.yaml")["mine"], {"corpus": str(place)}))
     lines[1:] = [lines[1] | {"answer": "0", "id": "1"}]
     write(tmp_path, {"asr.jsonl": json_lines(*lines)})
@@ -432,7 +432,7 @@ def test_options_may_stand_in_a_column(tmp_path, choices, answer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"answer": "C", "choices": ["a", "b"]}, "'C' is no option; expected the name, text or number of one of"),
+        ({"answer": "C", "choices": ["a", "b"]}, "'C' is not an option; expected the name, text or number of one of"),
         ({"answer": "A", "choices": ["a"]}, r"'choices' is \['a'\]; expected a list of two options or more"),
         ({"answer": "A"}, "no column 'choices' with options; there are"),
     ],
@@ -481,7 +481,7 @@ def test_a_label_that_is_none_is_named(tmp_path):
     files = {"t.yaml": json.dumps({"tasks": {"mood": task}}), "a.jsonl": json_lines(line), "a.wav": clip(1)}
     write(tmp_path, files)
     with pytest.raises(
-        ValueError, match=r"task 'mood', a.jsonl line 1: 'so-so' is no label; expected one of \['good', "
+        ValueError, match=r"task 'mood', a.jsonl line 1: 'so-so' is not a label; expected one of \['good', "
     ):
         read_rows(load_tasks(tmp_path / "t.yaml")["mood"])
 
