@@ -449,19 +449,19 @@ def test_options_that_are_none_are_refused(tmp_path, row, message):
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.data.corpus is None])
 def test_a_corpus_without_a_home_says_what_to_name(name):
-    with pytest.raises(ValueError, match=f"task '{name}': no corpus is named; it is .*--data {name}=PATH"):
+    with pytest.raises(ValueError, match=f"task '{name}': no corpus is named; expected .*--data {name}=PATH"):
         read_rows(TASKS[name])
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="task 'slurp_intent': .*gone.jsonl is no file; expected dataset/slurp/test"):
+    with pytest.raises(ValueError, match="task 'slurp_intent': .*gone.jsonl is not a file; expected dataset/slurp/test"):
         asked("slurp_intent", tmp_path / "gone.jsonl")
 
 
 def test_a_reference_that_is_missing_or_empty_is_named_with_its_row(tmp_path):
     line = {"audio": "a.wav", "transcript": "play jazz", "id": "u", "intent": " "}
     place = write(tmp_path, {"test.jsonl": json_lines(line), "a.wav": clip(1)}) / "test.jsonl"
-    with pytest.raises(ValueError, match="test.jsonl line 1: nothing stands in 'intent'; expected a text"):
+    with pytest.raises(ValueError, match="test.jsonl line 1: 'intent' is empty; expected a text"):
         asked("snips_intent", place, reader="")
     with pytest.raises(
         ValueError, match=r"line 1: no column 'goal'; there are \['audio', 'id', 'intent', 'transcript'\]"
