@@ -151,8 +151,8 @@ def hearing(model) -> dict:
 
 
 def _read_clips(folder: Path) -> tuple[dict, dict[str, tuple[int, int, int]]]:
-    """What heard them, and the first frame, the frames and the samples of every clip by its key. A line that a killed
-    build tore is no line, and neither is one whose frames are not there."""
+    """Return the line about the encoder; and first frame, number of frames and number of samples of each clip by its
+    key. Lines that a killed build left incomplete are ignored, and so are clips without frames in the file."""
     heard_by, *lines = read_lines(folder / CLIPS) or [{}]
     clips, start = {}, 0
     there = (folder / FRAMES).stat().st_size // (2 * heard_by["width"]) if heard_by else 0
@@ -165,8 +165,8 @@ def _read_clips(folder: Path) -> tuple[dict, dict[str, tuple[int, int, int]]]:
 
 
 def _write(folder: Path, known, heard_by: dict, model, processor: LsmProcessor, audio: Iterable[dict], batch_size: int):
-    """Encode the clips, sorted by length within spans of limited size, so that memory does not grow with the set. What
-    a killed build with the same encoder has written is kept."""
+    """Write the store. Clips are sorted by length within spans of limited size, so that memory does not grow with the
+    set. The clips of an interrupted build with the same encoder are kept."""
     clips: dict[str, tuple[int, int, int]] = {}
     if (folder / FRAMES).exists():
         before, clips = _read_clips(folder)
@@ -233,8 +233,8 @@ def _encode(file, clips: dict, span: dict[str, np.ndarray], model, processor: Ls
 
 
 def store_features(folder: str | None, dataset, model, processor) -> tuple[AudioFeatureStore | None, object]:
-    """Store the tower's output for all clips. Returns the store and the rows with `audio_key` instead of `audio`;
-    without a folder, None and the unchanged rows."""
+    """Store the tower's output for all clips, and return the store and the rows with `audio_key` instead of `audio`. If
+    `folder` is None, return None and the unchanged rows."""
     if folder is None:
         return None, dataset
     rows = dataset.select_columns(sorted({"id", "audio"} & set(dataset.column_names)))
