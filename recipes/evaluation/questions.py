@@ -37,7 +37,7 @@ def read_rows(
     if limit is not None and limit < 1:
         raise ValueError(f"{limit=} must be 1 or more.")
     pool = load_pool(task.pool) if pool is None else pool
-    told = f"--data {task.name}=PATH names the corpus, and --data {task.name}.columns.audio=COLUMN names a column"
+    told = f"here, --data {task.name}=PATH names the corpus, and --data {task.name}.columns.audio=COLUMN a column"
     try:
         source = open_data(task.data)
     except ValueError as error:

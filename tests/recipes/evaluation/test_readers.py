@@ -403,7 +403,9 @@ def test_options_that_are_the_same_for_all_rows_are_labels(tmp_path):
     lines = [{"audio": "a.wav", "transcript": "hm", "answer": answer} for answer in ("the dog", "a", "B")]
     place = write(tmp_path, {"asr.jsonl": json_lines(*lines), "a.wav": clip(1)}) / "asr.jsonl"
     (tmp_path / "mine.yaml").write_text(json.dumps({"tasks": {"mine": block}}))
-    with pytest.raises(ValueError, match="'a' is not an option; expected the name, text or number of one of .*'the cat'"):
+    with pytest.raises(
+        ValueError, match="'a' is not an option; expected the name, text or number of one of .*'the cat'"
+    ):
         read_rows(override(load_tasks(tmp_path / "mine.yaml")["mine"], {"corpus": str(place)}))
     lines[1:] = [lines[1] | {"answer": "0", "id": "1"}]
     write(tmp_path, {"asr.jsonl": json_lines(*lines)})
@@ -454,7 +456,9 @@ def test_a_corpus_without_a_home_says_what_to_name(name):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="task 'slurp_intent': .*gone.jsonl is not a file; expected dataset/slurp/test"):
+    with pytest.raises(
+        ValueError, match="task 'slurp_intent': .*gone.jsonl is not a file; expected dataset/slurp/test"
+    ):
         asked("slurp_intent", tmp_path / "gone.jsonl")
 
 
