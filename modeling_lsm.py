@@ -180,18 +180,18 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
         batch, queries = hidden_states.shape[:2]
         heads, size = self.num_attention_heads, self.attention_head_size
         by_head = (self.query(hidden_states) * self.scaling).view(batch * queries, heads, size).transpose(0, 1)
-        asked = by_head @ self.key.weight.view(heads, size, width)
-        asked = asked.transpose(0, 1).reshape(batch, queries * heads, width)
+        projected = by_head @ self.key.weight.view(heads, size, width)
+        projected = projected.transpose(0, 1).reshape(batch, queries * heads, width)
         biases = (by_head * self.key.bias.view(heads, 1, size)).sum(-1)  # no effect on a softmax, but a gradient
-        scores = asked @ frames.transpose(1, 2) + biases.transpose(0, 1).reshape(batch, queries * heads, 1)
+        scores = projected @ frames.transpose(1, 2) + biases.transpose(0, 1).reshape(batch, queries * heads, 1)
         if mask is not None:
             mask = mask[:, 0, :1]
             scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -torch.inf)
         weights = nn.functional.dropout(scores.softmax(-1), self.attention_dropout, self.training)
-        read = (weights.to(frames.dtype) @ frames).view(windows * queries, heads, width).transpose(0, 1)
-        found = (read @ self.value.weight.view(heads, size, width).transpose(1, 2)).transpose(0, 1)
-        found = found + self.value.bias.view(heads, size) * weights.sum(-1).view(windows * queries, heads, 1)
-        return found.reshape(windows, queries, heads * size).to(hidden_states.dtype), None
+        sums = (weights.to(frames.dtype) @ frames).view(windows * queries, heads, width).transpose(0, 1)
+        output = (sums @ self.value.weight.view(heads, size, width).transpose(1, 2)).transpose(0, 1)
+        output = output + self.value.bias.view(heads, size) * weights.sum(-1).view(windows * queries, heads, 1)
+        return output.reshape(windows, queries, heads * size).to(hidden_states.dtype), None
 
     def _has_weights_at(self, frames: torch.Tensor) -> bool:
         """Return whether the key and value weights are plain matrices on the device of `frames`: without adapter,
@@ -258,13 +258,13 @@ class LsmReader(nn.Module):
         """
         ids, mean = self._search(speech, embeddings)
         pieces = embeddings(ids).to(speech)  # dtype and device: with a device map, the LLM may be elsewhere
-        chances = self.logits(speech, pieces).softmax(-1)
-        blank, is_blank = chances[:, :1], chances[:, 0] > 0.5
+        probabilities = self.logits(speech, pieces).softmax(-1)
+        blank, is_blank = probabilities[:, :1], probabilities[:, 0] > 0.5
         # Blanks get no words, because LLMs normalise their input, which would amplify even improbable words.
-        words = (chances[:, None, 1:] @ pieces.to(chances))[:, 0].masked_fill(is_blank[:, None], 0.0)
-        heard = words + blank * (mean + self.gate * nn.functional.normalize(speech, dim=-1))
+        words = (probabilities[:, None, 1:] @ pieces.to(probabilities))[:, 0].masked_fill(is_blank[:, None], 0.0)
+        output = words + blank * (mean + self.gate * nn.functional.normalize(speech, dim=-1))
         chunk = torch.arange(len(num_tokens)).repeat_interleave(torch.tensor(num_tokens)).to(speech.device)
-        return heard[(2 * chunk + is_blank).argsort(stable=True)].to(speech.dtype)
+        return output[(2 * chunk + is_blank).argsort(stable=True)].to(speech.dtype)
 
     @torch.no_grad()
     def _search(self, speech: torch.Tensor, embeddings: Callable) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,9 +275,9 @@ class LsmReader(nn.Module):
         scores, ids = speech.new_empty(len(speech), 0), torch.empty(len(speech), 0, dtype=torch.long, device=device)
         vocabulary, total = self.config.text_config.vocab_size, 0.0
         for chunk in torch.arange(vocabulary, device=device).split(VOCABULARY_CHUNK):
-            known = embeddings(chunk).to(speech)
-            total = total + known.sum(0, dtype=torch.promote_types(known.dtype, torch.float32))
-            cosines = speech @ nn.functional.normalize(known, dim=-1).T
+            vectors = embeddings(chunk).to(speech)
+            total = total + vectors.sum(0, dtype=torch.promote_types(vectors.dtype, torch.float32))
+            cosines = speech @ nn.functional.normalize(vectors, dim=-1).T
             cosines = cosines.masked_fill(torch.isin(chunk, never), -torch.inf)
             scores, ids = torch.cat([scores, cosines], 1), torch.cat([ids, chunk.expand(len(speech), -1)], 1)
             scores, kept = scores.topk(min(self.config.pieces_per_token, scores.shape[1]))
@@ -358,13 +358,13 @@ class LsmProjector(LsmPreTrainedModel):
         if self.config.context_frames:
             windows = windows + self.frame_positions
         # Before the cross-attention, the queries are the same for all windows, so one copy is enough.
-        read = self.qformer(
+        output = self.qformer(
             query_embeds=self.queries[None],
             encoder_hidden_states=windows,
             encoder_attention_mask=mask,
             return_dict=True,
         )
-        speech = self.linear(read.last_hidden_state).flatten(0, 1)
+        speech = self.linear(output.last_hidden_state).flatten(0, 1)
         if embeddings is None or not self.config.pieces_per_token:
             return speech
         return self.reader(speech, embeddings, num_audio_tokens(encoder_frames, **self.config.windowing))
@@ -384,8 +384,8 @@ class LsmModel(LsmPreTrainedModel):
     def _layer_classes(self) -> set[str]:
         """Return the names of the layer classes that FSDP wraps and `device_map` does not split. transformers would add
         names of classes that the model does not contain, such as Whisper's decoder layers, which accelerate refuses."""
-        known = {*LsmPreTrainedModel._no_split_modules, *(self.language_model._no_split_modules or ())}
-        return known & {type(module).__name__ for module in self.modules()}
+        names = {*LsmPreTrainedModel._no_split_modules, *(self.language_model._no_split_modules or ())}
+        return names & {type(module).__name__ for module in self.modules()}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -459,12 +459,12 @@ class LsmModel(LsmPreTrainedModel):
     def _speech(self, input_features, input_features_mask, audio_hidden_states, audio_embeds) -> torch.Tensor | None:
         """Return the speech embeddings `(total_tokens, hidden)` from one of the inputs; None without audio."""
         sources = (input_features, audio_hidden_states, audio_embeds)
-        if (given := sum(source is not None for source in sources)) > 1:
+        if (count := sum(source is not None for source in sources)) > 1:
             raise ValueError(
                 "Give exactly one of `input_features`, `audio_hidden_states` and `audio_embeds`, or none of them; got "
-                f"{given}."
+                f"{count}."
             )
-        if not given or audio_embeds is not None:
+        if not count or audio_embeds is not None:
             return audio_embeds
         return self.get_audio_features(input_features, input_features_mask, audio_hidden_states).pooler_output
 
@@ -483,7 +483,7 @@ class LsmModel(LsmPreTrainedModel):
             return
         padded = attention_mask is not None and attention_mask.ndim == 2
         lengths = attention_mask.sum(-1) if padded else torch.full((batch,), past + length)
-        tokens, row = (int(found) for found in lengths.max(0))
+        tokens, row = (int(value) for value in lengths.max(0))
         if tokens <= positions:
             return
         speech = int((prompt[row] == self.config.audio_token_id).sum()) if prompt.ndim == 2 else 0
@@ -506,10 +506,10 @@ class LsmModel(LsmPreTrainedModel):
             return inputs_embeds
         placeholders = input_ids == self.config.audio_token_id
         expected = int(placeholders.sum()) if self.config.audio_token_id is not None else 0
-        found = 0 if speech is None else speech.shape[0]
-        if expected != found:
+        actual = 0 if speech is None else speech.shape[0]
+        if expected != actual:
             raise ValueError(
-                f"The prompt has {expected} audio placeholder tokens, but the audio has {found} embeddings."
+                f"The prompt has {expected} audio placeholder tokens, but the audio has {actual} embeddings."
             )
         if speech is None:
             return inputs_embeds + self._run_on_silence() if self.training and not generating else inputs_embeds
@@ -601,24 +601,24 @@ def _join(
     place = {name: options[name] for name in ("revision", "subfolder") if options.get(name)}
     weights = load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub, **place))
     for part, load in {"audio": _load_tower, "text": _load_llm}.items():
-        known = config.sources[part]
+        origin = config.sources[part]
         name, revision = replacements[part], None
         try:
-            if name is None and known["revision"].startswith("sha256:"):
-                name = str(_folder_near(source, known["model"]))
+            if name is None and origin["revision"].startswith("sha256:"):
+                name = str(_folder_near(source, origin["model"]))
             elif name is None:
-                name, revision = known["model"], known["revision"]
+                name, revision = origin["model"], origin["revision"]
             weights |= load(name, config, {**hub, "revision": revision})
         except OSError as error:
             raise OSError(
-                f"{source} is a projector for {known['model']} ({known['revision']}), which cannot be loaded: {error} "
-                f"Download it, put its folder next to the projector's, or name it with `{part}_model=FOLDER`."
+                f"{source} is a projector for {origin['model']} ({origin['revision']}), which cannot be loaded: {error}"
+                f" Download it, put its folder next to the projector's, or name it with `{part}_model=FOLDER`."
             ) from error
         content = content_of(weights, part, config.dtype or torch.float32)
-        if content != known["content"] and not allow_other_weights:
+        if content != origin["content"] and not allow_other_weights:
             raise ValueError(
-                f"{source} is a projector for {known['model']} ({known['revision']}, weights {known['content']}), but "
-                f"{name} has other weights ({content}): name the right ones with `{part}_model=...`, or pass "
+                f"{source} is a projector for {origin['model']} ({origin['revision']}, weights {origin['content']}), "
+                f"but {name} has other weights ({content}): name the right ones with `{part}_model=...`, or pass "
                 "`allow_other_weights=True`."
             )
     return weights
@@ -632,9 +632,9 @@ def _folder_near(source, name: str) -> Path:
     """
     folder = Path(source).resolve()
     places = [near / name for near in (folder, *folder.parents[:2])] if folder.is_dir() else []
-    if not (found := [place for place in places if place.is_dir()]):
+    if not (existing := [place for place in places if place.is_dir()]):
         raise FileNotFoundError(f"there is no folder {name}.")
-    return found[0]
+    return existing[0]
 
 
 def _load_tower(source: str, config: LsmConfig, options: dict) -> dict[str, torch.Tensor]:
@@ -649,11 +649,11 @@ def _load_llm(source: str, config: LsmConfig, options: dict) -> dict[str, torch.
     modules = dict(zip(PARTS["text"], (llm.get_decoder(), llm.get_output_embeddings()), strict=True))
     weights = {begin + name: value for begin, module in modules.items() for name, value in module.state_dict().items()}
     # The audio placeholder may have an additional row, which is 0 as in `recipes/compose.py`.
-    rows, known = config.text_config.vocab_size, llm.get_input_embeddings().num_embeddings
+    rows, loaded_rows = config.text_config.vocab_size, llm.get_input_embeddings().num_embeddings
     tables = {llm.get_input_embeddings().weight.data_ptr(), llm.get_output_embeddings().weight.data_ptr()}
     for name, value in weights.items():
-        if rows > known and (value.data_ptr() in tables or name == "lm_head.bias"):
-            weights[name] = nn.functional.pad(value, (0, 0) * (value.ndim - 1) + (0, rows - known))
+        if rows > loaded_rows and (value.data_ptr() in tables or name == "lm_head.bias"):
+            weights[name] = nn.functional.pad(value, (0, 0) * (value.ndim - 1) + (0, rows - loaded_rows))
     return weights
 
 

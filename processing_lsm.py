@@ -151,8 +151,8 @@ def _to_array(source) -> np.ndarray:
     except ValueError as error:
         raise ValueError(f"The audio is not a regular array: {error}") from error
     if array.dtype.kind not in "iuf":
-        given = f"a dict of {list(source)}" if isinstance(source, dict) else type(source).__name__
-        raise ValueError(f"Audio must be numbers, a path, a URL, a file or its bytes; got {given}.")
+        kind = f"a dict of {list(source)}" if isinstance(source, dict) else type(source).__name__
+        raise ValueError(f"Audio must be numbers, a path, a URL, a file or its bytes; got {kind}.")
     return array
 
 
@@ -211,7 +211,7 @@ def special_tokens(tokenizer) -> re.Pattern:
 def as_text(text: str, special: re.Pattern) -> str:
     """Return the text with a [`BREAK`] in each special token that `special` finds."""
     while special.search(text):  # repeatedly, because names may overlap
-        text = special.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
+        text = special.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
     return text
 
 
@@ -379,8 +379,8 @@ class LsmProcessor(ProcessorMixin):
 
     def _as_text(self, message: dict) -> dict:
         """Return a message or part in which special tokens in texts are plain text."""
-        known = ((key, value) for key, value in message.items() if key in TEXTS and isinstance(value, str))
-        texts: dict = {key: self.as_text(value) for key, value in known}
+        items = ((key, value) for key, value in message.items() if key in TEXTS and isinstance(value, str))
+        texts: dict = {key: self.as_text(value) for key, value in items}
         if isinstance(message.get("content"), (list, tuple)):
             texts["content"] = [self._as_text(part) for part in message["content"]]
         return message | texts
@@ -401,7 +401,7 @@ class LsmProcessor(ProcessorMixin):
         source = next((part[key] for key in ("audio", "url", "path") if part.get(key) is not None), None)
         if source is None:
             raise ValueError('An audio part needs its clip under "audio", "url" or "path".')
-        if _is_heard(source):
+        if _is_encoded(source):
             return {"type": "audio", "audio": _box(source)}
         sampling_rate = part.get("sampling_rate", sampling_rate)
         return {"type": "audio", "audio": load_audio(source, sampling_rate, self.feature_extractor.sampling_rate)}
@@ -430,13 +430,13 @@ class LsmProcessor(ProcessorMixin):
         """
         sampling_rate, kwargs = _keywords(sampling_rate, kwargs)
         clips = [] if audio is None else _as_clips(audio)
-        heard = sum(map(_is_heard, clips))
-        if heard not in (0, len(clips)):
-            raise ValueError(f"{heard} of {len(clips)} clips are already encoded: encode all of them, or none.")
+        encoded = sum(map(_is_encoded, clips))
+        if encoded not in (0, len(clips)):
+            raise ValueError(f"{encoded} of {len(clips)} clips are already encoded: encode all of them, or none.")
         rate = self.feature_extractor.sampling_rate
-        clips = [_box(clip) if heard else load_audio(clip, sampling_rate, rate) for clip in clips]
+        clips = [_box(clip) if encoded else load_audio(clip, sampling_rate, rate) for clip in clips]
         if text is None:
-            if heard or not clips:
+            if encoded or not clips:
                 raise ValueError("Neither `text` nor `audio` is given; give at least one of them.")
             if unused := set(kwargs) - {"return_tensors"}:
                 raise ValueError(f"Without text, {_listed(unused)} would have no effect: leave it out, or give `text`.")
@@ -444,10 +444,13 @@ class LsmProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("The batch is empty; expected at least one prompt.")
-        placeholders = sum(prompt.count(self.audio_token) for prompt in texts)
-        if placeholders != len(clips):
-            raise ValueError(f"The text has {placeholders} {self.audio_token} placeholders for {len(clips)} clips.")
+        self._check_placeholders(texts, len(clips))
         return super().__call__(text=texts, audio=clips or None, **kwargs)
+
+    def _check_placeholders(self, texts: list[str], clips: int) -> None:
+        placeholders = sum(text.count(self.audio_token) for text in texts)
+        if placeholders != clips:
+            raise ValueError(f"The text has {placeholders} {self.audio_token} placeholders for {clips} clips.")
 
     def chunk_lengths(self, num_samples: int) -> list[int]:
         """Return the numbers of samples of a clip's chunks, which are at most 30 s long."""
@@ -479,9 +482,7 @@ class LsmProcessor(ProcessorMixin):
         Raises:
             ValueError: the numbers of placeholders and clips differ.
         """
-        found = sum(text.count(self.audio_token) for text in texts)
-        if found != len(num_samples):
-            raise ValueError(f"The text has {found} {self.audio_token} placeholders for {len(num_samples)} clips.")
+        self._check_placeholders(texts, len(num_samples))
         counts = iter(self.num_audio_tokens(num_samples) if num_samples else [])
         expanded = []
         for text in texts:
@@ -515,9 +516,9 @@ class LsmProcessor(ProcessorMixin):
 
     def _process_audio(self, audio, **kwargs):
         if audio[0].dtype == object:
-            heard = [_unbox(clip) for clip in audio]
-            embeds = torch.cat([clip.pooler_output for clip in heard])
-            return {"audio_embeds": embeds}, [self.audio_token * int(clip.num_tokens.sum()) for clip in heard]
+            outputs = [_unbox(clip) for clip in audio]
+            embeds = torch.cat([clip.pooler_output for clip in outputs])
+            return {"audio_embeds": embeds}, [self.audio_token * int(clip.num_tokens.sum()) for clip in outputs]
         counts = self.num_audio_tokens([len(clip) for clip in audio])
         return self.audio_features(audio), [self.audio_token * count for count in counts]
 
@@ -536,19 +537,19 @@ def _keywords(sampling_rate: int | None, keywords: dict) -> tuple[int | None, di
     nested = {"text_kwargs": TEXT_KEYWORDS, "audio_kwargs": {"sampling_rate"}, "common_kwargs": either}
     flat = {name: value for name, value in keywords.items() if name not in nested}
     groups = [({"sampling_rate": sampling_rate}, either), (flat, either)]
-    given, unused = {}, set()
+    values, unused = {}, set()
     for group, names in groups + [(keywords.get(name) or {}, names) for name, names in nested.items()]:
         for name, value in group.items():
             if value is not None and name not in names:
                 unused.add(name)
-            elif value is not None and given.setdefault(name, value) != value:
-                raise ValueError(f"`{name}` has two values: {given[name]!r} and {value!r}.")
+            elif value is not None and values.setdefault(name, value) != value:
+                raise ValueError(f"`{name}` has two values: {values[name]!r} and {value!r}.")
     if unused:
         raise ValueError(
             f"{_listed(unused)} would have no effect. An LSM takes `sampling_rate`, also within `audio_kwargs`, the "
             "keywords of its tokenizer, also within `text_kwargs`, and the variables of its chat template."
         )
-    return given.pop("sampling_rate", None), given
+    return values.pop("sampling_rate", None), values
 
 
 def _listed(names) -> str:
@@ -582,7 +583,7 @@ def _today(date: str) -> str:
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{written} }}}}{{%- endmacro -%}}\n"
 
 
-def _is_heard(clip) -> bool:
+def _is_encoded(clip) -> bool:
     """Return whether a clip is an `LsmAudioOutput`. The fields are checked, because remote code has its own class."""
     return getattr(clip, "pooler_output", None) is not None and getattr(clip, "num_tokens", None) is not None
 

@@ -57,29 +57,29 @@ def answer(
         measure: returns the log-likelihoods of the text LLM's answers to a batch of rows, given the rows and the free
             answers. Its time is not part of the answers' time. If None, they are not measured.
     """
-    asked = {row.id: _content(row) for row in rows}
-    known = {r["id"]: Answer(**r) for r in read_lines(file) if r.pop("row", None) == asked.get(r["id"])}
-    left = [row for row in rows if row.id not in known]
+    hashes = {row.id: _hash_of(row) for row in rows}
+    by_id = {r["id"]: Answer(**r) for r in read_lines(file) if r.pop("row", None) == hashes.get(r["id"])}
+    remaining = [row for row in rows if row.id not in by_id]
     # Rows of similar duration share a batch, because it takes as long as its longest row. The slowest batch is first.
-    left.sort(key=lambda row: -row.duration)
-    with tqdm(total=len(rows), initial=len(rows) - len(left), desc=name, unit="row") as progress:
-        for start in range(0, len(left), size):
-            some = left[start : start + size]
+    remaining.sort(key=lambda row: -row.duration)
+    with tqdm(total=len(rows), initial=len(rows) - len(remaining), desc=name, unit="row") as progress:
+        for start in range(0, len(remaining), size):
+            batch = remaining[start : start + size]
             began = time.perf_counter()
-            replies, constrained = respond(some)
-            seconds = (time.perf_counter() - began) / len(some)
-            likelihoods = measure(some, replies) if measure else [(None, None)] * len(some)
+            replies, constrained = respond(batch)
+            seconds = (time.perf_counter() - began) / len(batch)
+            likelihoods = measure(batch, replies) if measure else [(None, None)] * len(batch)
             answers = [
                 Answer(row.id, reply.text, choice, reply.finish == "stop", round(seconds, 6), *likelihood)
-                for row, reply, choice, likelihood in zip(some, replies, constrained, likelihoods, strict=True)
+                for row, reply, choice, likelihood in zip(batch, replies, constrained, likelihoods, strict=True)
             ]
-            append_lines(file, [vars(answer) | {"row": asked[answer.id]} for answer in answers])
-            known |= {answer.id: answer for answer in answers}
-            progress.update(len(some))
-    return [known[row.id] for row in rows]
+            append_lines(file, [vars(answer) | {"row": hashes[answer.id]} for answer in answers])
+            by_id |= {answer.id: answer for answer in answers}
+            progress.update(len(batch))
+    return [by_id[row.id] for row in rows]
 
 
-def _content(row: Question) -> str:
+def _hash_of(row: Question) -> str:
     """Return a hash of all fields of a row and of its audio."""
     content = row.as_row() | {"audio": audio_key(row.audio)}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -111,11 +111,11 @@ def _language(name: str) -> Callable[[str], bool]:
     Answers of one or two words usually fail, and answers in a related language that is not listed (Portuguese, Dutch)
     can pass. The check is only meant to tell the language from English.
     """
-    lists = {language: set(words.split()) for language, words in _FUNCTION_WORDS.items()}
+    function_words = {language: set(words.split()) for language, words in _FUNCTION_WORDS.items()}
 
     def check(text: str) -> bool:
         words = re.findall(r"[^\W\d_]+", text.casefold())
-        hits = {language: sum(word in known for word in words) for language, known in lists.items()}
+        hits = {language: sum(word in listed for word in words) for language, listed in function_words.items()}
         others = max(count for language, count in hits.items() if language != name)
         return hits[name] >= max(2, _LEAST_SHARE * len(words)) and hits[name] > others
 

@@ -66,18 +66,18 @@ class Evaluation:
 
     def __post_init__(self):
         self.output = Path(self.output)
-        there = {"base": self.checkpoints["model"], "asr": self.checkpoints["model"], **self.checkpoints}
+        paths = {"base": self.checkpoints["model"], "asr": self.checkpoints["model"], **self.checkpoints}
         if self.control_limit is not None and self.control_limit < 1:
             raise ValueError(f"control_limit is {self.control_limit}; expected 1 or more, or other --systems.")
         if unknown := sorted(set(self.systems) - set(SYSTEMS)):
             raise ValueError(f"unknown system {unknown[0]!r}; there are {list(SYSTEMS)}.")
-        if absent := [name for name in self.systems if SYSTEMS[name].checkpoint not in there]:
+        if absent := [name for name in self.systems if SYSTEMS[name].checkpoint not in paths]:
             raise ValueError(f"the system {absent[0]!r} needs --{SYSTEMS[absent[0]].checkpoint}.")
         wanted = self.systems or SYSTEMS
-        self.chosen = [system for name, system in SYSTEMS.items() if name in wanted and system.checkpoint in there]
+        self.chosen = [system for name, system in SYSTEMS.items() if name in wanted and system.checkpoint in paths]
         if "base" not in self.checkpoints:
             self.chosen = self._without_base()
-        self.paths = there
+        self.paths = paths
         self._pools: dict[str | None, dict[str, Task]] = {}
         self._open: tuple[str, SpeechLLM | Transcriber] | None = None
 
@@ -120,17 +120,17 @@ class Evaluation:
                 self.recognise(task, rows[task.name])
         for system in self._in_order():
             for task in self.tasks:
-                some = rows[task.name]
+                questions = rows[task.name]
                 if system.is_control and self.control_limit is not None:
-                    some = [row for row in some if row.utterance < self.control_limit]
+                    questions = [row for row in questions if row.utterance < self.control_limit]
                 reads = system.slot == "transcript" and system.change != "recognised"
-                if reads and not all(row.transcript for row in some):
+                if reads and not all(row.transcript for row in questions):
                     logger.warning("%s has rows without a transcript, so %s is left out", task.name, system.name)
                     continue
-                results[task.name, system.name] = result = self.ask(task, system, some)
+                results[task.name, system.name] = result = self.ask(task, system, questions)
                 if system.name == "text_llm":  # the other systems are compared with it
-                    pairs = zip(some, result.responses, strict=True)
-                    rows[task.name] = [dataclasses.replace(row, text_response=said) for row, said in pairs]
+                    pairs = zip(questions, result.responses, strict=True)
+                    rows[task.name] = [dataclasses.replace(row, text_response=response) for row, response in pairs]
         if not results:
             raise ValueError("no system could be asked, because all of them need transcripts.")
         report = collect(self.tasks, self.chosen, results) | {"checkpoints": self.settings["checkpoints"]}
@@ -156,13 +156,13 @@ class Evaluation:
 
     def ask(self, task: EvaluationTask, system: System, rows: Sequence[Question]) -> SystemResult:
         """Return the answers of a system to the questions of a task."""
-        given = self.given(task, system, rows)
+        changed = self.given(task, system, rows)
         # A cascade answers transcription questions with the transcript of its ASR model.
-        heard = [row for row in given if system.change == "recognised" and row.kind == TRANSCRIPTION]
-        known = {row.id: Answer(row.id, row.transcript) for row in heard}
-        answers = self.answer(task, system, [row for row in given if row.id not in known], system.name)
-        known |= {answer.id: answer for answer in answers}
-        return SystemResult(rows, given, [known[row.id] for row in given])
+        recognised = [row for row in changed if system.change == "recognised" and row.kind == TRANSCRIPTION]
+        by_id = {row.id: Answer(row.id, row.transcript) for row in recognised}
+        answers = self.answer(task, system, [row for row in changed if row.id not in by_id], system.name)
+        by_id |= {answer.id: answer for answer in answers}
+        return SystemResult(rows, changed, [by_id[row.id] for row in changed])
 
     def given(self, task: EvaluationTask, system: System, rows: Sequence[Question]) -> list[Question]:
         """Return the rows with the system's changes: other clips, instructions or transcripts."""
@@ -176,18 +176,18 @@ class Evaluation:
         """Return the rows with the transcripts of the ASR model."""
         asked = transcription_rows(rows, self.pool_of(task))
         answers = self.answer(task, System("asr", "ASR", "asr", "audio"), asked, "asr")
-        heard = {row.utterance: answer.response for row, answer in zip(asked, answers, strict=True)}
-        return [dataclasses.replace(row, transcript=heard[row.utterance] or " ") for row in rows]
+        transcripts = {row.utterance: answer.response for row, answer in zip(asked, answers, strict=True)}
+        return [dataclasses.replace(row, transcript=transcripts[row.utterance] or " ") for row in rows]
 
     def answer(self, task: EvaluationTask, system: System, rows: Sequence[Question], name: str) -> list[Answer]:
         """Return the answers to the rows. Answers on disk are reused, and if all are there, no checkpoint is loaded."""
         file = self.output / "answers" / task.name / f"{name}.jsonl"
 
-        def respond(some: Sequence[Question]):
-            return self.respond(self.llm(system.checkpoint), system, some)
+        def respond(batch: Sequence[Question]):
+            return self.respond(self.llm(system.checkpoint), system, batch)
 
-        def measure(some: Sequence[Question], replies: list[Reply]):
-            return self.measure(self.llm(system.checkpoint), system, some, replies)
+        def measure(batch: Sequence[Question], replies: list[Reply]):
+            return self.measure(self.llm(system.checkpoint), system, batch, replies)
 
         return answer(rows, respond, file, CHUNK * self.batch_size, f"{task.name}, {name}", measure)
 
@@ -197,11 +197,11 @@ class Evaluation:
         store = self.store if system.slot == "audio" else None
         replies = llm.respond([row.as_row() for row in rows], system.slot, store, **settings)
         constrained: list[str | None] = [None] * len(rows)
-        allowed = {place: few for place, row in enumerate(rows) if self.constrained and (few := allowed_answers(row))}
-        if allowed:
+        allowed = {place: answers for place, row in enumerate(rows) if (answers := allowed_answers(row))}
+        if allowed and self.constrained:
             asked = [rows[place].as_row() for place in allowed]
-            among = llm.respond(asked, system.slot, store, allowed=list(allowed.values()), **settings)
-            for place, reply in zip(allowed, among, strict=True):
+            choices = llm.respond(asked, system.slot, store, allowed=list(allowed.values()), **settings)
+            for place, reply in zip(allowed, choices, strict=True):
                 constrained[place] = reply.text
         return replies, constrained
 
@@ -209,16 +209,16 @@ class Evaluation:
         self, llm: SpeechLLM | Transcriber, system: System, rows: Sequence[Question], replies: list[Reply]
     ) -> Likelihoods:
         """Return the log-likelihoods of the text LLM's answers; `replies` are these answers if it is the system."""
-        said = [
+        text_responses = [
             reply.text if system.name == "text_llm" else row.text_response
             for row, reply in zip(rows, replies, strict=True)
         ]
-        asked = [row.as_row() | {"response": text} for row, text in zip(rows, said, strict=True) if text]
+        asked = [row.as_row() | {"response": text} for row, text in zip(rows, text_responses, strict=True) if text]
         if not asked or isinstance(llm, Transcriber):
             return [(None, None)] * len(rows)
         store = self.store if system.slot == "audio" else None
         values = iter(llm.log_likelihoods(asked, system.slot, store, self.batch_size))
-        return [next(values) if text else (None, None) for text in said]
+        return [next(values) if text else (None, None) for text in text_responses]
 
     @cached_property
     def settings(self) -> dict:
@@ -247,8 +247,8 @@ class Evaluation:
         now = {**self.settings, "tasks": tasks}
         for name in ("checkpoints", "content", "tasks"):
             now[name] = {**before.get(name, {}), **now[name]}
-        known = before.get("content", {})  # older versions wrote only the paths
-        differing = [name for name in before["checkpoints"] if known.get(name) != now["content"].get(name)]
+        content_before = before.get("content", {})  # older versions wrote only the paths
+        differing = [name for name in before["checkpoints"] if content_before.get(name) != now["content"].get(name)]
         differing += [key for key in self.settings if key not in COMPARED_BY_NAME and before.get(key) != now[key]]
         differing += [f"task {name}" for name in tasks if before["tasks"].get(name, tasks[name]) != tasks[name]]
         if differing:
@@ -262,7 +262,7 @@ class Evaluation:
 def _predictions(results: Mapping[tuple[str, str], SystemResult]) -> Iterator[dict]:
     """Yield the rows of `predictions.parquet`."""
     for (task, system), result in results.items():
-        for row, given, said, hit in zip(result.questions, result.given, result.answers, result.hits, strict=True):
+        for row, given, answered, hit in zip(result.questions, result.given, result.answers, result.hits, strict=True):
             asked = {"part": row.task, "transcript": row.transcript, "references": row.references}
             asked |= {"task": task, "system": system, "instruction": given.instruction}
-            yield asked | vars(said) | {"correct": hit}
+            yield asked | vars(answered) | {"correct": hit}

@@ -53,8 +53,8 @@ def held_out_rows(
 
 def is_copy(transcript: str, response: str) -> bool:
     """Return whether a response copies the transcript: its word error rate after normalisation is below 0.2."""
-    said, answered = normalize_text(transcript), normalize_text(response)
-    return bool(said) and jiwer.wer(said, answered) < COPY_WER
+    reference, hypothesis = normalize_text(transcript), normalize_text(response)
+    return bool(reference) and jiwer.wer(reference, hypothesis) < COPY_WER
 
 
 def score_following(rows: Sequence[Mapping], responses: Sequence[str], checker: Checker) -> dict:
@@ -79,7 +79,7 @@ def score_following(rows: Sequence[Mapping], responses: Sequence[str], checker: 
     copies = [is_copy(row["transcript"], response) for row, response in others]
     shares = {"following": followed, "transcript_copy": copies}
     scores = {"tasks": tasks} | {name: float(np.mean(values)) for name, values in shares.items() if values}
-    if written := [pair for pair in answered if pair[0]["task"] == TRANSCRIPTION]:
-        said, heard = [row["transcript"] for row, _ in written], [response for _, response in written]
-        scores["wer"] = error_rate(said, heard)[1].value
+    if transcriptions := [pair for pair in answered if pair[0]["task"] == TRANSCRIPTION]:
+        references = [row["transcript"] for row, _ in transcriptions]
+        scores["wer"] = error_rate(references, [response for _, response in transcriptions])[1].value
     return scores

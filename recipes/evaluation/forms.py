@@ -38,8 +38,8 @@ def _shares_words(transcript: str, response: str) -> bool:
 def _is_keyword_list(transcript: str, response: str) -> bool:
     items = parse_list(response) or []
     short = all(len(item.split()) <= MOST_WORDS_OF_ONE for item in items)
-    said = _words(transcript) - ARTICLES
-    return 0 < len(items) <= MOST_KEYWORDS and short and any(_words(item) & said for item in items)
+    content = _words(transcript) - ARTICLES
+    return 0 < len(items) <= MOST_KEYWORDS and short and any(_words(item) & content for item in items)
 
 
 _FORMS = {

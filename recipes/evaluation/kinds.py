@@ -15,7 +15,7 @@ from recipes.evaluation.parsing import parse_choice, parse_label, parse_list, pa
 from recipes.evaluation.rows import Question
 
 LETTERS = string.ascii_uppercase
-SAID = {"yes": "yes", "true": "yes", "1": "yes", "no": "no", "false": "no", "0": "no"}
+YES_NO = {"yes": "yes", "true": "yes", "1": "yes", "no": "no", "false": "no", "0": "no"}
 
 
 class NoReferenceError(ValueError):
@@ -33,23 +33,23 @@ def as_labels(texts: Sequence[str], choices: Mapping[str, str]) -> list[str]:
 
 def as_yes_no(texts: Sequence[str], choices: Mapping[str, str]) -> list[str]:
     """Return `yes` or `no` for texts that are yes or no, true or false, or 1 or 0."""
-    return _spell(texts, SAID, f"means neither yes nor no; expected one of {list(SAID)}.")
+    return _spell(texts, YES_NO, f"means neither yes nor no; expected one of {list(YES_NO)}.")
 
 
 def as_letters(texts: Sequence[str], choices: Mapping[str, str]) -> list[str]:
     """Return the letters of choices (A is the first) from their names, texts or numbers (from 0). If a number is also
     the name of a choice, it is read as the name."""
-    known: dict[str, str] = {}
+    letters: dict[str, str] = {}
     for names in (map(str.casefold, choices), map(str, range(len(choices))), choices.values(), choices):
-        known |= zip(names, LETTERS, strict=False)
-    return _spell(texts, known, f"is not an option; expected the name, text or number of one of {dict(choices)}.")
+        letters |= zip(names, LETTERS, strict=False)
+    return _spell(texts, letters, f"is not an option; expected the name, text or number of one of {dict(choices)}.")
 
 
-def _spell(texts: Sequence[str], known: Mapping[str, str], trouble: str) -> list[str]:
-    """Return the values of the texts. Raises `NoReferenceError` for a text without a value."""
-    if other := next((text for text in texts if text not in known and text.casefold() not in known), None):
-        raise NoReferenceError(f"{other!r} {trouble}")
-    return [known[text if text in known else text.casefold()] for text in texts]
+def _spell(texts: Sequence[str], spellings: Mapping[str, str], trouble: str) -> list[str]:
+    """Return the `spellings` of the texts. Raises `NoReferenceError` for a text without a value."""
+    if unknown := next((text for text in texts if text not in spellings and text.casefold() not in spellings), None):
+        raise NoReferenceError(f"{unknown!r} {trouble}")
+    return [spellings[text if text in spellings else text.casefold()] for text in texts]
 
 
 # The kinds
@@ -85,11 +85,11 @@ def _closed(read: Callable, choices: Callable, needs: dict[str, tuple[str, ...]]
 
     def figures(questions: Sequence[Question], responses: Sequence[str]) -> dict[str, Metric]:
         gold = [question.references[0] for question in questions]
-        said = [read(*pair) for pair in zip(questions, responses, strict=True)]
+        labels = [read(*pair) for pair in zip(questions, responses, strict=True)]
         return {
-            "accuracy": metrics.accuracy(gold, said),
-            "macro_f1": metrics.macro_f1(gold, said),
-            "unparsed": mean([label is None for label in said]),
+            "accuracy": metrics.accuracy(gold, labels),
+            "macro_f1": metrics.macro_f1(gold, labels),
+            "unparsed": mean([label is None for label in labels]),
         }
 
     def is_right(question: Question, response: str) -> bool:
@@ -104,13 +104,13 @@ def _error_rate(questions: Sequence[Question], responses: Sequence[str]) -> dict
 
 
 def _translation(questions: Sequence[Question], responses: Sequence[str]) -> dict[str, Metric]:
-    asked = [question.references for question in questions], responses, questions[0].target_language
-    return {"bleu": metrics.bleu(*asked), "chrf": metrics.chrf(*asked)}
+    arguments = [question.references for question in questions], responses, questions[0].target_language
+    return {"bleu": metrics.bleu(*arguments), "chrf": metrics.chrf(*arguments)}
 
 
 def _keywords(questions: Sequence[Question], responses: Sequence[str]) -> dict[str, Metric]:
-    said = [parse_list(response) or [] for response in responses]
-    return {"f1": metrics.set_f1([question.references for question in questions], said)}
+    keywords = [parse_list(response) or [] for response in responses]
+    return {"f1": metrics.set_f1([question.references for question in questions], keywords)}
 
 
 def _has_keywords(question: Question, response: str) -> bool:

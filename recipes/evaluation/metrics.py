@@ -126,10 +126,10 @@ def mean(
         members[group].append(value)
     rng = np.random.default_rng(seed)
     means = np.zeros(draws)
-    for some in members.values():
-        held = np.asarray(some, float)
-        means += np.concatenate([held[rows].mean(axis=1) for rows in _resamples(len(held), draws, rng)])
-    return _metric(float(np.mean([np.mean(some) for some in members.values()])), means / len(members))
+    for in_group in members.values():
+        array = np.asarray(in_group, float)
+        means += np.concatenate([array[rows].mean(axis=1) for rows in _resamples(len(array), draws, rng)])
+    return _metric(float(np.mean([np.mean(in_group) for in_group in members.values()])), means / len(members))
 
 
 # Transcripts
@@ -164,18 +164,18 @@ def error_rate(references: Sequence[str], hypotheses: Sequence[str], language: s
             normalised.
     """
     _check_rows(references=references, hypotheses=hypotheses)
-    said = [normalize_text(text, language) for text in references]
-    heard = [normalize_text(text, language) for text in hypotheses]
-    if not any(said):
-        raise ValueError(f"all {len(said)} references are empty once normalised, such as {references[0]!r}")
+    expected = [normalize_text(text, language) for text in references]
+    actual = [normalize_text(text, language) for text in hypotheses]
+    if not any(expected):
+        raise ValueError(f"all {len(expected)} references are empty once normalised, such as {references[0]!r}")
     name = "cer" if _code(language) in UNSPACED else "wer"
     process = jiwer.process_characters if name == "cer" else jiwer.process_words
     errors, lengths = [], []
-    for start in range(0, len(said), 1000):  # in batches, so that not all alignments are in memory
-        output = process(said[start : start + 1000], heard[start : start + 1000])
+    for start in range(0, len(expected), 1000):  # in batches, so that not all alignments are in memory
+        output = process(expected[start : start + 1000], actual[start : start + 1000])
         for reference, alignment in zip(output.references, output.alignments, strict=True):
             spans = ((c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx, c.type) for c in alignment)
-            errors.append(sum(max(there, here) for there, here, kind in spans if kind != "equal"))
+            errors.append(sum(max(ref, hyp) for ref, hyp, kind in spans if kind != "equal"))
             lengths.append(len(reference))
     return name, bootstrap_ratio(errors, lengths)
 
@@ -245,7 +245,7 @@ def accuracy(gold: Sequence[str], predicted: Sequence[str | None]) -> Metric:
         ValueError: there are no rows, or not as many predictions.
     """
     _check_rows(gold=gold, predicted=predicted)
-    return mean([float(right == said) for right, said in zip(gold, predicted, strict=True)])
+    return mean([float(right == label) for right, label in zip(gold, predicted, strict=True)])
 
 
 def macro_f1(gold: Sequence[str], predicted: Sequence[str | None]) -> Metric:
@@ -260,12 +260,12 @@ def macro_f1(gold: Sequence[str], predicted: Sequence[str | None]) -> Metric:
     cells = Counter(zip(gold, predicted, strict=True))
     counts = np.array(list(cells.values()))
     is_gold = np.array([[right == name for name in classes] for right, _ in cells], float)
-    is_said = np.array([[said == name for name in classes] for _, said in cells], float)
+    is_predicted = np.array([[label == name for name in classes] for _, label in cells], float)
 
     def f1(table: np.ndarray) -> np.ndarray:  # (draws, cells) -> (draws,)
-        right, said = table @ is_gold, table @ is_said
-        both = 2 * (table @ (is_gold * is_said))
-        return (both / np.maximum(right + said, 1)).sum(axis=1, where=right > 0) / (right > 0).sum(axis=1)
+        in_gold, in_predicted = table @ is_gold, table @ is_predicted
+        scores = 2 * (table @ (is_gold * is_predicted)) / np.maximum(in_gold + in_predicted, 1)
+        return scores.sum(axis=1, where=in_gold > 0) / (in_gold > 0).sum(axis=1)
 
     # Resampling rows is the same as a multinomial draw of the cells of the confusion matrix.
     tables = np.random.default_rng(0).multinomial(len(gold), counts / len(gold), size=DRAWS)
@@ -310,14 +310,14 @@ def set_f1(references: Sequence[Sequence[str]], predicted: Sequence[Sequence[str
         [sorted({text.strip().casefold() for text in texts} - {""}) for texts in pair]
         for pair in zip(references, predicted, strict=True)
     ]
-    return mean([_overlap(right, said) for right, said in sets])
+    return mean([_overlap(*pair) for pair in sets])
 
 
-def _overlap(right: list[str], said: list[str]) -> float:
+def _overlap(expected: list[str], predicted: list[str]) -> float:
     """Return the F1 of two bags of tokens."""
-    if not right or not said:
-        return float(right == said)
-    return 2 * (Counter(right) & Counter(said)).total() / (len(right) + len(said))
+    if not expected or not predicted:
+        return float(expected == predicted)
+    return 2 * (Counter(expected) & Counter(predicted)).total() / (len(expected) + len(predicted))
 
 
 def _squad_tokens(text: str) -> list[str]:

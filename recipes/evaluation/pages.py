@@ -73,17 +73,17 @@ def examples(results: Mapping[str, SystemResult]) -> list[dict]:
     rows = max((result.questions for result in results.values()), key=len)
     first = {row.task: row for row in reversed(rows)}
     chosen = list(reversed(first.values())) if len(first) > 1 else rows[:3]
-    said: dict[str, list[tuple]] = {row.id: [] for row in chosen}
+    answers: dict[str, list[tuple]] = {row.id: [] for row in chosen}
     for system, result in results.items():
         for answer, hit in zip(result.answers, result.hits, strict=True):
-            if answer.id in said:
-                said[answer.id].append((system, answer.response, hit))
+            if answer.id in answers:
+                answers[answer.id].append((system, answer.response, hit))
     return [
         {
             "instruction": row.instruction,
             "transcript": row.transcript,
             "audio": playable(row.audio),
-            "answers": said[row.id],
+            "answers": answers[row.id],
         }
         for row in chosen[:EXAMPLES]
     ]

@@ -60,20 +60,20 @@ def parse_label(
 def parse_yes_no(response: str) -> str | None:
     """Return `yes` or `no` from an English response: its first word, if that is yes, no, true, false, correct or
     incorrect, or otherwise what it says elsewhere without contradiction ("It is not true", "I would say no.")."""
-    said = re.sub(r"(?i)\bno (doubt|question|idea)\b", "", re.sub(r"[*_`\"]", "", response))  # these are not answers
+    cleaned = re.sub(r"(?i)\bno (doubt|question|idea)\b", "", re.sub(r"[*_`\"]", "", response))  # these are not answers
     for yes, no in _PAIRS.items():  # "yes or no" repeats the question or answers both
-        said = re.sub(rf"(?i)\b{yes}\b\W+((or|and)\W+)?{no}\b", "", said)
-    text, says = _words(said), "|".join(_SAYS)
+        cleaned = re.sub(rf"(?i)\b{yes}\b\W+((or|and)\W+)?{no}\b", "", cleaned)
+    text, says = _words(cleaned), "|".join(_SAYS)
     lead = re.sub(r"^((the|my|a|final|correct|right|short) )*(answer|response)\b( would be| is)?", "", text).strip()
     lead = re.sub(r"^((well|so|okay|ok) )*((it|that|this) (is|was|s) )?", "", lead)
     if match := re.match(rf"(not )?({says})\b", lead):
         return _flip(_SAYS[match[2]], bool(match[1]))
-    if told := re.findall(rf"\b(?:answer|response)(?: is| would be)? ({says})\b", text):
-        return _only({_SAYS[word] for word in told})
+    if cued := re.findall(rf"\b(?:answer|response)(?: is| would be)? ({says})\b", text):
+        return _only({_SAYS[word] for word in cued})
     predicates = re.findall(rf"\b(?:is|s|was|are|be|seems|sounds)( not)?(?: \w+ly)? ({says})\b", text)
     answers = {_flip(_SAYS[word], bool(no)) for no, word in predicates if word != "no"}  # "there is no rain"
     # "no" before another word is a determiner; at the end of a clause, it is an answer.
-    answers |= {_SAYS[word.lower()] for word in re.findall(r"(?i)\b(yes|no)\b\s*(?=[.,;:!]|$)", said)}
+    answers |= {_SAYS[word.lower()] for word in re.findall(r"(?i)\b(yes|no)\b\s*(?=[.,;:!]|$)", cleaned)}
     return _only(answers)
 
 
@@ -167,13 +167,13 @@ def _letters(text: str, letters: str, options: Sequence[str]) -> set[str]:
     more = rf"\s*(?:\b(?:or|and)\b|[&/])\s*{one}|\s*,\s*(?:or |and )?{one}(?=\s*(?:[,.&/]|or\b|and\b|$))"
     denials = rf"(?i:\bnot|n['’]t|\bthan|\binstead of)\s+(?i:option )?{one}|{one} (?:is|are) (?:not|wrong|incorrect)\b"
     text = re.sub(f"{one}(?:{more})+|{denials}", "", text)  # "A or B", "not C"
-    told = re.findall(
+    cued = re.findall(
         r"(?i:\banswer(?: is)?\s*:?\s*(?:option |choice )?)"
         rf"(?:[(\[]({either})[)\]]|([{letters}])(?!['’\w])|({either})(?=\s*(?:[).:]|$)))",
         text,
     )
-    if told:
-        return {"".join(groups).upper() for groups in told}
+    if cued:
+        return {"".join(groups).upper() for groups in cued}
     listed = [letter for letter, option in zip(letters, options, strict=True) if _lists(text, letter, option)]
     leading = re.match(rf"(?:(?i:option|choice)\s+)?(?:[(\[]?({either})[)\]]|([{letters}])(?:[.:,]|\s+[-–—:]|$))", text)
     if leading and len(listed) < 2:  # otherwise it repeats all options

@@ -37,11 +37,11 @@ def read_rows(
     if limit is not None and limit < 1:
         raise ValueError(f"{limit=} must be 1 or more.")
     pool = load_pool(task.pool) if pool is None else pool
-    told = f"here, --data {task.name}=PATH names the corpus, and --data {task.name}.columns.audio=COLUMN a column"
+    hint = f"here, --data {task.name}=PATH names the corpus, and --data {task.name}.columns.audio=COLUMN a column"
     try:
         source = open_data(task.data)
     except ValueError as error:
-        raise ValueError(f"task {task.name!r}: {error} ({told})") from error
+        raise ValueError(f"task {task.name!r}: {error} ({hint})") from error
     limit = limit or source.corpus.default_limit
     rows, clips, count, skipped = [], {}, 0, 0
     for where, line in source.lines():

@@ -75,8 +75,8 @@ class SnipsCorpus(FileCorpus):
                     yield where, self._columns(where, id, rest)
 
     def _columns(self, where: str, id: str, rest: str) -> dict | RefusedRowError:
-        said, _, tagged = rest.partition("\t")
-        words, tags = said.split()[1:-1], tagged.split()  # BOS also has a tag; the tag of EOS is the intent
+        sentence, _, tagged = rest.partition("\t")
+        words, tags = sentence.split()[1:-1], tagged.split()  # BOS also has a tag; the tag of EOS is the intent
         if len(tags) != len(words) + 2:
             return RefusedRowError(where, "not a line of SNIPS", f"{len(words)} words and {len(tags)} tags")
         audio = f"{self.split}/{id}.wav"

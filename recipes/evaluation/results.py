@@ -150,9 +150,9 @@ def agreement(result: SystemResult, text_llm: SystemResult | None) -> dict[str, 
         return {}
     figures = {"agreement": chrf([[their.response] for _, their in pairs], [own.response for own, _ in pairs])}
     sums = [(own.log_likelihood, their.log_likelihood, their.tokens) for own, their in pairs]
-    known = [(their - own, tokens) for own, their, tokens in sums if own is not None and their is not None and tokens]
-    if known:
-        lost, tokens = zip(*known, strict=True)
+    losses = [(their - own, tokens) for own, their, tokens in sums if own is not None and their is not None and tokens]
+    if losses:
+        lost, tokens = zip(*losses, strict=True)
         figures["likelihood_lost"] = bootstrap_ratio(lost, tokens)
     return figures
 
@@ -160,17 +160,16 @@ def agreement(result: SystemResult, text_llm: SystemResult | None) -> dict[str, 
 def _form(result: SystemResult) -> dict[str, Metric]:
     """Return `form`, the mean over tasks of the share of answers with the right form; nothing if no form is known."""
     rows = zip(result.questions, result.responses, strict=True)
-    judged = [
-        (row.task, forms.is_correct(row.task, row.transcript, said)) for row, said in rows if row.kind != TRANSCRIPTION
-    ]
-    judged = [(task, hit) for task, hit in judged if hit is not None]
-    return {"form": mean([hit for _, hit in judged], [task for task, _ in judged])} if judged else {}
+    asked = [(row, response) for row, response in rows if row.kind != TRANSCRIPTION]
+    hits = [(row.task, forms.is_correct(row.task, row.transcript, response)) for row, response in asked]
+    hits = [(task, hit) for task, hit in hits if hit is not None]
+    return {"form": mean([hit for _, hit in hits], [task for task, _ in hits])} if hits else {}
 
 
 def _transcript_copy(result: SystemResult) -> dict[str, Metric]:
     pairs = zip(result.questions, result.responses, strict=True)
     asked = [pair for pair in pairs if pair[0].kind != TRANSCRIPTION and pair[0].task != "repetition"]
-    return {"transcript_copy": mean([is_copy(row.transcript, said) for row, said in asked])} if asked else {}
+    return {"transcript_copy": mean([is_copy(row.transcript, response) for row, response in asked])} if asked else {}
 
 
 def _as_dicts(figures: Mapping[str, Metric]) -> dict[str, dict]:
@@ -211,10 +210,11 @@ def relative(hits: Sequence[bool], base: Sequence[bool], groups: Sequence[str], 
     labels = np.array(groups)
     values, drawn = [], []
     for group in sorted(set(groups)):
-        some = both[:, labels == group]
-        values.append(some.mean(1))
-        weights = rng.multinomial(some.shape[1], np.full(some.shape[1], 1 / some.shape[1]), DRAWS) / some.shape[1]
-        drawn.append(weights @ some.T)
+        in_group = both[:, labels == group]
+        rows = in_group.shape[1]
+        values.append(in_group.mean(1))
+        weights = rng.multinomial(rows, np.full(rows, 1 / rows), DRAWS) / rows
+        drawn.append(weights @ in_group.T)
     value, draws = np.mean(values, 0), np.mean(drawn, 0)
     change = (draws[:, 0] - draws[:, 1]) / np.maximum(draws[:, 1], 1e-9)
     low, high = np.quantile(change, [0.025, 0.975])

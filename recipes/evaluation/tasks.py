@@ -219,14 +219,14 @@ def choose_tasks(names: str | Iterable[str], tasks: Mapping[str, EvaluationTask]
         ValueError: there are no names, or a name is neither a task nor a group; the message lists both.
     """
     members = {group: {k: task for k, task in tasks.items() if task.group == group} for group in GROUPS}
-    known = f"there are {list(tasks)} and the groups {[group for group in GROUPS if members[group]]}"
+    hint = f"there are {list(tasks)} and the groups {[group for group in GROUPS if members[group]]}"
     chosen: dict[str, EvaluationTask] = {}
     for name in " ".join([names] if isinstance(names, str) else names).replace(",", " ").split():
         if not (named := members.get(name) or {k: task for k, task in tasks.items() if k == name}):
-            raise ValueError(f"no task or group {name!r}; {known}")
+            raise ValueError(f"no task or group {name!r}; {hint}")
         chosen |= named
     if not chosen:
-        raise ValueError(f"no task is named; {known}")
+        raise ValueError(f"no task is named; {hint}")
     return list(chosen.values())
 
 

@@ -116,8 +116,8 @@ def compose(
     if weights and adapter_of(text) is None:  # the LLM with a merged adapter exists only here
         state = model.state_dict()
         config.sources = {
-            part: {**known, "content": content_of(state, part, model.dtype)}
-            for part, known in {"audio": identify(audio), "text": origin}.items()
+            part: {**source, "content": content_of(state, part, model.dtype)}
+            for part, source in {"audio": identify(audio), "text": origin}.items()
         }
     if output is not None:
         with whole_checkpoint(output) as partial:

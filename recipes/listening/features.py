@@ -130,10 +130,10 @@ class AudioFeatureStore:
         if not folder.exists():
             partial = partial_of(folder)
             partial.mkdir(parents=True, exist_ok=True)
-            with (partial / CLIPS).open("a", encoding="utf-8") as known:
-                fcntl.flock(known, fcntl.LOCK_EX)  # another process may be building it
+            with (partial / CLIPS).open("a", encoding="utf-8") as index:
+                fcntl.flock(index, fcntl.LOCK_EX)  # another process may be building it
                 if not folder.exists():
-                    _write(partial, known, heard_by, model, processor, audio, batch_size)
+                    _write(partial, index, heard_by, model, processor, audio, batch_size)
                     os.replace(partial, folder)
         return cls(folder).check(model)
 
@@ -141,13 +141,14 @@ class AudioFeatureStore:
 def hearing(model) -> dict:
     """Return what determines the tower's output: `encoder`, a hash of its weights (the same for every dtype), `padding`
     and `width`. There is no `encoder` if the devices share its weights (DeepSpeed's ZeRO-3)."""
-    found, tower = {"padding": model.config.audio_padding, "width": model.config.audio_config.d_model}, hashlib.sha256()
+    identity = {"padding": model.config.audio_padding, "width": model.config.audio_config.d_model}
+    tower = hashlib.sha256()
     for name, weights in sorted(model.model.audio_tower.state_dict().items()):
         if not weights.numel():
-            return found
+            return identity
         tower.update(name.encode())
         tower.update(weights.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
-    return found | {"encoder": f"sha256:{tower.hexdigest()[:16]}"}
+    return identity | {"encoder": f"sha256:{tower.hexdigest()[:16]}"}
 
 
 def _read_clips(folder: Path) -> tuple[dict, dict[str, tuple[int, int, int]]]:
@@ -155,16 +156,16 @@ def _read_clips(folder: Path) -> tuple[dict, dict[str, tuple[int, int, int]]]:
     key. Lines that a killed build left incomplete are ignored, and so are clips without frames in the file."""
     heard_by, *lines = read_lines(folder / CLIPS) or [{}]
     clips, start = {}, 0
-    there = (folder / FRAMES).stat().st_size // (2 * heard_by["width"]) if heard_by else 0
+    available = (folder / FRAMES).stat().st_size // (2 * heard_by["width"]) if heard_by else 0
     for key, frames, samples in lines:
-        if start + frames > there:
+        if start + frames > available:
             break
         clips[key] = start, frames, samples
         start += frames
     return heard_by, clips
 
 
-def _write(folder: Path, known, heard_by: dict, model, processor: LsmProcessor, audio: Iterable[dict], batch_size: int):
+def _write(folder: Path, index, heard_by: dict, model, processor: LsmProcessor, audio: Iterable[dict], batch_size: int):
     """Write the store. Clips are sorted by length within spans of limited size, so that memory does not grow with the
     set. The clips of an interrupted build with the same encoder are kept."""
     clips: dict[str, tuple[int, int, int]] = {}
@@ -176,7 +177,7 @@ def _write(folder: Path, known, heard_by: dict, model, processor: LsmProcessor, 
     with (folder / FRAMES).open("ab") as file:
         file.truncate(2 * heard_by["width"] * sum(frames for _, frames, _ in clips.values()))
         lines = (folder / CLIPS).read_bytes().splitlines(keepends=True)[: len(clips) + 1 if clips else 0]
-        known.truncate(sum(map(len, lines)))
+        index.truncate(sum(map(len, lines)))
         if not lines:
             append_lines(folder / CLIPS, [heard_by])
         span: dict[str, np.ndarray] = {}
@@ -247,9 +248,9 @@ def store_features(folder: str | None, dataset, model, processor) -> tuple[Audio
 
 def refuse_other_clips(store: AudioFeatureStore, keys: Iterable[str], option: str) -> None:
     """Raise ValueError if the store lacks clips."""
-    there = [key in store for key in keys]
-    if missing := there.count(False):
+    stored = [key in store for key in keys]
+    if missing := stored.count(False):
         raise ValueError(
-            f"{store.folder} was built for other clips: it lacks {missing} of {len(there)}. Delete it or name another "
+            f"{store.folder} was built for other clips: it lacks {missing} of {len(stored)}. Delete it or name another "
             f"{option}."
         )

@@ -42,8 +42,8 @@ class Transcriber:
             raise ValueError(f"{self.name} recognises speech; it needs audio, but got {slot!r}.")
         rate = self.pipe.feature_extractor.sampling_rate
         clips = [{"raw": load_clip(row, rate=rate), "sampling_rate": rate} for row in rows]
-        found = self.pipe(clips, batch_size=batch_size, chunk_length_s=CHUNK)
-        return [Reply(one["text"].strip()) for one in found]
+        outputs = self.pipe(clips, batch_size=batch_size, chunk_length_s=CHUNK)
+        return [Reply(output["text"].strip()) for output in outputs]
 
 
 def load_recogniser(source: str | Path, dtype: str = "auto") -> Transcriber | SpeechLLM:

@@ -509,7 +509,7 @@ def test_a_clip_that_cannot_be_read_is_refused_where_it_stands(tmp_path):
 def test_columns_can_be_named_otherwise(tmp_path):
     line = {"wav": "a.wav", "said": "hello"}
     place = write(tmp_path, {"asr.jsonl": json_lines(line), "clips/a.wav": clip(1)}) / "asr.jsonl"
-    told = "task 'librispeech_clean': .* no column 'audio' .* a build takes .*here .*columns.audio=COLUMN"
+    told = "task 'librispeech_clean': .* no column 'audio' .* a build takes .*here, .*columns.audio=COLUMN"
     with pytest.raises(ValueError, match=told):
         asked("librispeech_clean", place)
     told = {"columns__audio": "wav", "columns__transcript": "said", "columns__id": "wav"}
