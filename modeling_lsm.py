@@ -869,8 +869,8 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         if begins or not kwargs.get("use_cache", True) or ids is None:
             return inputs
         token = self.config.audio_token_id
-        hears = token is not None and ids.shape[1] > 1 and bool((ids == token).any())
-        audio = {name: kwargs.get(name) if hears else None for name in AUDIO_INPUTS}
+        has_audio = token is not None and ids.shape[1] > 1 and bool((ids == token).any())
+        audio = {name: kwargs.get(name) if has_audio else None for name in AUDIO_INPUTS}
         return {**inputs, **audio}
 
     def _prepare_generated_length(self, generation_config, *args, input_ids_length, inputs_tensor, **kwargs):

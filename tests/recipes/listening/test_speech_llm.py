@@ -33,7 +33,7 @@ def close(actual, expected):
 def test_a_clip_that_cannot_be_heard_stops_it_with_its_row(hearing, spoken):
     for content in (b"no audio", spoken[0]["audio"]["bytes"][:2000]):
         row = spoken[1] | {"id": "u7", "audio": {"bytes": content, "path": "u7.wav"}}
-        with pytest.raises(ValueError, match="row 'u7' has a clip that cannot be heard: .*Leave .* out, or repair"):
+        with pytest.raises(ValueError, match="row 'u7' has a clip that cannot be used: .*Leave .* out, or repair"):
             respond(hearing, [spoken[0], row])
 
 
