@@ -154,6 +154,10 @@ class LsmConfig(PretrainedConfig):
         **kwargs,
     ):
         validate_windowing(window_frames, window_mode, queries_per_window, audio_padding)
+        _validate_count("context_frames", context_frames)
+        if context_frames and window_mode != "fixed":
+            raise ValueError(f"`context_frames` {context_frames} needs windows of a fixed length; set it to 0.")
+        _validate_count("pieces_per_token", pieces_per_token)
         self.audio_config = _sub_config("audio_config", audio_config, "whisper")
         qformer_defaults = {
             "num_hidden_layers": 2,
@@ -162,22 +166,13 @@ class LsmConfig(PretrainedConfig):
             "attention_probs_dropout_prob": 0.0,
         }
         self.qformer_config = _sub_config("qformer_config", qformer_config, "blip_2_qformer", qformer_defaults)
-        for name, expected in {"audio_config": "whisper", "qformer_config": "blip_2_qformer"}.items():
-            if getattr(self, name).model_type != expected:
-                raise ValueError(f"`{name}` must be of type {expected!r}, got {getattr(self, name).model_type!r}.")
         self.qformer_config.encoder_hidden_size = self.audio_config.d_model
-        self.text_config = _sub_config("text_config", text_config, "llama")
+        self.text_config = _sub_config("text_config", text_config, "llama", any_type=True)
         self.window_frames = window_frames
-        if isinstance(context_frames, bool) or not isinstance(context_frames, int) or context_frames < 0:
-            raise ValueError(f"`context_frames` must be an integer of 0 or more, got {context_frames!r}.")
-        if context_frames and window_mode != "fixed":
-            raise ValueError(f"`context_frames` {context_frames} needs windows of a fixed length; set it to 0.")
         self.context_frames = context_frames
         self.window_mode = window_mode
         self.queries_per_window = queries_per_window
         self.audio_padding = audio_padding
-        if isinstance(pieces_per_token, bool) or not isinstance(pieces_per_token, int) or pieces_per_token < 0:
-            raise ValueError(f"`pieces_per_token` must be an integer of 0 or more, got {pieces_per_token!r}.")
         self.pieces_per_token = pieces_per_token
         self.non_text_token_ids = list(non_text_token_ids or ())
         self.projector_trained = projector_trained
@@ -223,17 +218,29 @@ class LsmConfig(PretrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
 
-def _sub_config(name: str, config, model_type: str, defaults: dict | None = None) -> PretrainedConfig:
-    """Return a sub-config from None, a dict or a config object. `model_type` and `defaults` complete a dict."""
-    if isinstance(config, PretrainedConfig):
-        return config
-    if config is not None and not isinstance(config, dict):
-        raise ValueError(f"`{name}` must be a dict or a PretrainedConfig, got {type(config).__name__}.")
-    settings = {"model_type": model_type, **(defaults or {}), **(config or {})}
-    model_type = settings.pop("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"`{name}` has the unknown model_type {model_type!r}.")
-    return CONFIG_MAPPING[model_type](**settings)
+def _sub_config(
+    name: str, config, model_type: str, defaults: dict | None = None, any_type: bool = False
+) -> PretrainedConfig:
+    """Return a sub-config from None, a dict or a config object. `model_type` and `defaults` complete a dict.
+
+    Raises:
+        ValueError: the sub-config is invalid, or of another type unless `any_type` is set.
+    """
+    if not isinstance(config, PretrainedConfig):
+        if config is not None and not isinstance(config, dict):
+            raise ValueError(f"`{name}` must be a dict or a PretrainedConfig, got {type(config).__name__}.")
+        settings = {"model_type": model_type, **(defaults or {}), **(config or {})}
+        if settings["model_type"] not in CONFIG_MAPPING:
+            raise ValueError(f"`{name}` has the unknown model_type {settings['model_type']!r}.")
+        config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
+    if config.model_type != model_type and not any_type:
+        raise ValueError(f"`{name}` must be of type {model_type!r}, got {config.model_type!r}.")
+    return config
+
+
+def _validate_count(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"`{name}` must be an integer of 0 or more, got {value!r}.")
 
 
 def _validate_keys(name: str, value: dict | None, keys: set[str]) -> dict | None:

@@ -747,9 +747,9 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         weights, sources = self.state_dict(), self.config.sources
         for part in PARTS:
             if sources is None or sources[part]["content"] != content_of(weights, part, self.dtype):
-                trouble = "is not named in the configuration" if sources is None else f"is not {sources[part]} any more"
+                problem = "is not named in the configuration" if sources is None else f"is not {sources[part]} any more"
                 raise ValueError(
-                    f"The {part} model {trouble}, so this LSM could not be restored from the projector alone: save the "
+                    f"The {part} model {problem}, so this LSM could not be restored from the projector alone: save the "
                     "whole LSM, or compose it again and train it with `--llm frozen`."
                 )
         own = {name: value for name, value in weights.items() if not name.startswith(sum(PARTS.values(), ()))}

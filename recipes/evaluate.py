@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder or Hub id of a speech LLM")
     parser.add_argument("--tasks", nargs="+", help="names of tasks, or of their groups; --list shows them")
     parser.add_argument("--output", help="folder of answers, results and report")
-    parser.add_argument("--base", help="the text LLM that the model was made of")
+    parser.add_argument("--base", help="the text LLM that the model was composed of")
     parser.add_argument("--vanilla", help="an LSM trained on transcription alone")
     parser.add_argument("--paper", help="an LSM trained as in the paper: the whole LLM, with cross-entropy")
     parser.add_argument("--asr", help="the cascade's ASR model (a Whisper or a speech LLM); the model by default")
@@ -71,10 +71,10 @@ def main() -> None:
         "--constrained",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="whether closed questions are also answered among the allowed answers alone",
+        help="whether closed questions are also answered with only the allowed answers possible",
     )
     parser.add_argument("--dtype", default="auto", help="data type of the models; auto is that of each checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     tasks = load_tasks(more=args.task_file)

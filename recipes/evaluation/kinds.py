@@ -45,10 +45,10 @@ def as_letters(texts: Sequence[str], choices: Mapping[str, str]) -> list[str]:
     return _spell(texts, letters, f"is not an option; expected the name, text or number of one of {dict(choices)}.")
 
 
-def _spell(texts: Sequence[str], spellings: Mapping[str, str], trouble: str) -> list[str]:
+def _spell(texts: Sequence[str], spellings: Mapping[str, str], problem: str) -> list[str]:
     """Return the `spellings` of the texts. Raises `NoReferenceError` for a text without a value."""
     if unknown := next((text for text in texts if text not in spellings and text.casefold() not in spellings), None):
-        raise NoReferenceError(f"{unknown!r} {trouble}")
+        raise NoReferenceError(f"{unknown!r} {problem}")
     return [spellings[text if text in spellings else text.casefold()] for text in texts]
 
 

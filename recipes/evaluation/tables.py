@@ -12,8 +12,8 @@ from recipes.reporting.markdown import to_markdown
 HUB_TASKS = {"asr": "automatic-speech-recognition", "st": "translation", "slu": "text-classification"}
 HUB_TASKS |= {"qa": "question-answering"}
 NOTE = (
-    "In brackets 95 % intervals, rows resampled. ↑ higher is better, ↓ lower is. Shuffled, silence and swapped "
-    "are controls: a model that listens and does what it is told must fail there."
+    "The brackets contain 95 % intervals, from resampled rows. ↑: higher is better, ↓: lower is better. Shuffled, "
+    "silence and swapped are controls: a model that listens and follows instructions must fail there."
 )
 
 

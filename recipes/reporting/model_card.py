@@ -103,7 +103,7 @@ def save_card(folder: str | Path, data: ModelCardData, lines: Sequence[str]) -> 
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether this is a Hub id. A local path has priority, as in `from_pretrained`."""
+    """Return whether this is a Hub id. A local path has priority, as in `from_pretrained`."""
     try:
         validate_repo_id(source)
     except HFValidationError:

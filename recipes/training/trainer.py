@@ -148,7 +148,7 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         return loss
 
     def _needs_trl(self) -> bool:
-        """Whether to use TRL's loss. It has other kinds of losses, and its kernel never holds all logits of the
+        """Return whether to use TRL's loss. It has other kinds of losses, and its kernel never holds all logits of the
         labelled positions. Without Triton, on a CPU, it would compute the logits of all positions twice."""
         other = self.args.loss_type != "nll" or self.args.label_smoothing_factor or self.compute_loss_func
         return bool(other) or self.accelerator.device.type != "cpu"
