@@ -39,8 +39,8 @@ except ImportError:
 logger = logging.get_logger(__name__)
 # The initial bias of the blank is positive, because with 0, the most frequent piece replaced the blank for two of three
 # seeds. The scale hardly changes at the learning rates of a projector, so its initial value must be large enough for a
-# single piece to become likely: with 49,000 pieces whose embeddings have a mean cosine of 0.44, a scale of 10 leaves
-# the best piece a probability of 9 %.
+# single piece to become likely: with 49,000 pieces whose embeddings have a mean cosine of 0.44, the best piece has a
+# probability of only 9 % if the scale is 10.
 BLANK_BIAS, READING_SCALE = 3.0, 30.0
 VOCABULARY_CHUNK = 16_384  # embeddings that are compared with speech at the same time
 # Prefixes of the names of the weights that come from another checkpoint.
@@ -882,7 +882,7 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         unseen = inputs_tensor.shape[1] - input_ids_length  # embeddings, which transformers does not count
         if positions is not None and generation_config.max_length + unseen > positions:
             most = max(positions - unseen, input_ids_length + 1)  # `forward` refuses prompts that are too long
-            logger.warning(f"The LLM has {positions} positions: the answer has at most {most - input_ids_length}.")
+            logger.warning(f"The LLM has {positions} positions: the answer may have {most - input_ids_length} tokens.")
             generation_config.max_length = most
         return generation_config
 

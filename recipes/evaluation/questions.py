@@ -103,10 +103,10 @@ def _finish(task: EvaluationTask, rows: list[dict]) -> list[Question]:
             f"task {task.name!r}: {twice!r} is the id of two rows; name a column with unique ids: --data "
             f"{task.name}.columns.id=COLUMN."
         )
-    every = sorted({text for row in rows for text in row.get("references", ())})
+    labels = sorted({text for row in rows for text in row.get("references", ())})
     for row in rows:
         if task.labels == (COLUMN,):
-            row["labels"] = every
+            row["labels"] = labels
         if "slots" in row:
             row["instruction"] = task.prompt.format(**row["slots"], labels=", ".join(row.get("labels", ())))
     names = [field.name for field in dataclasses.fields(Question)]

@@ -65,7 +65,7 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
     ):
         self.processor, self.card, self.row_costs, self.sampler = processor, card or {}, row_costs, None
         response_tasks = frozenset(args.response_tasks or ())
-        # TRL gets the tokenizer, because it takes every model with a processor for a model of images.
+        # TRL gets the tokenizer, because it regards every model with a processor as a model of images.
         with calling_peft():
             super().__init__(
                 model,
