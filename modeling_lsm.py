@@ -749,8 +749,8 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             if sources is None or sources[part]["content"] != content_of(weights, part, self.dtype):
                 problem = "is not named in the configuration" if sources is None else f"is not {sources[part]} any more"
                 raise ValueError(
-                    f"The {part} model {problem}, so this LSM could not be restored from the projector alone: save the "
-                    "whole LSM, or compose it again and train it with `--llm frozen`."
+                    f"The {part} model {problem}, so the projector alone could not restore this LSM: save the whole "
+                    "LSM, or compose it again and train it with `--llm frozen`."
                 )
         own = {name: value for name, value in weights.items() if not name.startswith(sum(PARTS.values(), ()))}
         dtype = self.get_input_embeddings().weight.dtype
