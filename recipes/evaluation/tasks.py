@@ -48,7 +48,7 @@ class EvaluationTask:
     answer: str = "{}"  # the sentence around a label in a constrained answer
     oracle: str | None = None  # module with `answers(task, transcript)`, if no column has the answers
     task: str | None = None  # task of the pool, for the oracle and for held-out wordings if there is no prompt
-    tasks: tuple[str, ...] = ()  # tasks of the pool: some are drawn for each utterance, transcription for all
+    tasks: tuple[str, ...] = ()  # tasks of the pool: some are drawn per utterance; transcription, if listed, always
     tasks_per_utterance: int = 1  # number of tasks that are drawn, without transcription
     skip_unlabelled: bool = False  # whether rows without a reference, or with one that is not a label, are left out
 
