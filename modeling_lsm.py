@@ -1,4 +1,4 @@
-"""LSM: a frozen Whisper encoder, a windowed Q-Former and a causal LLM that listens as it reads.
+"""Model of an LSM: a frozen Whisper encoder, a windowed Q-Former and a causal LLM.
 
 Architecture: "Self-Powered LLM Modality Expansion for Large Speech-Text Models", arXiv 2410.03798.
 """
@@ -37,28 +37,30 @@ except ImportError:
     from configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, num_positions, window_layout
 
 logger = logging.get_logger(__name__)
-# The blank's bias begins above 0: from 0, the most frequent piece took the blank's place with two seeds of three.
-# The scale hardly moves at the learning rates of a projector, so it must begin large enough for a piece to stand out
-# among all others: with 49,000 pieces, whose embeddings have a mean cosine of 0.44, 10 leaves it a chance of 9 %.
+# The initial bias of the blank is positive, because with 0, the most frequent piece replaced the blank for two of three
+# seeds. The scale hardly changes at the learning rates of a projector, so its initial value must be large enough for a
+# single piece to become likely: with 49,000 pieces whose embeddings have a mean cosine of 0.44, the best piece has a
+# probability of only 9 % if the scale is 10.
 BLANK_BIAS, READING_SCALE = 3.0, 30.0
-VOCABULARY_CHUNK = 16_384  # embeddings that are compared with speech at a time
-# Beginnings of the names of the weights that come from another checkpoint.
+VOCABULARY_CHUNK = 16_384  # embeddings that are compared with speech at the same time
+# Prefixes of the names of the weights that come from another checkpoint.
 PARTS = {"audio": ("model.audio_tower.",), "text": ("model.language_model.", "lm_head.")}
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
-SAMPLE = 256  # values of a weight that its hash depends on
+SAMPLE = 256  # number of values of a weight in its hash
 AUDIO_INPUTS = ("input_features", "input_features_mask", "audio_hidden_states", "audio_embeds")
 
 
 @dataclass
 class LsmAudioOutput(ModelOutput):
-    """What [`LsmModel.get_audio_features`] returns. Of one clip, it may stand for that clip in
-    [`LsmProcessor.__call__`], which then asks about it without encoding it again.
+    """Output of [`LsmModel.get_audio_features`]. The output for a clip can replace the clip in
+    [`LsmProcessor.__call__`], so that it is not encoded again for another question.
 
     Args:
-        last_hidden_state: `(chunks, encoder_frames, d_audio)`, the audio tower's output. Pass it as
-            `audio_hidden_states` to reuse it while the projector is trained: the tower is frozen.
+        last_hidden_state: `(chunks, encoder_frames, d_audio)`, the output of the audio tower. Because the tower is
+            frozen, it can be reused as `audio_hidden_states` while the projector is trained.
         pooler_output: `(total_tokens, hidden)`, the speech embeddings in prompt order, for `audio_embeds`.
-        num_tokens: `(chunks,)` int64 on the CPU; `pooler_output.split(num_tokens.tolist())` gives them per chunk.
+        num_tokens: `(chunks,)` int64 on the CPU, numbers of speech tokens;
+            `pooler_output.split(num_tokens.tolist())` splits the embeddings by chunk.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -83,7 +85,7 @@ class LsmPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, LsmProjector):
-            # Unit variance: queries of 0.02 all but vanish beside the windows and the projector stays on a plateau.
+            # With the usual standard deviation of 0.02, queries are tiny beside the windows and training stagnates.
             init.normal_(module.queries, mean=0.0, std=1.0)
             if module.config.context_frames:
                 init.normal_(module.frame_positions, mean=0.0, std=0.3)
@@ -95,10 +97,11 @@ class LsmPreTrainedModel(PreTrainedModel):
 
 
 class LsmAudioTower(WhisperEncoder):
-    """Whisper's encoder for clips of any length up to its 30 s, always frozen and in eval mode.
+    """Whisper's encoder for clips of up to 30 s, always frozen and in eval mode.
 
-    Parameter names are `WhisperEncoder`'s. A clip's features do not depend on its neighbours in the batch or on how
-    much padding follows it: padding is zero before each convolution, as at a clip's own end, and never attended to.
+    The parameters have the names of `WhisperEncoder`. The output for a clip does not depend on other clips in the batch
+    or on the amount of padding: padding is set to zero before each convolution, as after the end of a clip, and masked
+    in the attention.
     """
 
     def __init__(self, config):
@@ -106,23 +109,24 @@ class LsmAudioTower(WhisperEncoder):
         self.eval()
 
     def train(self, mode: bool = True):
-        self.requires_grad_(False)  # here, as `from_pretrained` turns gradients on again and then calls `eval()`
+        self.requires_grad_(False)  # `from_pretrained` enables gradients and then calls `eval()`
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
-        """
+        """Encode log-mel features.
+
         Args:
             input_features: `(chunks, mels, frames)` float, log-mel features at 100 frames per second.
-            attention_mask: `(chunks, frames)`, 1 for real frames, right-padded. Without it every frame is real, and
-                this is Whisper's own encoder.
+            attention_mask: `(chunks, frames)`, 1 for real frames, right-padded. Without it, all frames are real, and
+                the result is that of Whisper's encoder.
 
         Returns:
-            `BaseModelOutput` with `last_hidden_state` `(chunks, ceil(frames / 2), d_audio)`; its values on padding
-            mean nothing.
+            `BaseModelOutput` with `last_hidden_state` `(chunks, ceil(frames / 2), d_audio)`; its values at padding are
+            meaningless.
 
         Raises:
-            ValueError: if there are more frames than the encoder has positions for.
+            ValueError: there are more frames than the encoder has positions.
         """
         max_frames = 2 * self.max_source_positions
         if input_features.shape[-1] > max_frames:
@@ -130,7 +134,7 @@ class LsmAudioTower(WhisperEncoder):
         features = input_features.to(self.conv1.weight.dtype)
         if attention_mask is not None:
             mask = attention_mask.to(features.dtype)[:, None]
-            # After the first convolution too: its bias and the last frames leak into the padding.
+            # The mask is also applied after the first convolution, whose bias and last frames leak into the padding.
             features = nn.functional.gelu(self.conv1(features * mask)) * mask
             attention_mask = attention_mask[:, ::2]
         else:
@@ -147,25 +151,26 @@ class LsmAudioTower(WhisperEncoder):
 
 
 class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
-    """The Q-Former's attention to a window, with the same weights and results but less work.
+    """The Q-Former's attention to a window, with the same weights and results but less computation.
 
-    A window has many frames and few queries. So the key matrix is applied to the queries, qᵀ(Kx) = (Kᵀq)ᵀx, and the
-    value matrix to what the attention has summed up, Σ p(Vx) = V Σ px, as DeepSeek-V2 does when it decodes (arXiv
-    2405.04434, section 2.1.2): once per query each, instead of once per frame. A step of the alignment, in which the
-    LLM is not run, takes twice as long without (`docs/speed.md`).
+    A window has many frames and few queries. Therefore, the key matrix is applied to the queries, qᵀ(Kx) = (Kᵀq)ᵀx, and
+    the value matrix to the weighted sums of frames, Σ p(Vx) = V Σ px, as in DeepSeek-V2's decoding (arXiv 2405.04434,
+    section 2.1.2). Both are applied once per query instead of once per frame, which halves the time of a step of the
+    alignment (`docs/speed.md`).
     """
 
     def forward(
         self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs
     ):
-        """
+        """Attend to the frames of each window.
+
         Args:
-            hidden_states: `(windows or 1, queries, hidden)`; the same queries for every window if 1.
+            hidden_states: `(windows, queries, hidden)`, or `(1, queries, hidden)` if all windows have the same queries.
             encoder_hidden_states: `(windows, frames, d_audio)`.
-            encoder_attention_mask: of the frames, as the chosen attention takes it.
+            encoder_attention_mask: mask of the frames in the format of the attention implementation.
 
         Returns:
-            `(windows, queries, hidden)`, and no weights.
+            `(windows, queries, hidden)`, and None instead of the attention weights.
         """
         frames, mask = encoder_hidden_states, encoder_attention_mask
         if not (self._has_weights_at(frames) and (mask is None or torch.is_tensor(mask))):
@@ -175,22 +180,22 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
         batch, queries = hidden_states.shape[:2]
         heads, size = self.num_attention_heads, self.attention_head_size
         by_head = (self.query(hidden_states) * self.scaling).view(batch * queries, heads, size).transpose(0, 1)
-        asked = by_head @ self.key.weight.view(heads, size, width)
-        asked = asked.transpose(0, 1).reshape(batch, queries * heads, width)
-        biases = (by_head * self.key.bias.view(heads, 1, size)).sum(-1)  # shifts a softmax: a zero, but with a gradient
-        scores = asked @ frames.transpose(1, 2) + biases.transpose(0, 1).reshape(batch, queries * heads, 1)
+        projected = by_head @ self.key.weight.view(heads, size, width)
+        projected = projected.transpose(0, 1).reshape(batch, queries * heads, width)
+        biases = (by_head * self.key.bias.view(heads, 1, size)).sum(-1)  # no effect on a softmax, but a gradient
+        scores = projected @ frames.transpose(1, 2) + biases.transpose(0, 1).reshape(batch, queries * heads, 1)
         if mask is not None:
             mask = mask[:, 0, :1]
             scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -torch.inf)
         weights = nn.functional.dropout(scores.softmax(-1), self.attention_dropout, self.training)
-        read = (weights.to(frames.dtype) @ frames).view(windows * queries, heads, width).transpose(0, 1)
-        found = (read @ self.value.weight.view(heads, size, width).transpose(1, 2)).transpose(0, 1)
-        found = found + self.value.bias.view(heads, size) * weights.sum(-1).view(windows * queries, heads, 1)
-        return found.reshape(windows, queries, heads * size).to(hidden_states.dtype), None
+        sums = (weights.to(frames.dtype) @ frames).view(windows * queries, heads, width).transpose(0, 1)
+        output = (sums @ self.value.weight.view(heads, size, width).transpose(1, 2)).transpose(0, 1)
+        output = output + self.value.bias.view(heads, size) * weights.sum(-1).view(windows * queries, heads, 1)
+        return output.reshape(windows, queries, heads * size).to(hidden_states.dtype), None
 
     def _has_weights_at(self, frames: torch.Tensor) -> bool:
-        """Whether keys and values are plain matrices here: not of an adapter, not in 4 bits, not in a shard, and not
-        elsewhere until their module is called (ZeRO-3, offloading)."""
+        """Return whether the key and value weights are plain matrices on the device of `frames`: without adapter,
+        quantisation or sharding, and not loaded only when their module is called (ZeRO-3, offloading)."""
         return all(
             type(linear) is nn.Linear
             and linear.weight.shape == (linear.out_features, linear.in_features)
@@ -201,29 +206,30 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
 
 
 class LsmReader(nn.Module):
-    """Reads speech tokens as word pieces: by their cosines with the LLM's input embeddings, times a learned scale.
+    """Reads speech tokens as word pieces, by their cosines with the LLM's input embeddings, times a learned scale.
 
-    The alternative to all pieces is the blank of CTC (Graves et al., 2006), a learned vector with a bias: the token
-    says no word. Lengths do not count, so the scaling of embeddings (Gemma) does not matter.
+    A token without a word piece is read as the blank of CTC (Graves et al., 2006), a learned vector with a bias. The
+    lengths of embeddings have no effect, so scaled ones (Gemma) need no special treatment.
     """
 
     def __init__(self, config: LsmConfig):
         super().__init__()
         self.config = config
         self.blank = nn.Parameter(torch.empty(config.text_config.hidden_size))
-        self.blank_bias = nn.Parameter(torch.empty(1))  # not scalars: FSDP2 shards none
+        self.blank_bias = nn.Parameter(torch.empty(1))  # not scalars, which FSDP2 cannot shard
         self.scale = nn.Parameter(torch.empty(1))
         self.gate = nn.Parameter(torch.empty(1))
 
     def logits(self, speech: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
-        """
+        """Return the logits of the blank and the word pieces for each speech token.
+
         Args:
-            speech: `(tokens, hidden)` float, what the projector gives.
-            pieces: `(pieces, hidden)` float, or of every token its own `(tokens, pieces, hidden)`: embeddings of the
-                word pieces to choose from.
+            speech: `(tokens, hidden)` float, output of the projector's linear map.
+            pieces: embeddings of the word pieces to choose from, `(pieces, hidden)` float, or
+                `(tokens, pieces, hidden)` if each token has its own.
 
         Returns:
-            `(tokens, 1 + pieces)` float32, of a model in float64 float64; the blank comes first.
+            `(tokens, 1 + pieces)` float32 (float64 for a model in float64); the blank comes first.
         """
         dtype = torch.promote_types(speech.dtype, torch.float32)
         speech = nn.functional.normalize(speech.to(dtype), dim=-1)
@@ -234,44 +240,44 @@ class LsmReader(nn.Module):
         return self.scale.to(dtype) * torch.cat([blank[:, None], cosines], -1) + bias
 
     def forward(self, speech: torch.Tensor, embeddings: Callable, num_tokens: list[int]) -> torch.Tensor:
-        """Put speech into the LLM's own words, as LegoSLM does (arXiv 2505.11352), but with room for more than words.
+        """Express speech in the LLM's input embeddings, as LegoSLM does (arXiv 2505.11352).
 
-        A token becomes the mean of the `pieces_per_token` embeddings next to it, weighted by their probabilities. A
-        blank says nothing: it becomes the mean of all embeddings, and as much of its own direction as the learned gate
-        lets through. The gate begins at 0; it opens if there is something to learn from what is not said in words.
-        Of every chunk the words come first, so that the LLM finds them next to each other as in a text.
+        A speech token becomes the mean of its `pieces_per_token` nearest embeddings, weighted by their probabilities. A
+        blank becomes the mean of all embeddings plus its own direction times a learned gate. The gate is initially 0
+        and can grow if there is something to learn that is not expressed in words. In each chunk, the words come before
+        the blanks, so that the LLM gets them next to each other, as in a text.
 
         Args:
             speech: `(total_tokens, hidden)` float.
-            embeddings: what gives the LLM's embeddings of ids. A function, as the weights may be elsewhere or in
-                shards until their module is called; and no module, as accelerate would move that.
-            num_tokens: speech tokens of every chunk.
+            embeddings: function from ids to the LLM's embeddings. The weights themselves may be offloaded or sharded
+                until their module is called, and accelerate would move a module.
+            num_tokens: number of speech tokens of each chunk.
 
         Returns:
             `(total_tokens, hidden)`.
         """
         ids, mean = self._search(speech, embeddings)
-        pieces = embeddings(ids).to(speech)  # of its device, too: with a device map, the LLM may be elsewhere
-        chances = self.logits(speech, pieces).softmax(-1)
-        blank, is_blank = chances[:, :1], chances[:, 0] > 0.5
-        # The second thought of a blank would be heard as a word, however faint: LLMs normalise what they are given.
-        words = (chances[:, None, 1:] @ pieces.to(chances))[:, 0].masked_fill(is_blank[:, None], 0.0)
-        heard = words + blank * (mean + self.gate * nn.functional.normalize(speech, dim=-1))
+        pieces = embeddings(ids).to(speech)  # dtype and device: with a device map, the LLM may be elsewhere
+        probabilities = self.logits(speech, pieces).softmax(-1)
+        blank, is_blank = probabilities[:, :1], probabilities[:, 0] > 0.5
+        # Blanks get no words, because LLMs normalise their input, which would amplify even improbable words.
+        words = (probabilities[:, None, 1:] @ pieces.to(probabilities))[:, 0].masked_fill(is_blank[:, None], 0.0)
+        output = words + blank * (mean + self.gate * nn.functional.normalize(speech, dim=-1))
         chunk = torch.arange(len(num_tokens)).repeat_interleave(torch.tensor(num_tokens)).to(speech.device)
-        return heard[(2 * chunk + is_blank).argsort(stable=True)].to(speech.dtype)
+        return output[(2 * chunk + is_blank).argsort(stable=True)].to(speech.dtype)
 
     @torch.no_grad()
     def _search(self, speech: torch.Tensor, embeddings: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each token the ids `(tokens, pieces_per_token)` whose embeddings have the largest cosines with it; and
+        """Return the ids `(tokens, pieces_per_token)` of the embeddings with the largest cosines with each token, and
         the mean `(hidden,)` of all embeddings."""
         speech, device = nn.functional.normalize(speech, dim=-1), speech.device
         never = torch.tensor(self.config.non_text_token_ids, dtype=torch.long, device=device)
         scores, ids = speech.new_empty(len(speech), 0), torch.empty(len(speech), 0, dtype=torch.long, device=device)
         vocabulary, total = self.config.text_config.vocab_size, 0.0
         for chunk in torch.arange(vocabulary, device=device).split(VOCABULARY_CHUNK):
-            known = embeddings(chunk).to(speech)
-            total = total + known.sum(0, dtype=torch.promote_types(known.dtype, torch.float32))
-            cosines = speech @ nn.functional.normalize(known, dim=-1).T
+            vectors = embeddings(chunk).to(speech)
+            total = total + vectors.sum(0, dtype=torch.promote_types(vectors.dtype, torch.float32))
+            cosines = speech @ nn.functional.normalize(vectors, dim=-1).T
             cosines = cosines.masked_fill(torch.isin(chunk, never), -torch.inf)
             scores, ids = torch.cat([scores, cosines], 1), torch.cat([ids, chunk.expand(len(speech), -1)], 1)
             scores, kept = scores.topk(min(self.config.pieces_per_token, scores.shape[1]))
@@ -280,18 +286,18 @@ class LsmReader(nn.Module):
 
 
 class LsmProjector(LsmPreTrainedModel):
-    """LayerNorm, windows, a Q-Former that reads each window with learned queries, and a linear map to the LLM,
-    whose words speech is put into (`pieces_per_token`)."""
+    """Projector from the encoder to the LLM: windows, LayerNorm, a Q-Former with learned queries for each window, a
+    linear map, and a reader that expresses speech in the LLM's embeddings (unless `pieces_per_token` is 0)."""
 
     def __init__(self, config: LsmConfig):
         super().__init__(config)
         qformer_config = config.qformer_config
         self.layer_norm = nn.LayerNorm(config.audio_config.d_model)
-        if config.context_frames:  # attention knows no order, and the middle counts more than what is around it
+        if config.context_frames:  # attention ignores positions, but the context should count less than the window
             frames = config.window_frames + 2 * config.context_frames
             self.frame_positions = nn.Parameter(torch.empty(frames, config.audio_config.d_model))
         self.queries = nn.Parameter(torch.empty(config.queries_per_window, qformer_config.hidden_size))
-        # The Q-Former has no flash attention, so the choice made for the whole model must not reach it.
+        # The Q-Former does not support flash attention, which may be set for the whole model.
         attention = qformer_config._attn_implementation or ""
         self.qformer = AutoModel.from_config(
             qformer_config, **({"attn_implementation": "sdpa"} if "flash" in attention else {})
@@ -310,13 +316,21 @@ class LsmProjector(LsmPreTrainedModel):
     def cut_windows(
         self, hidden_states: torch.Tensor, encoder_frames: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Lay the windows that hold real frames out as rows `(windows, frames, d_audio)`, each with its context, and
-        their frame mask."""
+        """Cut the frames into windows with their context, and drop windows without real frames.
+
+        Args:
+            hidden_states: `(chunks, frames, d_audio)` float.
+            encoder_frames: number of real frames of each chunk.
+
+        Returns:
+            Windows `(windows, frames, d_audio)`, and the mask `(windows, frames)` int64 of their real frames, which is
+            None in the proportional mode.
+        """
         window, counts = window_layout(encoder_frames, self.config.window_frames, self.config.window_mode)
         chunks, frames, width = hidden_states.shape
         most = max(counts)
         context, padding = self.config.context_frames, most * window - frames
-        # A negative padding cuts, which drops the tail that fills no window of the proportional mode.
+        # Negative padding removes the frames at the end that fill no window of the proportional mode.
         padded = nn.functional.pad(hidden_states, (0, 0, context, padding + context))
         windows = padded.unfold(1, window + 2 * context, window).transpose(2, 3).reshape(chunks * most, -1, width)
         if self.config.window_mode == "proportional":
@@ -332,35 +346,32 @@ class LsmProjector(LsmPreTrainedModel):
     def forward(
         self, hidden_states: torch.Tensor, encoder_frames: list[int], embeddings: Callable | None = None
     ) -> torch.Tensor:
-        """
+        """Return the speech embeddings `(total_tokens, hidden)` of all chunks, one chunk after the other.
+
         Args:
             hidden_states: `(chunks, frames, d_audio)` float.
-            encoder_frames: real frames of every chunk.
-            embeddings: what gives the LLM's embeddings of ids, to put speech into its words; without it, speech stays
-                as it is.
-
-        Returns:
-            `(total_tokens, hidden)`: the speech embeddings of all chunks, one after the other.
+            encoder_frames: number of real frames of each chunk.
+            embeddings: function from ids to the LLM's embeddings, for the reader; if None, the reader is not used.
         """
         windows, mask = self.cut_windows(hidden_states, encoder_frames)
         windows = self.layer_norm(windows.to(self.layer_norm.weight.dtype))
         if self.config.context_frames:
             windows = windows + self.frame_positions
-        # Until they have read, the queries are the same for every window: a batch of one.
-        read = self.qformer(
+        # Before the cross-attention, the queries are the same for all windows, so one copy is enough.
+        output = self.qformer(
             query_embeds=self.queries[None],
             encoder_hidden_states=windows,
             encoder_attention_mask=mask,
             return_dict=True,
         )
-        speech = self.linear(read.last_hidden_state).flatten(0, 1)
+        speech = self.linear(output.last_hidden_state).flatten(0, 1)
         if embeddings is None or not self.config.pieces_per_token:
             return speech
         return self.reader(speech, embeddings, num_audio_tokens(encoder_frames, **self.config.windowing))
 
 
 class LsmModel(LsmPreTrainedModel):
-    """Audio tower, projector and the LLM's body, without the language modelling head."""
+    """Audio tower, projector and LLM, without the language modelling head."""
 
     def __init__(self, config: LsmConfig):
         super().__init__(config)
@@ -371,10 +382,10 @@ class LsmModel(LsmPreTrainedModel):
         self._no_split_modules = self._layer_classes()
 
     def _layer_classes(self) -> set[str]:
-        """What FSDP wraps and `device_map` keeps whole. transformers adds all that a part's family knows of, and
-        accelerate refuses names that the model does not have, such as Whisper's decoder layers."""
-        known = {*LsmPreTrainedModel._no_split_modules, *(self.language_model._no_split_modules or ())}
-        return known & {type(module).__name__ for module in self.modules()}
+        """Return the names of the layer classes that FSDP wraps and `device_map` does not split. transformers would add
+        names of classes that the model does not contain, such as Whisper's decoder layers, which accelerate refuses."""
+        names = {*LsmPreTrainedModel._no_split_modules, *(self.language_model._no_split_modules or ())}
+        return names & {type(module).__name__ for module in self.modules()}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -388,16 +399,17 @@ class LsmModel(LsmPreTrainedModel):
         input_features_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
     ) -> LsmAudioOutput:
-        """Speech embeddings of all chunks of a batch.
+        """Return the speech embeddings of all chunks of a batch, with the output of the audio tower.
 
         Args:
             input_features: `(chunks, mels, frames)` float, log-mel features at 100 frames per second.
-            input_features_mask: `(chunks, frames)`, 1 for real frames, right-padded; all real if absent.
-            audio_hidden_states: `(chunks, encoder_frames, d_audio)` float: the audio tower's output for these
-                chunks, given instead of `input_features`.
+            input_features_mask: `(chunks, frames)`, 1 for real frames, right-padded; if absent, all frames are real.
+            audio_hidden_states: `(chunks, encoder_frames, d_audio)` float, the audio tower's output for these chunks,
+                instead of `input_features`.
 
         Raises:
-            ValueError: unless exactly one of `input_features` and `audio_hidden_states` is given, and not empty.
+            ValueError: not exactly one of `input_features` and `audio_hidden_states` is given, it is empty, or the mask
+                does not fit it.
         """
         hidden_states, encoder_frames = self.encode_audio(input_features, input_features_mask, audio_hidden_states)
         return LsmAudioOutput(
@@ -412,16 +424,16 @@ class LsmModel(LsmPreTrainedModel):
         input_features_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[int]]:
-        """The audio tower's output `(chunks, encoder_frames, d_audio)`, unless it is given, and how many frames of each
-        chunk are real; arguments and errors as in [`get_audio_features`]."""
+        """Return the audio tower's output `(chunks, encoder_frames, d_audio)`, which is only computed if it is not
+        given, and the number of real frames of each chunk. Arguments and errors are as in [`get_audio_features`]."""
         if (input_features is None) == (audio_hidden_states is None):
             raise ValueError("Give exactly one of `input_features` and `audio_hidden_states`.")
         audio = input_features if audio_hidden_states is None else audio_hidden_states
         if audio.ndim != 3 or audio.numel() == 0:
-            raise ValueError(f"The audio must have three axes and no empty one, got shape {tuple(audio.shape)}.")
+            raise ValueError(f"The audio must have three axes, none of them empty, got shape {tuple(audio.shape)}.")
         encoder_frames = self._encoder_frames(input_features, input_features_mask, audio_hidden_states)
         if audio_hidden_states is None:
-            # Whisper itself is trained on 30 s with silence attended to, and so were the original checkpoints.
+            # With "max_length", the padding is not masked, as in the training of Whisper and of the original code.
             mask = input_features_mask if self.config.audio_padding == "longest" else None
             audio_hidden_states = self.audio_tower(input_features, attention_mask=mask).last_hidden_state
         chunks, frames, _ = audio_hidden_states.shape
@@ -437,7 +449,7 @@ class LsmModel(LsmPreTrainedModel):
 
     @staticmethod
     def _encoder_frames(input_features, input_features_mask, audio_hidden_states) -> list[int]:
-        """Real encoder frames of every chunk."""
+        """Return the number of real encoder frames of each chunk."""
         if input_features_mask is not None:
             return [num_encoder_frames(frames) for frames in input_features_mask.sum(-1).tolist()]
         if audio_hidden_states is not None:
@@ -445,23 +457,22 @@ class LsmModel(LsmPreTrainedModel):
         return [num_encoder_frames(input_features.shape[-1])] * input_features.shape[0]
 
     def _speech(self, input_features, input_features_mask, audio_hidden_states, audio_embeds) -> torch.Tensor | None:
-        """The speech embeddings `(total_tokens, hidden)`, whatever they come from; None without audio."""
+        """Return the speech embeddings `(total_tokens, hidden)` from one of the inputs; None without audio."""
         sources = (input_features, audio_hidden_states, audio_embeds)
-        if (given := sum(source is not None for source in sources)) > 1:
+        if (count := sum(source is not None for source in sources)) > 1:
             raise ValueError(
                 "Give exactly one of `input_features`, `audio_hidden_states` and `audio_embeds`, or none of them; got "
-                f"{given}."
+                f"{count}."
             )
-        if not given or audio_embeds is not None:
+        if not count or audio_embeds is not None:
             return audio_embeds
         return self.get_audio_features(input_features, input_features_mask, audio_hidden_states).pooler_output
 
     def _check_length(self, prompt: torch.Tensor, attention_mask, past_key_values) -> None:
-        """Refuse a prompt (ids or embeddings) that is empty, or that the LLM has too few positions for, as it would
-        answer all the same.
+        """Refuse a prompt (ids or embeddings) that is empty or too long. The LLM itself would not notice.
 
         Raises:
-            ValueError: says how long it is, how long it may be, and how much speech fits.
+            ValueError: the prompt is empty, or longer than the LLM has positions; the message contains the lengths.
         """
         batch, length = prompt.shape[:2]
         if prompt.numel() == 0:
@@ -472,7 +483,7 @@ class LsmModel(LsmPreTrainedModel):
             return
         padded = attention_mask is not None and attention_mask.ndim == 2
         lengths = attention_mask.sum(-1) if padded else torch.full((batch,), past + length)
-        tokens, row = (int(found) for found in lengths.max(0))
+        tokens, row = (int(value) for value in lengths.max(0))
         if tokens <= positions:
             return
         speech = int((prompt[row] == self.config.audio_token_id).sum()) if prompt.ndim == 2 else 0
@@ -485,20 +496,20 @@ class LsmModel(LsmPreTrainedModel):
 
     def _embed(self, input_ids: torch.Tensor, past_key_values, *audio: torch.Tensor | None) -> torch.Tensor:
         """Embed the prompt, with the speech embeddings in place of the audio placeholders."""
-        # The text comes first, as it does where there is no speech: processes that hold parts of the weights must ask
-        # for them in the same order.
+        # The text is embedded first, as without speech, because processes with sharded weights must gather them in the
+        # same order.
         inputs_embeds = self.get_input_embeddings()(input_ids)
         speech = self._speech(*audio)
-        # Generated tokens hold no placeholders, and counting them would wait for the device at every step.
+        # Generated tokens contain no placeholders, and counting them would synchronise with the device at each step.
         generating = past_key_values is not None and (input_ids.shape[1] == 1 or past_key_values.get_seq_length() > 0)
         if generating and speech is None:
             return inputs_embeds
         placeholders = input_ids == self.config.audio_token_id
         expected = int(placeholders.sum()) if self.config.audio_token_id is not None else 0
-        found = 0 if speech is None else speech.shape[0]
-        if expected != found:
+        actual = 0 if speech is None else speech.shape[0]
+        if expected != actual:
             raise ValueError(
-                f"The prompt has {expected} audio placeholder tokens, but the audio gives {found} embeddings."
+                f"The prompt has {expected} audio placeholder tokens, but the audio has {actual} embeddings."
             )
         if speech is None:
             return inputs_embeds + self._run_on_silence() if self.training and not generating else inputs_embeds
@@ -506,8 +517,8 @@ class LsmModel(LsmPreTrainedModel):
         return inputs_embeds.masked_scatter(placeholders[..., None], speech)
 
     def _run_on_silence(self) -> torch.Tensor:
-        """Zero, for whose sake tower and projector run on a batch of text. Processes that train together (DDP, FSDP,
-        ZeRO) must all use the same modules, whatever their batches hold, or they wait for each other for ever."""
+        """Run tower and projector on silence and return zero, for batches of text in training. With DDP, FSDP and ZeRO,
+        all processes must use the same modules in each step, or they wait for each other forever."""
         silence = torch.zeros(1, self.config.audio_config.num_mel_bins, 2, device=self.projector.queries.device)
         return 0 * self.get_audio_features(silence, silence.new_ones(1, 2, dtype=torch.long)).pooler_output.sum()
 
@@ -526,7 +537,8 @@ class LsmModel(LsmPreTrainedModel):
         audio_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """The LLM's last hidden states `(batch, length, hidden)`; arguments as in [`LsmForConditionalGeneration`]."""
+        """Return the LLM's last hidden states `(batch, length, hidden)`. The arguments are those of
+        [`LsmForConditionalGeneration.forward`]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         self._check_length(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, past_key_values)
@@ -535,10 +547,10 @@ class LsmModel(LsmPreTrainedModel):
             inputs_embeds = self._embed(input_ids, past_key_values, *audio)
         elif any(audio is not None for audio in (input_features, audio_hidden_states, audio_embeds)):
             raise ValueError(
-                "Audio needs `input_ids`, whose placeholder tokens say where it goes; `inputs_embeds` hold their own."
+                "Audio needs `input_ids` with placeholder tokens; `inputs_embeds` already contain speech embeddings."
             )
         if position_ids is None and past_key_values is None and attention_mask is not None and attention_mask.ndim == 2:
-            # As `generate` counts them: padding on the left must not shift a prompt that does without it.
+            # As in `generate`: padding on the left must not shift positions.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -552,15 +564,15 @@ class LsmModel(LsmPreTrainedModel):
 
 
 def content_of(weights: Mapping[str, torch.Tensor], part: str, dtype: torch.dtype) -> str:
-    """Return `"sha256:"` and 16 hex digits of the encoder (`"audio"`) or the LLM (`"text"`) of an LSM.
+    """Return the hash of an LSM's encoder or LLM, `"sha256:"` and 16 hex digits.
 
-    It depends on some values of every weight, as bfloat16, so that it is the same for every data type but float16 and
-    takes no time. Every training changes some of them.
+    To be fast, it depends on only some values of each weight, which every training changes. They are converted to
+    bfloat16, so that the hash is the same for all data types but float16.
 
     Args:
         weights: an LSM's `state_dict()`.
         part: a key of `PARTS`.
-        dtype: the data type that the LSM was composed in.
+        dtype: data type in which the LSM was composed.
     """
     digest = hashlib.sha256()
     for name in sorted(name for name in weights if name.startswith(PARTS[part])):
@@ -573,14 +585,14 @@ def content_of(weights: Mapping[str, torch.Tensor], part: str, dtype: torch.dtyp
 def _join(
     source, config: LsmConfig, replacements: Mapping[str, str | None], allow_other_weights: bool, options: Mapping
 ) -> dict[str, torch.Tensor]:
-    """Return all weights of an LSM of which the checkpoint holds the projector alone.
+    """Return all weights of an LSM whose checkpoint contains only the projector.
 
     Args:
         source: folder or Hub id of the checkpoint.
-        config: its configuration.
-        replacements: folders or Hub ids of `audio` and `text`, None for those that the configuration names.
-        allow_other_weights: whether these may have other content.
-        options: of `from_pretrained`.
+        config: configuration of the checkpoint.
+        replacements: folders or Hub ids of `audio` and `text`; None for those in the configuration.
+        allow_other_weights: whether encoder and LLM may have other weights than in the configuration.
+        options: keywords of `from_pretrained`.
 
     Raises:
         OSError, ValueError: as in [`LsmForConditionalGeneration.from_pretrained`].
@@ -589,40 +601,40 @@ def _join(
     place = {name: options[name] for name in ("revision", "subfolder") if options.get(name)}
     weights = load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub, **place))
     for part, load in {"audio": _load_tower, "text": _load_llm}.items():
-        known = config.sources[part]
+        origin = config.sources[part]
         name, revision = replacements[part], None
         try:
-            if name is None and known["revision"].startswith("sha256:"):
-                name = str(_folder_near(source, known["model"]))
+            if name is None and origin["revision"].startswith("sha256:"):
+                name = str(_folder_near(source, origin["model"]))
             elif name is None:
-                name, revision = known["model"], known["revision"]
+                name, revision = origin["model"], origin["revision"]
             weights |= load(name, config, {**hub, "revision": revision})
         except OSError as error:
             raise OSError(
-                f"{source} is a projector for {known['model']} ({known['revision']}), which cannot be loaded: {error} "
-                f"Download it, put its folder beside the projector's, or name it with `{part}_model=FOLDER`."
+                f"{source} is a projector for {origin['model']} ({origin['revision']}), which cannot be loaded: {error}"
+                f" Download it, put its folder next to the projector's, or name it with `{part}_model=FOLDER`."
             ) from error
         content = content_of(weights, part, config.dtype or torch.float32)
-        if content != known["content"] and not allow_other_weights:
+        if content != origin["content"] and not allow_other_weights:
             raise ValueError(
-                f"{source} is a projector for {known['model']} ({known['revision']}, weights {known['content']}), but "
-                f"{name} has other weights ({content}): name the right ones with `{part}_model=...`, or pass "
+                f"{source} is a projector for {origin['model']} ({origin['revision']}, weights {origin['content']}), "
+                f"but {name} has other weights ({content}): name the right ones with `{part}_model=...`, or pass "
                 "`allow_other_weights=True`."
             )
     return weights
 
 
 def _folder_near(source, name: str) -> Path:
-    """Return the folder of this name in or beside the folder `source`, or beside the folder that this one is in.
+    """Return the folder with this name inside the folder `source`, inside its parent, or inside the parent of that.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such folder.
     """
     folder = Path(source).resolve()
     places = [near / name for near in (folder, *folder.parents[:2])] if folder.is_dir() else []
-    if not (found := [place for place in places if place.is_dir()]):
-        raise FileNotFoundError(f"the folder {name} is not there.")
-    return found[0]
+    if not (existing := [place for place in places if place.is_dir()]):
+        raise FileNotFoundError(f"there is no folder {name}.")
+    return existing[0]
 
 
 def _load_tower(source: str, config: LsmConfig, options: dict) -> dict[str, torch.Tensor]:
@@ -636,12 +648,12 @@ def _load_llm(source: str, config: LsmConfig, options: dict) -> dict[str, torch.
     _refuse_missing(source, loaded["missing_keys"])
     modules = dict(zip(PARTS["text"], (llm.get_decoder(), llm.get_output_embeddings()), strict=True))
     weights = {begin + name: value for begin, module in modules.items() for name, value in module.state_dict().items()}
-    # The audio placeholder may need a row of its own, as `recipes/compose.py` adds it: zeros.
-    rows, known = config.text_config.vocab_size, llm.get_input_embeddings().num_embeddings
+    # The audio placeholder may have an additional row, which is 0 as in `recipes/compose.py`.
+    rows, loaded_rows = config.text_config.vocab_size, llm.get_input_embeddings().num_embeddings
     tables = {llm.get_input_embeddings().weight.data_ptr(), llm.get_output_embeddings().weight.data_ptr()}
     for name, value in weights.items():
-        if rows > known and (value.data_ptr() in tables or name == "lm_head.bias"):
-            weights[name] = nn.functional.pad(value, (0, 0) * (value.ndim - 1) + (0, rows - known))
+        if rows > loaded_rows and (value.data_ptr() in tables or name == "lm_head.bias"):
+            weights[name] = nn.functional.pad(value, (0, 0) * (value.ndim - 1) + (0, rows - loaded_rows))
     return weights
 
 
@@ -662,7 +674,7 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
-        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}  # its name is the LLM's own choice
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}  # LLMs have different names for it
         self.post_init()
         self._no_split_modules = self.model._no_split_modules
 
@@ -677,32 +689,33 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         output_loading_info: bool = False,
         **kwargs,
     ):
-        """As in transformers, but a checkpoint that lacks weights, or has others, is a `ValueError`.
+        """Load an LSM as in transformers, but refuse checkpoints with missing or unexpected weights.
 
-        A checkpoint of the projector alone (`save_pretrained(..., projector_only=True)`) is joined to its Whisper
-        encoder and its LLM.
+        A checkpoint that contains only the projector (`save_pretrained(..., projector_only=True)`) is joined to its
+        Whisper encoder and its LLM. If their names are those of folders, they are searched in and next to the
+        projector's folder.
 
         Args:
             source: folder or Hub id.
             audio_model, text_model: folder or Hub id of the Whisper checkpoint and of the LLM, instead of those that
-                the projector names. Folders are also searched in and beside the projector's folder.
-            allow_other_weights: join the projector to weights that it was not trained with.
+                the projector was trained with.
+            allow_other_weights: whether the projector may be joined to weights with which it was not trained.
+            output_loading_info: whether to return the loading info of transformers, too.
+            args, kwargs: as in transformers.
 
         Raises:
             OSError: encoder or LLM cannot be found.
-            ValueError: the weights do not fit, or are others than those that the projector was trained with.
+            ValueError: weights are missing or unexpected, or the projector was trained with other weights.
         """
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         config, replacements = kwargs.get("config"), {"audio": audio_model, "text": text_model}
-        if source is not None and not hasattr(config, "projector_only"):  # any class: remote code has one of its own
+        if source is not None and not hasattr(config, "projector_only"):  # remote code has its own configuration class
             place = {name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}
-            with contextlib.suppress(OSError):  # not an LSM, perhaps an adapter: transformers says what is missing
+            with contextlib.suppress(OSError):  # not an LSM; transformers loads an adapter or says what is missing
                 config = LsmConfig.from_pretrained(config or source, **hub, **place)
         joined = getattr(config, "projector_only", False)
         if not joined and (named := next(filter(None, replacements.values()), None)):
-            raise ValueError(
-                f"{source} has an encoder and an LLM of its own, so {named!r} has no effect; leave it out."
-            )
+            raise ValueError(f"{source} has its own encoder and LLM, so {named!r} has no effect; leave it out.")
         if joined:
             config = copy.deepcopy(config)
             config.projector_only = False
@@ -718,24 +731,25 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *, projector_only: bool = False, **kwargs):
-        """As in transformers.
+        """Save an LSM as in transformers.
 
         Args:
             save_directory: folder.
-            projector_only: save the projector alone, in the LLM's data type, without the encoder and the LLM that it
-                was composed of. `from_pretrained` joins it to them again.
+            projector_only: whether to save only the projector, in the LLM's data type, without encoder and LLM.
+                `from_pretrained` joins it to them again.
+            kwargs: as in transformers.
 
         Raises:
-            ValueError: `projector_only`, but the encoder or the LLM is not known, or has been trained.
+            ValueError: `projector_only` is set, but encoder or LLM are unknown or were trained.
         """
         if not projector_only:
             return super().save_pretrained(save_directory, **kwargs)
         weights, sources = self.state_dict(), self.config.sources
         for part in PARTS:
             if sources is None or sources[part]["content"] != content_of(weights, part, self.dtype):
-                trouble = "is not named in the configuration" if sources is None else f"is not {sources[part]} any more"
+                problem = "is not named in the configuration" if sources is None else f"is not {sources[part]} any more"
                 raise ValueError(
-                    f"The {part} model {trouble}, so the projector alone would not give this LSM again: save the whole "
+                    f"The {part} model {problem}, so the projector alone could not restore this LSM: save the whole "
                     "LSM, or compose it again and train it with `--llm frozen`."
                 )
         own = {name: value for name, value in weights.items() if not name.startswith(sum(PARTS.values(), ()))}
@@ -781,24 +795,26 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         audio_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """
+        """Run the model on a batch of prompts.
+
         Args:
-            input_ids: `(batch, length)` int64; audio placeholders stand where the speech embeddings go.
+            input_ids: `(batch, length)` int64, with audio placeholders in the places of the speech embeddings.
             attention_mask: `(batch, length)`, 1 for real tokens.
-            labels: `(batch, length)` int64, -100 where no loss is wanted; not shifted.
-            logits_to_keep: compute logits for the last so many positions only (0: all), or for these positions
-                `(kept,)`; or, with a bool mask `(batch, length)`, for the positions it names of every row, and then
-                the logits are `(positions, vocabulary)`.
-            input_features: `(chunks, mels, frames)` float: log-mel features of all clips in prompt order, at 100
-                frames per second, each clip cut into chunks of at most 30 s. Absent in text-only prompts.
+            labels: `(batch, length)` int64, not shifted; -100 for tokens without a loss.
+            logits_to_keep: the positions whose logits are computed: the last ones if an integer (0 for all), those in
+                `(kept,)` int64 for all rows, or those of a mask `(batch, length)` bool, which gives logits of the shape
+                `(positions, vocabulary)`.
+            input_features: `(chunks, mels, frames)` float, log-mel features of all clips in prompt order, at 100
+                frames per second, with each clip cut into chunks of at most 30 s. Absent for text-only prompts.
             input_features_mask: `(chunks, frames)`, 1 for real frames, right-padded.
             audio_hidden_states: `(chunks, encoder_frames, d_audio)` float, precomputed output of the audio tower,
                 instead of `input_features` and with the same mask.
             audio_embeds: `(total_tokens, hidden)` float, precomputed speech embeddings, instead of both.
+            position_ids, past_key_values, inputs_embeds, use_cache, kwargs: as in transformers.
 
         Raises:
-            ValueError: if the audio gives another number of embeddings than the prompt has placeholders, or the prompt
-                has more tokens than the LLM has positions.
+            ValueError: the numbers of speech embeddings and of placeholders differ, the prompt has more tokens than the
+                LLM has positions, or arguments exclude each other.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -826,8 +842,8 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         )
 
     def _logits(self, hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        """Logits at the positions to keep, with what some LLMs do after their head: Cohere and Granite scale, Gemma
-        caps."""
+        """Return the logits at these positions. Some LLMs change them after the head: Cohere and Granite scale them,
+        and Gemma caps them."""
         if isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, -logits_to_keep:]
         elif logits_to_keep.dtype == torch.bool:
@@ -843,8 +859,8 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, *args, inputs_embeds=None, is_first_iteration: bool = False, **kwargs
     ):
-        """The audio goes in with the prompt; later steps find it in the cache, if there is one. A draft model's prompt
-        is not called the first, and a cache that is gone on from may hold the audio: there, placeholders tell."""
+        """Pass the audio on only in the step with the prompt; in later steps, it is in the cache, if there is one. If
+        the first step cannot be recognised (a draft model, or a cache from before), placeholders in the ids decide."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -853,25 +869,25 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         if begins or not kwargs.get("use_cache", True) or ids is None:
             return inputs
         token = self.config.audio_token_id
-        hears = token is not None and ids.shape[1] > 1 and bool((ids == token).any())
-        audio = {name: kwargs.get(name) if hears else None for name in AUDIO_INPUTS}
+        has_audio = token is not None and ids.shape[1] > 1 and bool((ids == token).any())
+        audio = {name: kwargs.get(name) if has_audio else None for name in AUDIO_INPUTS}
         return {**inputs, **audio}
 
     def _prepare_generated_length(self, generation_config, *args, input_ids_length, inputs_tensor, **kwargs):
-        """An answer ends at the LLM's last position, if not before."""
+        """Limit the length of the answer to the LLM's positions."""
         generation_config = super()._prepare_generated_length(
             generation_config, *args, input_ids_length=input_ids_length, inputs_tensor=inputs_tensor, **kwargs
         )
         positions = num_positions(self.config.text_config)
-        unseen = inputs_tensor.shape[1] - input_ids_length  # `inputs_embeds` count as nothing
+        unseen = inputs_tensor.shape[1] - input_ids_length  # embeddings, which transformers does not count
         if positions is not None and generation_config.max_length + unseen > positions:
-            most = max(positions - unseen, input_ids_length + 1)  # the model itself refuses a prompt that is too long
-            logger.warning(f"The LLM has {positions} positions: an answer has {most - input_ids_length} at most.")
+            most = max(positions - unseen, input_ids_length + 1)  # `forward` refuses prompts that are too long
+            logger.warning(f"The LLM has {positions} positions: the answer may have {most - input_ids_length} tokens.")
             generation_config.max_length = most
         return generation_config
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        """Repeat prompts for beams or samples. A prompt may own several rows of audio, which must stay together."""
+        """Repeat prompts for beams or samples. The rows of audio of a prompt must stay together."""
         audio = {name: kwargs.pop(name) for name in AUDIO_INPUTS if kwargs.get(name) is not None}
         if audio and expand_size > 1:
             rows = self._expanded_audio_rows(input_ids, expand_size, **audio)
@@ -890,19 +906,19 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         audio_hidden_states=None,
         audio_embeds=None,
     ) -> torch.Tensor:
-        """Indices of the audio rows after each prompt is repeated `expand_size` times."""
+        """Return the indices of the audio rows after each prompt is repeated `expand_size` times."""
         if audio_embeds is not None:
             row_ends = torch.arange(1, audio_embeds.shape[0] + 1)
         else:
             frames = self.model._encoder_frames(input_features, input_features_mask, audio_hidden_states)
             row_ends = torch.tensor(self.model._num_audio_tokens(frames)).cumsum(0)
         prompt_ends = (input_ids == self.config.audio_token_id).sum(-1).cumsum(0).cpu()
-        prompts = torch.searchsorted(prompt_ends, row_ends)  # the prompt that each row's last token falls into
+        prompts = torch.searchsorted(prompt_ends, row_ends)  # the prompt that contains each row's last token
         return torch.cat([(prompts == index).nonzero()[:, 0].repeat(expand_size) for index in range(len(prompt_ends))])
 
 
 LsmForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
-if not __package__:  # a checkout, not remote code: its own class needs no trust
+if not __package__:  # in a checkout (not remote code), `trust_remote_code` should not be needed
     for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
         auto_class.register(LsmConfig, LsmForConditionalGeneration, exist_ok=True)
 

@@ -1,15 +1,15 @@
-"""Processor of an LSM: prompts and audio in, model inputs out.
+"""Processor of an LSM, which turns prompts and audio into model inputs.
 
-One chat template and one function, [`LsmProcessor.conversation`], lay out every prompt. The teacher reads it with the
-transcript in the audio slot, the student with the audio; nothing else differs. This is what makes a set self-powered
+All prompts have the same layout, from the chat template and [`LsmProcessor.conversation`]. The prompt of the teacher
+has the transcript where that of the student has the audio; there is no other difference. Self-powered data needs this
 ("Self-Powered LLM Modality Expansion for Large Speech-Text Models", arXiv 2410.03798).
 
-The texts of a conversation are text: a transcript that has `<|audio|>` or `</s>` in it is read letter by letter, and
-the chat template alone writes special tokens. `apply_chat_template` puts a character of no width, [`BREAK`], into such
-a name, where no tokenizer finds the special token any more; and fast tokenizers are told to leave that character out of
-their tokens, so that the tokens are those of the plain text. A slow tokenizer cannot be told; there the LLM reads
-the character, too. Why this way: the mark is in the prompt itself, so that whoever tokenises the prompt (teacher,
-student, server, pipeline) reads the same text, with right offsets. Tokens of one letter cannot be broken and are left.
+The texts of a conversation contain no special tokens: `<|audio|>` or `</s>` in a transcript is read as plain text, and
+only the chat template adds special tokens. For this, `apply_chat_template` puts a zero-width character, [`BREAK`], into
+such names, so that no tokenizer recognises them. Fast tokenizers then remove this character, so that the tokens are
+those of the plain text; with slow tokenizers, the LLM also reads the character. Because it is in the prompt itself, all
+programs that tokenise the prompt (teacher, student, server, pipeline) read the same text, with correct offsets. Special
+tokens of a single character cannot be broken and are not changed.
 """
 
 import datetime
@@ -39,40 +39,40 @@ except ImportError:
     from configuration_lsm import LsmConfig, num_audio_tokens, num_encoder_frames, num_mel_frames, validate_windowing
 
 AUDIO_TOKEN = "<|audio|>"
-FILES = (str, os.PathLike, bytes, bytearray, memoryview)  # that audio may come in, besides those that are open
+FILES = (str, os.PathLike, bytes, bytearray, memoryview)  # types of audio files, besides open files
 BREAK = "\u2060"  # word joiner
-TEXTS = ("content", "reasoning_content", "text")  # of messages and their parts
+TEXTS = ("content", "reasoning_content", "text")  # keys of texts in messages and their parts
 URL_TIMEOUT = 60  # seconds
-# The highest float sample that is taken, 24 dB over full scale: hot mixes and resampling stay far below, and samples of
-# 16-bit scale are far above unless they are silence.
+# The largest float sample, 24 dB above full scale: loud recordings and resampling stay far below it, and samples in
+# 16-bit scale are far above it, except silence.
 LOUDEST = 16.0
 
-# What templates ask for beyond the messages. Nobody reads a prompt of the day on which it happens to be rendered: a set
-# is built, learned from and asked about on different ones. Llama's own default day.
+# Defaults of the variables that templates use besides the messages. Prompts must not depend on the day when they are
+# rendered, because a set is built, used for training and evaluated on different days. The date is Llama's default.
 TEMPLATE_SETTINGS = {"enable_thinking": False, "date": "2024-07-26"}
 _PINNED = "{#- template settings, as LsmProcessor has them -#}\n"
 _STRFTIME = ("%-d", "%-m", *(f"%{code}" for code in "aAbBdeFHIjmMpSTyY"))
 
 
 def load_audio(source, sampling_rate: int | None = None, target_rate: int = 16_000) -> np.ndarray:
-    """Read one clip, whatever it comes as.
+    """Read a clip from any of these sources.
 
     Args:
         source: a waveform (numpy array, list or torch tensor; `(samples,)`, `(samples, channels)` or
             `(channels, samples)`), a path, an `http(s)` URL, a data URI, the bytes of a file, a file opened in binary
             mode (read from its beginning), or a `datasets` audio value (`{"array", "sampling_rate"}`,
-            `{"bytes", "path"}` or torchcodec's `AudioDecoder`). Float samples are in [-1, 1]. Integers are PCM of 8, 16
-            or 32 bits, as their type says; those of a wider type that all fit into 16 bits are 16-bit samples, so that
-            a list of samples is read as the int16 array that it was.
-        sampling_rate: rate of a waveform in Hz, `target_rate` if None. Files carry their own.
+            `{"bytes", "path"}` or torchcodec's `AudioDecoder`). Float samples are in [-1, 1]. Integers are PCM with 8,
+            16 or 32 bits, according to their type. If integers of a wider type all fit into 16 bits, they are 16-bit
+            samples, so that a list is read like an int16 array with the same samples.
+        sampling_rate: rate of a waveform in Hz, `target_rate` if None. Files contain their own rate.
         target_rate: rate of the result in Hz.
 
     Returns:
-        `(samples,)` float32 at `target_rate`, channels averaged, integers scaled to [-1, 1].
+        `(samples,)` float32 at `target_rate`, with averaged channels and integers scaled to [-1, 1].
 
     Raises:
-        ValueError: if the audio cannot be read, is empty, has NaN or infinite samples, or samples of another scale.
-        ImportError: if soundfile or soxr is needed and not installed.
+        ValueError: the audio cannot be read, is empty, has NaN or infinite samples, or samples of another scale.
+        ImportError: soundfile or soxr is needed and not installed.
     """
     if isinstance(source, dict):
         if source.get("array") is not None:
@@ -90,7 +90,7 @@ def load_audio(source, sampling_rate: int | None = None, target_rate: int = 16_0
         _require(soxr, "soxr", "to resample audio")
         waveform = soxr.resample(waveform, sampling_rate, target_rate)
         if waveform.size == 0:
-            raise ValueError("The audio is empty: nothing is left of it after resampling.")
+            raise ValueError("The audio is empty: it has no samples after resampling.")
     return np.ascontiguousarray(waveform, dtype=np.float32)
 
 
@@ -100,7 +100,7 @@ def _require(module, name: str, purpose: str) -> None:
 
 
 def _decode(source) -> tuple[np.ndarray, int]:
-    """Samples, as a waveform has them, and rate in Hz of whatever is not one yet."""
+    """Decode a source that is not a waveform, and return its samples and its rate in Hz."""
     try:
         if hasattr(source, "get_all_samples"):
             samples = source.get_all_samples()
@@ -110,15 +110,15 @@ def _decode(source) -> tuple[np.ndarray, int]:
     except FileNotFoundError:
         reason = "the file does not exist"
     except (OSError, RuntimeError, TypeError, ValueError, http.client.HTTPException) as error:
-        # In words of its own where it has some: others may repeat what was given, which may be megabytes.
+        # These attributes are preferred, because the message may contain the source, which can be megabytes.
         reason = str(getattr(error, "error_string", None) or getattr(error, "strerror", None) or error)
     raise ValueError(f"Cannot read {_name(source)} as audio: {reason.rstrip('.')}.")
 
 
 def _content(source) -> bytes:
-    """The bytes of a file."""
+    """Return the bytes of a file."""
     if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
-        # Not transformers' own loader, which makes 16-bit samples of whatever comes.
+        # The loader of transformers is not used, because it converts all audio to 16-bit samples.
         with urllib.request.urlopen(source, timeout=URL_TIMEOUT) as response:
             return response.read()
     if isinstance(source, (str, os.PathLike)):
@@ -129,12 +129,12 @@ def _content(source) -> bytes:
     if hasattr(source, "seekable") and source.seekable():
         source.seek(0)
     if isinstance(content := source.read(), str):
-        raise ValueError("the file is open in text mode, open it in binary mode ('rb')")
+        raise ValueError("the file is open in text mode; open it in binary mode ('rb')")
     return content
 
 
 def _name(source) -> str:
-    """What an error calls a file: its name where it has one, and never its content."""
+    """Return a name of a source for errors, which never contains its content."""
     if not isinstance(source, (str, os.PathLike)):
         return "the given bytes" if isinstance(source, FILES) else f"the given {type(source).__name__}"
     if str(source).startswith("data:"):
@@ -151,8 +151,8 @@ def _to_array(source) -> np.ndarray:
     except ValueError as error:
         raise ValueError(f"The audio is not a regular array: {error}") from error
     if array.dtype.kind not in "iuf":
-        given = f"a dict of {list(source)}" if isinstance(source, dict) else type(source).__name__
-        raise ValueError(f"Audio must be numbers, a path, a URL, a file or its bytes; got {given}.")
+        kind = f"a dict of {list(source)}" if isinstance(source, dict) else type(source).__name__
+        raise ValueError(f"Audio must be numbers, a path, a URL, a file or its bytes; got {kind}.")
     return array
 
 
@@ -165,34 +165,34 @@ def _to_mono_float(waveform: np.ndarray) -> np.ndarray:
         waveform = _from_pcm(waveform)
     if waveform.ndim == 2:
         waveform = waveform.mean(axis=int(waveform.shape[0] >= waveform.shape[1]))  # channels are the shorter axis
-    with np.errstate(over="ignore"):  # the check below says it better
+    with np.errstate(over="ignore"):  # the check below has a better message
         waveform = waveform.astype(np.float32)
     if not np.isfinite(waveform).all():
         raise ValueError("The audio has NaN or infinite samples.")
     if (loudest := np.abs(waveform).max()) > LOUDEST:
         raise ValueError(
             f"The audio has samples of up to {loudest:g}, but float samples are expected in [-1, 1]. Divide them by "
-            "full scale (32768 for 16 bits), or give integers, whose type says what full scale is."
+            "full scale (32768 for 16 bits), or give integers, whose type determines full scale."
         )
     return waveform
 
 
 def _from_pcm(waveform: np.ndarray) -> np.ndarray:
-    """Integer samples as float64 in [-1, 1]."""
+    """Return integer samples as float64 in [-1, 1]."""
     kind, bits = waveform.dtype.kind, 8 * waveform.dtype.itemsize
     lowest, highest = int(waveform.min()), int(waveform.max())
-    if bits > 16 and kind == "i":  # a list has no type, and whoever computes with samples widens it
+    if bits > 16 and kind == "i":  # lists have no type, and computations widen it
         bits = 16 if lowest >= -(2**15) and highest < 2**15 else 32
     if bits > 32 or (kind == "u" and bits > 16) or not -(2**31) <= lowest <= highest < 2**31:
         raise ValueError(
-            f"Samples of {lowest} to {highest} as {waveform.dtype} are no PCM; expected uint8, int16 or int32 samples, "
-            "or floats in [-1, 1]."
+            f"Samples of {lowest} to {highest} as {waveform.dtype} are not PCM; expected uint8, int16 or int32 "
+            "samples, or floats in [-1, 1]."
         )
     full_scale = 2.0 ** (bits - 1)
     return waveform / full_scale - (kind == "u")  # unsigned PCM, as in 8-bit WAV, is centred on half its range
 
 
-# What the tokenizer, and what `apply_chat_template` of any template does something with.
+# Keywords of the tokenizer, and keywords of `apply_chat_template` for every template.
 TEXT_KEYWORDS = {
     *TextKwargs.__annotations__,
     *(name for name in ProcessingKwargs.__annotations__ if not name.endswith("_kwargs")),
@@ -201,7 +201,7 @@ TEMPLATE_KEYWORDS = set(inspect.signature(ProcessorMixin.apply_chat_template).pa
 
 
 def special_tokens(tokenizer) -> re.Pattern:
-    """Finds the names of a tokenizer's special tokens in a text."""
+    """Return a pattern that finds the names of a tokenizer's special tokens in a text."""
     names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     names.update(tokenizer.all_special_tokens)
     longest_first = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
@@ -209,14 +209,14 @@ def special_tokens(tokenizer) -> re.Pattern:
 
 
 def as_text(text: str, special: re.Pattern) -> str:
-    """The text as a chat template takes it: with a [`BREAK`] in what `special` finds, and otherwise as it is."""
-    while special.search(text):  # again, since two names may overlap
-        text = special.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
+    """Return the text with a [`BREAK`] in each special token that `special` finds."""
+    while special.search(text):  # repeatedly, because names may overlap
+        text = special.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
     return text
 
 
 def leave_out_breaks(tokenizer) -> None:
-    """Have a fast tokenizer make no token of [`BREAK`], across which it also merges nothing."""
+    """Make a fast tokenizer ignore [`BREAK`]. It makes no token for it, and no token across it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return
@@ -224,13 +224,13 @@ def leave_out_breaks(tokenizer) -> None:
     state = "" if own is None else own.__getstate__().decode()
     if BREAK not in state:
         steps = [pre_tokenizers.Split(BREAK, "removed"), *([] if own is None else [own])]
-        if "Metaspace" in state:  # which puts a space before whatever it gets
+        if "Metaspace" in state:  # it puts a space before each piece, so it must come first
             steps.reverse()
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
 
 
 class LsmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    # Prompts hold the special tokens that the chat template puts there, and no second BOS.
+    # The chat template has already added the special tokens; there must be no second BOS.
     _defaults = {"text_kwargs": {"padding": True, "add_special_tokens": False}}  # noqa: RUF012
 
 
@@ -238,21 +238,22 @@ class LsmProcessor(ProcessorMixin):
     """Turns prompts and audio into the inputs of [`LsmForConditionalGeneration`].
 
     Args:
-        feature_extractor (`WhisperFeatureExtractor`): its `chunk_length` (30 s) is the longest row of audio.
-        tokenizer (`PreTrainedTokenizerBase`): the LLM's, with `audio_token` added to it.
-        chat_template (`str`, *optional*): renders text and audio parts, each audio part as `audio_token`; the
-            tokenizer's if absent. `language_models.tokenizers.speech_processor` makes one of an LLM's own template.
-        audio_token (`str`): the placeholder of one clip in the text; repeated once per speech token.
+        feature_extractor (`WhisperFeatureExtractor`): its `chunk_length` (30 s) is the largest length of a row of
+            audio.
+        tokenizer (`PreTrainedTokenizerBase`): the LLM's tokenizer, to which `audio_token` was added.
+        chat_template (`str`, *optional*): renders text and audio parts, each audio part as `audio_token`; that of the
+            tokenizer if absent. `language_models.tokenizers.speech_processor` makes one from an LLM's own template.
+        audio_token (`str`): placeholder of a clip in the text, which is repeated once per speech token.
         window_frames, window_mode, queries_per_window, audio_padding: as in [`LsmConfig`].
-        instruction_first (`bool`): whether the instruction stands before or after the speech.
-        template_settings (`dict`, *optional*): what the template asks for beyond the messages, such as
-            `{"enable_thinking": True}` or `{"tools": [...]}`, and `date` (`"2026-11-28"`), which a template with
-            today's date gets for today. By default no thoughts, and one day for all. They are written into the chat
-            template, so that whoever renders it has them; keywords of `apply_chat_template` go before them.
+        instruction_first (`bool`): whether the instruction precedes the speech.
+        template_settings (`dict`, *optional*): values of the template's variables besides the messages, such as
+            `{"enable_thinking": True}` or `{"tools": [...]}`, and `date` (`"2026-11-28"`), which replaces today's date.
+            By default, thinking is disabled and the date is always the same. The values are written into the chat
+            template, so that they apply wherever it is rendered. Keywords of `apply_chat_template` override them.
 
     Raises:
-        ValueError: if the tokenizer lacks `audio_token` or an EOS token, or the template names no `audio_token`, or a
-            setting cannot be used, such as one that the template does not ask for.
+        ValueError: the tokenizer has no `audio_token` or no EOS token, the template has no `audio_token`, or a setting
+            is invalid or not used by the template.
     """
 
     valid_processor_kwargs = LsmProcessorKwargs
@@ -282,13 +283,13 @@ class LsmProcessor(ProcessorMixin):
         self.queries_per_window = queries_per_window
         self.audio_padding = audio_padding
         self.instruction_first = instruction_first
-        for key in ("is_local", "local_files_only", "name_or_path"):  # of this machine, and saved with the tokenizer
+        for key in ("is_local", "local_files_only", "name_or_path"):  # they describe this machine, but would be saved
             tokenizer.init_kwargs.pop(key, None)
         template = chat_template or tokenizer.chat_template or ""
         if audio_token not in template:
             raise ValueError(
-                f"The chat template does not say where {audio_token} goes. language_models.tokenizers.speech_processor "
-                "makes a processor of an LLM's own template."
+                f"The chat template does not contain {audio_token}. language_models.tokenizers.speech_processor makes "
+                "a processor from an LLM's own template."
             )
         template, self.template_settings = _pin(template, template_settings)
         tokenizer.chat_template = template
@@ -298,32 +299,33 @@ class LsmProcessor(ProcessorMixin):
 
     @property
     def template_hash(self) -> str:
-        """16 hex digits that name the prompt layout: chat template, its settings (date included, since they are written
-        into it) and order, whatever the audio token is called. It covers all that is rendered but the texts.
+        """Hash of the prompt layout with 16 hex digits. It depends on the chat template, on its settings (including the
+        date, which is written into it), and on the order of instruction and speech, but not on the name of the audio
+        token.
 
-        Sets and checkpoints of before December 2026 have the same hash where the template asks for no settings. Where
-        it does, their prompts followed the day or opened with a thought; they count as another template's.
+        Sets and checkpoints from before December 2026 have the same hash if the template has no settings. Otherwise,
+        their prompts depended on the day or began with thinking, so they count as another layout.
         """
         template = self.chat_template.replace(self.audio_token, "<slot>")
         return hashlib.sha256(f"{template}\ninstruction_first={self.instruction_first}".encode()).hexdigest()[:16]
 
     def conversation(self, instruction: str, *, audio=None, transcript=None, response=None) -> list[dict]:
-        """Lay out one exchange, for [`apply_chat_template`].
+        """Return the messages of a question and its answer, for [`apply_chat_template`].
 
         Args:
-            instruction: what is asked of the speech; an empty text where nothing is asked.
-            audio: the clip for the student, anything that `__call__` takes.
-            transcript: the text for the teacher, in the slot where the student has the clip.
-            response: the answer, as the assistant's message.
+            instruction: instruction about the speech; may be empty.
+            audio: the clip, for the student: anything that `__call__` takes.
+            transcript: the transcript, for the teacher, in the place of the clip.
+            response: the answer, which becomes the assistant's message.
 
         Returns:
-            A list of messages. With neither audio nor transcript, the instruction stands alone.
+            A list of messages. Without audio and transcript, there is only the instruction.
 
         Raises:
-            ValueError: if both audio and transcript are given.
+            ValueError: both audio and transcript are given.
         """
         if audio is not None and transcript is not None:
-            raise ValueError("Give the audio or the transcript, not both: one slot holds one of them.")
+            raise ValueError("Give the audio or the transcript, not both: they have the same place in the prompt.")
         alone = audio is None and transcript is None
         content = [{"type": "text", "text": instruction}] if instruction or alone else []
         if audio is not None:
@@ -340,20 +342,25 @@ class LsmProcessor(ProcessorMixin):
     def apply_chat_template(
         self, conversation, *args, tokenize: bool = False, sampling_rate: int | None = None, **kwargs
     ):
-        """As in transformers; texts are read as text, whatever special tokens they name. Audio parts may hold what
-        `__call__` takes, under "audio", "url" or "path", and are read only if `tokenize=True`. Waveforms are at the
-        part's own "sampling_rate" in Hz, or else at the argument's.
+        """Render a conversation as in transformers, but read special tokens in its texts as plain text.
+
+        Args:
+            conversation: list of messages, or list of such lists. Audio parts have anything that `__call__` takes under
+                "audio", "url" or "path", which is only read if `tokenize=True`, and perhaps a "sampling_rate" in Hz.
+            tokenize: whether to return model inputs instead of the prompt.
+            sampling_rate: rate in Hz of waveforms without a "sampling_rate".
+            args, kwargs: as in transformers; also variables of the template, and keywords of `__call__`.
 
         Raises:
-            ValueError: for no conversation, audio that cannot be used, and keywords that neither the chat template nor
-                `__call__` has a use for.
+            ValueError: the conversation is empty, its audio cannot be used, or neither the chat template nor `__call__`
+                uses a keyword.
         """
         if not conversation:
             raise ValueError("The conversation is empty; expected a list of messages, or of such lists.")
         template = (args[0] if args else kwargs.get("chat_template")) or self.chat_template
         settings = dict(kwargs.pop("processor_kwargs", None) or {})
         for name in set(kwargs) - TEMPLATE_KEYWORDS:
-            if not re.search(rf"\b{name}\b", template):  # not the template's, so it is for `__call__`
+            if not re.search(rf"\b{name}\b", template):  # not a variable of the template, so it is for `__call__`
                 settings[name] = kwargs.pop(name)
         sampling_rate, kwargs["processor_kwargs"] = _keywords(sampling_rate, settings)
         batched = isinstance(conversation[0], (list, tuple))
@@ -366,20 +373,20 @@ class LsmProcessor(ProcessorMixin):
         )
 
     def as_text(self, text: str) -> str:
-        """The text of a user or a corpus as `apply_chat_template` puts it into the prompt; equal to `text` unless that
-        names a special token. Only for texts that are compared with a prompt, or tokenised without one."""
+        """Return a text as `apply_chat_template` puts it into the prompt: unchanged, except for special tokens. This is
+        only needed for texts that are compared with a prompt, or tokenised without one."""
         return as_text(text, self._special)
 
     def _as_text(self, message: dict) -> dict:
-        """The message or part with its texts as text."""
-        known = ((key, value) for key, value in message.items() if key in TEXTS and isinstance(value, str))
-        texts: dict = {key: self.as_text(value) for key, value in known}
+        """Return a message or part in which special tokens in texts are plain text."""
+        items = ((key, value) for key, value in message.items() if key in TEXTS and isinstance(value, str))
+        texts: dict = {key: self.as_text(value) for key, value in items}
         if isinstance(message.get("content"), (list, tuple)):
             texts["content"] = [self._as_text(part) for part in message["content"]]
         return message | texts
 
     def _load_parts(self, messages: list[dict], sampling_rate: int | None) -> list[dict]:
-        """The messages with the audio of every audio part read, at the feature extractor's rate."""
+        """Return the messages with the waveforms of their audio parts, at the feature extractor's rate."""
         loaded = []
         for message in messages:
             if isinstance(message.get("content"), (list, tuple)):
@@ -394,41 +401,42 @@ class LsmProcessor(ProcessorMixin):
         source = next((part[key] for key in ("audio", "url", "path") if part.get(key) is not None), None)
         if source is None:
             raise ValueError('An audio part needs its clip under "audio", "url" or "path".')
-        if _is_heard(source):
+        if _is_encoded(source):
             return {"type": "audio", "audio": _box(source)}
         sampling_rate = part.get("sampling_rate", sampling_rate)
         return {"type": "audio", "audio": load_audio(source, sampling_rate, self.feature_extractor.sampling_rate)}
 
     def __call__(self, text=None, audio=None, sampling_rate: int | None = None, **kwargs) -> BatchFeature:
-        """
+        """Return the model inputs for prompts and their clips.
+
         Args:
-            text: a prompt or a list of prompts, as the chat template renders them: special tokens included, and one
-                `audio_token` per clip. Without it, the features of `audio` alone are returned.
-            audio: one clip or a list of clips in prompt order, each anything that [`load_audio`] takes. A list of
-                numbers is one clip. Or what [`LsmModel.get_audio_features`] returned for each clip, which is then
-                not encoded again: hear once, ask many times.
-            sampling_rate: rate of waveforms in Hz, the feature extractor's (16 kHz) if None; files carry their own.
-            kwargs: the tokenizer's as in [`ProcessorMixin`], for instance `return_tensors="pt"` or
-                `padding_side="left"`, or within `text_kwargs`. `audio_kwargs` may have the `sampling_rate`.
+            text: prompt or list of prompts from the chat template, with special tokens and one `audio_token` per clip.
+                Without it, only the features of `audio` are returned.
+            audio: clip or list of clips in prompt order, each anything that [`load_audio`] takes; a list of numbers is
+                a single clip. A clip may also be the output of [`LsmModel.get_audio_features`], so that it is not
+                encoded again for every question.
+            sampling_rate: rate of waveforms in Hz, the feature extractor's (16 kHz) if None. Files contain their own.
+            kwargs: keywords of the tokenizer as in [`ProcessorMixin`], such as `return_tensors="pt"` or
+                `padding_side="left"`, also within `text_kwargs`. `audio_kwargs` may contain the `sampling_rate`.
 
         Returns:
-            `input_ids` and `attention_mask` `(batch, length)`; with audio also `input_features`
-            `(chunks, mels, frames)` float32 and `input_features_mask` `(chunks, frames)` int64, where clips of over
-            30 s take several rows; with clips heard before, `audio_embeds` `(total_tokens, hidden)` instead.
+            `input_ids` and `attention_mask` `(batch, length)`. With audio, also `input_features`
+            `(chunks, mels, frames)` float32 and `input_features_mask` `(chunks, frames)` int64; clips of more than 30 s
+            have several rows. With encoded clips, `audio_embeds` `(total_tokens, hidden)` instead.
 
         Raises:
-            ValueError: for audio that cannot be used, no prompt, unequal numbers of placeholders and clips, and
-                keywords that would have no effect.
+            ValueError: the audio cannot be used, there is no prompt, the numbers of placeholders and clips differ, or a
+                keyword would have no effect.
         """
         sampling_rate, kwargs = _keywords(sampling_rate, kwargs)
         clips = [] if audio is None else _as_clips(audio)
-        heard = sum(map(_is_heard, clips))
-        if heard not in (0, len(clips)):
-            raise ValueError(f"{heard} of {len(clips)} clips were heard before: hear all of them, or none.")
+        encoded = sum(map(_is_encoded, clips))
+        if encoded not in (0, len(clips)):
+            raise ValueError(f"{encoded} of {len(clips)} clips are already encoded: encode all of them, or none.")
         rate = self.feature_extractor.sampling_rate
-        clips = [_box(clip) if heard else load_audio(clip, sampling_rate, rate) for clip in clips]
+        clips = [_box(clip) if encoded else load_audio(clip, sampling_rate, rate) for clip in clips]
         if text is None:
-            if heard or not clips:
+            if encoded or not clips:
                 raise ValueError("Neither `text` nor `audio` is given; give at least one of them.")
             if unused := set(kwargs) - {"return_tensors"}:
                 raise ValueError(f"Without text, {_listed(unused)} would have no effect: leave it out, or give `text`.")
@@ -436,18 +444,21 @@ class LsmProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("The batch is empty; expected at least one prompt.")
-        placeholders = sum(prompt.count(self.audio_token) for prompt in texts)
-        if placeholders != len(clips):
-            raise ValueError(f"The text has {placeholders} {self.audio_token} placeholders for {len(clips)} clips.")
+        self._check_placeholders(texts, len(clips))
         return super().__call__(text=texts, audio=clips or None, **kwargs)
 
+    def _check_placeholders(self, texts: list[str], clips: int) -> None:
+        placeholders = sum(text.count(self.audio_token) for text in texts)
+        if placeholders != clips:
+            raise ValueError(f"The text has {placeholders} {self.audio_token} placeholders for {clips} clips.")
+
     def chunk_lengths(self, num_samples: int) -> list[int]:
-        """Samples of each chunk of at most 30 s that a clip of `num_samples` samples is cut into."""
+        """Return the numbers of samples of a clip's chunks, which are at most 30 s long."""
         longest = self.feature_extractor.n_samples
         return [min(longest, num_samples - start) for start in range(0, num_samples, longest)]
 
     def num_audio_tokens(self, num_samples: list[int]) -> list[int]:
-        """Speech tokens that each clip of a batch takes in the prompt, given the clips' lengths in samples."""
+        """Return the number of speech tokens of each clip of a batch, given the numbers of samples of the clips."""
         chunks = [self.chunk_lengths(length) for length in num_samples]
         hop = self.feature_extractor.hop_length
         counts = iter(
@@ -461,12 +472,17 @@ class LsmProcessor(ProcessorMixin):
         return [sum(next(counts) for _ in clip) for clip in chunks]
 
     def expand_audio_tokens(self, texts: list[str], num_samples: list[int]) -> list[str]:
-        """Repeat each placeholder once per speech token of its clip, as `__call__` does; for callers that keep the
-        audio tower's output and so need no features. `num_samples` are the clips' lengths at 16 kHz, in prompt order.
+        """Repeat each placeholder once per speech token of its clip, as `__call__` does. This is for callers that store
+        the audio tower's output and need no features.
+
+        Args:
+            texts: prompts.
+            num_samples: numbers of samples of the clips at 16 kHz, in prompt order.
+
+        Raises:
+            ValueError: the numbers of placeholders and clips differ.
         """
-        found = sum(text.count(self.audio_token) for text in texts)
-        if found != len(num_samples):
-            raise ValueError(f"The text has {found} {self.audio_token} placeholders for {len(num_samples)} clips.")
+        self._check_placeholders(texts, len(num_samples))
         counts = iter(self.num_audio_tokens(num_samples) if num_samples else [])
         expanded = []
         for text in texts:
@@ -475,11 +491,11 @@ class LsmProcessor(ProcessorMixin):
         return expanded
 
     def audio_features(self, clips: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """Log-mel features of waveforms at the feature extractor's rate: `input_features` `(chunks, mels, frames)`
-        float32 and `input_features_mask` `(chunks, frames)` int64.
+        """Return the log-mel features of waveforms at the feature extractor's rate: `input_features`
+        `(chunks, mels, frames)` float32 and `input_features_mask` `(chunks, frames)` int64.
 
-        Every chunk is transformed alone and followed by silence, so its features are Whisper's own (those of the
-        clip padded to 30 s) and do not depend on the batch.
+        Each chunk is padded with silence on its own, so its features do not depend on the batch and are the same as
+        Whisper's (those of the chunk padded to 30 s).
         """
         chunks = [chunk for clip in clips for chunk in np.split(clip, np.cumsum(self.chunk_lengths(len(clip)))[:-1])]
         hop = self.feature_extractor.hop_length
@@ -488,7 +504,7 @@ class LsmProcessor(ProcessorMixin):
         features = np.zeros((len(chunks), self.feature_extractor.feature_size, frames), dtype=np.float32)
         for row, (chunk, length) in enumerate(zip(chunks, lengths, strict=True)):
             padded = self.feature_extractor.n_samples
-            if self.audio_padding == "longest":  # one transform window of silence: nothing further off reaches a frame
+            if self.audio_padding == "longest":  # one window of silence; more would not change any frame
                 padded = min(padded, length * hop + -(-self.feature_extractor.n_fft // hop) * hop)
             mel = self.feature_extractor(
                 chunk, max_length=padded, sampling_rate=self.feature_extractor.sampling_rate, return_tensors="np"
@@ -500,9 +516,9 @@ class LsmProcessor(ProcessorMixin):
 
     def _process_audio(self, audio, **kwargs):
         if audio[0].dtype == object:
-            heard = [_unbox(clip) for clip in audio]
-            embeds = torch.cat([clip.pooler_output for clip in heard])
-            return {"audio_embeds": embeds}, [self.audio_token * int(clip.num_tokens.sum()) for clip in heard]
+            outputs = [_unbox(clip) for clip in audio]
+            embeds = torch.cat([clip.pooler_output for clip in outputs])
+            return {"audio_embeds": embeds}, [self.audio_token * int(clip.num_tokens.sum()) for clip in outputs]
         counts = self.num_audio_tokens([len(clip) for clip in audio])
         return self.audio_features(audio), [self.audio_token * count for count in counts]
 
@@ -512,28 +528,28 @@ class LsmProcessor(ProcessorMixin):
 
 
 def _keywords(sampling_rate: int | None, keywords: dict) -> tuple[int | None, dict]:
-    """The rate of waveforms and the tokenizer's settings among the keywords of a call, flat.
+    """Return the rate of waveforms and a flat dict of the tokenizer's keywords among the keywords of a call.
 
     Raises:
-        ValueError: names the keywords that would have no effect, and one given twice.
+        ValueError: a keyword would have no effect, or has two values; the message names it.
     """
     either = {*TEXT_KEYWORDS, "sampling_rate"}
     nested = {"text_kwargs": TEXT_KEYWORDS, "audio_kwargs": {"sampling_rate"}, "common_kwargs": either}
     flat = {name: value for name, value in keywords.items() if name not in nested}
     groups = [({"sampling_rate": sampling_rate}, either), (flat, either)]
-    given, unused = {}, set()
+    values, unused = {}, set()
     for group, names in groups + [(keywords.get(name) or {}, names) for name, names in nested.items()]:
         for name, value in group.items():
             if value is not None and name not in names:
                 unused.add(name)
-            elif value is not None and given.setdefault(name, value) != value:
-                raise ValueError(f"`{name}` was given twice: as {given[name]!r} and as {value!r}.")
+            elif value is not None and values.setdefault(name, value) != value:
+                raise ValueError(f"`{name}` has two values: {values[name]!r} and {value!r}.")
     if unused:
         raise ValueError(
-            f"{_listed(unused)} would have no effect. An LSM takes `sampling_rate`, also within `audio_kwargs`, and "
-            "what its tokenizer takes, also within `text_kwargs`; its chat template takes the variables that it names."
+            f"{_listed(unused)} would have no effect. An LSM takes `sampling_rate`, also within `audio_kwargs`, the "
+            "keywords of its tokenizer, also within `text_kwargs`, and the variables of its chat template."
         )
-    return given.pop("sampling_rate", None), given
+    return values.pop("sampling_rate", None), values
 
 
 def _listed(names) -> str:
@@ -541,13 +557,13 @@ def _listed(names) -> str:
 
 
 def _pin(template: str, settings: dict | None) -> tuple[str, dict]:
-    """The template with the settings that it asks for written before it, and these settings."""
+    """Return the template, preceded by the values of the settings that it uses, and these settings."""
     *_, template = template.rpartition(_PINNED)
     settings = TEMPLATE_SETTINGS | (settings or {})
     asked_for = set(re.findall(r"\w+", template.replace("strftime_now", "date")))
     for name in sorted(set(settings) - asked_for):
         if settings.pop(name) != TEMPLATE_SETTINGS.get(name):
-            raise ValueError(f"The chat template does not ask for {name!r}; leave it out of `template_settings`.")
+            raise ValueError(f"The chat template does not use {name!r}; leave it out of `template_settings`.")
     lines = [
         _today(value)
         if name == "date"
@@ -558,7 +574,7 @@ def _pin(template: str, settings: dict | None) -> tuple[str, dict]:
 
 
 def _today(date: str) -> str:
-    """A macro that stands for `strftime_now` and always has the same day, at midnight."""
+    """Return a macro that replaces `strftime_now` and always returns the same day, at midnight."""
     try:
         day = datetime.datetime.fromisoformat(date)
     except (TypeError, ValueError) as error:
@@ -567,13 +583,13 @@ def _today(date: str) -> str:
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{written} }}}}{{%- endmacro -%}}\n"
 
 
-def _is_heard(clip) -> bool:
-    """Whether a clip comes as `LsmAudioOutput`; by its fields, since remote code has a class of its own."""
+def _is_encoded(clip) -> bool:
+    """Return whether a clip is an `LsmAudioOutput`. The fields are checked, because remote code has its own class."""
     return getattr(clip, "pooler_output", None) is not None and getattr(clip, "num_tokens", None) is not None
 
 
 def _as_clips(audio) -> list:
-    """One clip or several: a list is one clip only if it holds plain numbers."""
+    """Return the clips as a list. A list of numbers is a single clip."""
     if not isinstance(audio, (list, tuple)):
         return [_unbox(audio)]
     numbers = bool(audio) and np.isscalar(audio[0]) and not isinstance(audio[0], (str, bytes))
@@ -581,7 +597,7 @@ def _as_clips(audio) -> list:
 
 
 def _box(clip) -> np.ndarray:
-    """A clip heard before as an array of no dimensions, since transformers passes on nothing but arrays as audio."""
+    """Return an encoded clip in a 0-dimensional array, because transformers only takes arrays as audio."""
     boxed = np.empty((), dtype=object)
     boxed[()] = clip
     return boxed
@@ -592,7 +608,7 @@ def _unbox(clip):
 
 
 LsmProcessor.register_for_auto_class()
-if not __package__:  # a checkout, not remote code: its own class needs no trust
+if not __package__:  # in a checkout (not remote code), `trust_remote_code` should not be needed
     AutoProcessor.register(LsmConfig, LsmProcessor, exist_ok=True)
 
 __all__ = ["LsmProcessor", "as_text", "leave_out_breaks", "load_audio", "special_tokens"]

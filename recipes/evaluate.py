@@ -1,16 +1,16 @@
-"""What a speech LLM can do, whether it follows instructions, and whether it listens: one command, one table.
+"""Evaluate a speech LLM: its tasks, whether it follows instructions, and whether it listens.
 
     python -m recipes.evaluate --model runs/quickstart/checkpoint --base runs/quickstart/base --tasks nano \
         --vanilla runs/quickstart/training/vanilla --output runs/evaluation
     python -m recipes.evaluate --model Qwen/Qwen2-Audio-7B-Instruct --tasks librispeech_clean --output runs/qwen2_audio
     python -m recipes.evaluate --list
 
-`--model` is an LSM or another speech LLM of transformers. `--tasks` are names or groups of `evaluation/tasks.yaml`;
-`--data librispeech_clean=DIR` says where a corpus is if not on the Hub. Beside the model stand baselines (`--systems`):
-the text LLM (`--base`; else the checkpoint itself) that reads the transcript, a cascade, a vanilla LSM and one trained
-as in the paper; and controls: the clips shuffled, silence, the instruction of another task. Writes every answer
-(`predictions.parquet`), `results.json`, `results.md`, `model_index.yaml` for the model card, and `report.html`.
-Interrupted, the same command goes on where it stopped.
+`--model` is an LSM or another speech LLM of transformers. `--tasks` are names or groups of `evaluation/tasks.yaml`, and
+`--data librispeech_clean=DIR` names a local corpus. The model is compared with baselines (`--systems`): the text LLM
+(`--base`, otherwise the checkpoint itself), which reads the transcript, a cascade, a vanilla LSM, and an LSM trained as
+in the paper. In the controls, the model gets shuffled clips, silence, or the instruction of another task. The command
+writes all answers (`predictions.parquet`), `results.json`, `results.md`, `model_index.yaml` for the model card, and
+`report.html`. If it is interrupted, run it again to continue.
 """
 
 import argparse
@@ -34,10 +34,10 @@ def list_tasks(tasks: dict[str, EvaluationTask]) -> str:
 
 
 def parse_overrides(entries: Sequence[str]) -> dict[str, dict[str, str]]:
-    """`NAME=PATH` and `NAME.SETTING=VALUE` by task, as `tasks.override` takes them.
+    """Return the settings in entries of the form `TASK=PATH` or `TASK.SETTING=VALUE`, by task, for `tasks.override`.
 
     Raises:
-        ValueError: an entry of another form.
+        ValueError: an entry has another form.
     """
     overrides: dict[str, dict[str, str]] = {}
     for entry in entries:
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder or Hub id of a speech LLM")
     parser.add_argument("--tasks", nargs="+", help="names of tasks, or of their groups; --list shows them")
     parser.add_argument("--output", help="folder of answers, results and report")
-    parser.add_argument("--base", help="the text LLM that the model was made of")
+    parser.add_argument("--base", help="the text LLM that the model was composed of")
     parser.add_argument("--vanilla", help="an LSM trained on transcription alone")
     parser.add_argument("--paper", help="an LSM trained as in the paper: the whole LLM, with cross-entropy")
     parser.add_argument("--asr", help="the cascade's ASR model (a Whisper or a speech LLM); the model by default")
@@ -71,10 +71,10 @@ def main() -> None:
         "--constrained",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="whether closed questions are also answered among the allowed answers alone",
+        help="whether closed questions are also answered with only the allowed answers possible",
     )
     parser.add_argument("--dtype", default="auto", help="data type of the models; auto is that of each checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     tasks = load_tasks(more=args.task_file)

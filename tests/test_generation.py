@@ -52,7 +52,7 @@ def test_a_clip_heard_before_is_the_clip(lsm_dir, processor, clip, seconds, monk
 
 def test_clips_heard_and_unheard_do_not_mix(lsm, processor, clip):
     heard = lsm.get_audio_features(**processor(audio=clip(1), return_tensors="pt"))
-    with pytest.raises(ValueError, match="1 of 2 clips were heard before"):
+    with pytest.raises(ValueError, match="1 of 2 clips are already encoded"):
         processor(text=AUDIO_TOKEN * 2, audio=[heard, clip(1)])
     with pytest.raises(ValueError, match="0 .* placeholders for 1 clips"):
         processor(text="none", audio=heard)

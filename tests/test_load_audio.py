@@ -109,8 +109,8 @@ TONE = 20_000 * np.sin(np.arange(1600))
         (TONE.tolist(), r"expected in \[-1, 1\]"),
         (torch.from_numpy(TONE / 256), r"up to 78.*expected in \[-1, 1\]"),  # 8-bit scale
         (wav_bytes(TONE, 16_000, "FLOAT"), r"expected in \[-1, 1\]"),
-        ((TONE * 2**40).astype(np.int64), "no PCM; expected uint8, int16 or int32"),
-        ((TONE + 30_000).astype(np.uint32), "as uint32 are no PCM"),
+        ((TONE * 2**40).astype(np.int64), "not PCM; expected uint8, int16 or int32"),
+        ((TONE + 30_000).astype(np.uint32), "as uint32 are not PCM"),
     ],
 )
 def test_samples_of_another_scale_are_refused(source, message):

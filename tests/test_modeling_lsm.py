@@ -274,7 +274,7 @@ def test_empty_inputs_are_refused(lsm):
         with pytest.raises(ValueError, match="prompt is empty"):
             lsm(input_ids=torch.zeros(shape, dtype=torch.long))
     for shape in ((0, 80, 100), (1, 80, 0), (80, 100)):
-        with pytest.raises(ValueError, match="no empty one, got shape"):
+        with pytest.raises(ValueError, match="none of them empty, got shape"):
             lsm.get_audio_features(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"at least one encoder frame.*\[50, 0\]"):
         mask = torch.tensor([[1] * 100, [0] * 100])

@@ -97,7 +97,7 @@ def test_what_the_tokenizer_takes_is_obeyed_wherever_it_is_given(processor, clip
         ({"load_audio_backend": "soundfile"}, "`load_audio_backend`"),
         ({"images": [np.zeros((3, 4, 4))]}, "`images`"),
         ({"images_kwargs": {"do_resize": True}}, "`images_kwargs`"),
-        ({"sampling_rate": 8_000, "audio_kwargs": {"sampling_rate": 16_000}}, "`sampling_rate` was given twice"),
+        ({"sampling_rate": 8_000, "audio_kwargs": {"sampling_rate": 16_000}}, "`sampling_rate` has two values"),
     ],
 )
 def test_keywords_without_effect_are_refused_by_name(processor, clip, keywords, named):
@@ -377,8 +377,8 @@ def test_by_default_no_thought_is_asked_for():
 @pytest.mark.parametrize(
     ("template", "settings", "message"),
     [
-        (THINKING_TEMPLATE, {"enable_thinkin": True}, "does not ask for 'enable_thinkin'"),
-        (DATED_TEMPLATE, {"enable_thinking": True}, "does not ask for 'enable_thinking'"),
+        (THINKING_TEMPLATE, {"enable_thinkin": True}, "does not use 'enable_thinkin'"),
+        (DATED_TEMPLATE, {"enable_thinking": True}, "does not use 'enable_thinking'"),
         (DATED_TEMPLATE, {"date": "today"}, "is 'today'; expected a day such as '2026-11-28'"),
     ],
 )
@@ -410,7 +410,7 @@ def test_a_tokenizer_without_the_placeholder_is_refused(processor, llm_dir):
 
 
 def test_a_chat_template_that_has_no_place_for_audio_is_refused(processor):
-    with pytest.raises(ValueError, match=r"does not say where <\|audio\|> goes.*speech_processor"):
+    with pytest.raises(ValueError, match=r"does not contain <\|audio\|>.*speech_processor"):
         LsmProcessor(processor.feature_extractor, copy.deepcopy(processor.tokenizer), DEFAULT_CHAT_TEMPLATE)
 
 

@@ -95,11 +95,11 @@ def test_folders_that_were_moved_are_named(parts, tmp_path):
     moved = {name: shutil.move(folder, tmp_path / "far" / "away" / name) for name, folder in parts.items()}
     with pytest.raises(
         OSError,
-        match=r"for whisper \(sha256:\w+\), which cannot be loaded: the folder whisper is not there.*audio_model=",
+        match=r"for whisper \(sha256:\w+\), which cannot be loaded: there is no folder whisper.*audio_model=",
     ):
         LsmForConditionalGeneration.from_pretrained(tmp_path / "ears")
     with pytest.raises(
-        OSError, match=r"for llm \(sha256:\w+\), which cannot be loaded: the folder llm is not there.*text_model="
+        OSError, match=r"for llm \(sha256:\w+\), which cannot be loaded: there is no folder llm.*text_model="
     ):
         LsmForConditionalGeneration.from_pretrained(tmp_path / "ears", audio_model=moved["audio"])
     options = {f"{name}_model": folder for name, folder in moved.items()}
@@ -141,7 +141,7 @@ def test_a_trained_llm_is_never_left_out(parts, tmp_path):
 
 def test_a_whole_lsm_takes_no_other_parts(parts, tmp_path):
     compose(**parts, **SMALL, output=str(tmp_path / "whole"))
-    with pytest.raises(ValueError, match="has an encoder and an LLM of its own, so .*llm' has no effect"):
+    with pytest.raises(ValueError, match="has its own encoder and LLM, so .*llm' has no effect"):
         LsmForConditionalGeneration.from_pretrained(tmp_path / "whole", text_model=parts["text"])
 
 

@@ -1,1 +1,1 @@
-"""Evaluation: what is asked of a speech LLM, how answers are read and scored, and what is reported."""
+"""Evaluation of speech LLMs: tasks, questions and systems, scores of the answers, and reports."""

@@ -1,10 +1,11 @@
-"""Instructions whose form a program can check: does a speech LLM still do as it is told, or does it transcribe?
+"""Instructions with a constraint on the form of the answer, which a program can check.
 
-The closed-ended part of what IFEval (arXiv 2311.07911) and Speech-IFEval (arXiv 2505.19037) measure, in sentences of
-our own. A plain request about the speech and one constraint make an instruction; only the constraint is checked.
+They measure whether a speech LLM follows instructions or merely transcribes, as do the closed-ended parts of IFEval
+(arXiv 2311.07911) and Speech-IFEval (arXiv 2505.19037); the wordings here are our own. An instruction is a simple
+request about the speech and one constraint, of which only the constraint is checked.
 
-A verbatim English transcript, lower case and without punctuation, cannot but satisfy `lower_case`, `no_commas` and
-`no_digits`. That is why several kinds are asked: by doing nothing it gets 3 of them right.
+A verbatim English transcript in lower case and without punctuation always satisfies `lower_case`, `no_commas` and
+`no_digits`. Because there are many other constraints, a model that only transcribes still scores low.
 """
 
 import json
@@ -23,7 +24,7 @@ BASE_INSTRUCTIONS = (
     "Comment on what the speaker says.",
 )
 
-# Common function words. Those that two languages share ("la", "en", "die") count for both.
+# Common function words. A word that two languages share ("la", "en", "die") counts for both.
 _FUNCTION_WORDS = {
     "english": "the a an of and to in is was were are that this it he she they his her with for on at by from as about",
     "spanish": "el la los las un una de del y que en es se con por para su al lo como no está son habla sobre pero",
@@ -32,15 +33,15 @@ _FUNCTION_WORDS = {
     "french": "le la les un une des de du et est que qui il elle dans en au aux pour par sur pas ce cette se son sa "
     "ses avec l d qu c s",
 }
-_LEAST_SHARE = 0.2  # of the words of a response that are function words of its language
+_LEAST_SHARE = 0.2  # least share of function words among the words of a response
 
 _ABBREVIATION = re.compile(r"\b(Mr|Mrs|Ms|Dr|Prof|St|e\.g|i\.e|etc|vs)\.")
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """A demand on the form of an answer: `instruction` asks for it, `check` says whether a stripped answer that is not
-    empty keeps to it."""
+    """A constraint on the form of an answer: `instruction` asks for it, and `check` returns whether a stripped,
+    non-empty answer satisfies it."""
 
     name: str
     instruction: str
@@ -48,17 +49,19 @@ class Constraint:
 
 
 def draw_constraint(id: str, seed: int = 0) -> tuple[str, Constraint]:
-    """The instruction for utterance `id`, a request and a demand, and the constraint to check: a function of
-    (seed, id)."""
+    """Return the instruction for the utterance `id` (a request and a constraint), and the constraint to check. Both
+    depend only on `seed` and `id`."""
     base = BASE_INSTRUCTIONS[int(draw_fraction(seed, "constraint base", id) * len(BASE_INSTRUCTIONS))]
     constraint = list(CONSTRAINTS.values())[int(draw_fraction(seed, "constraint", id) * len(CONSTRAINTS))]
     return f"{base} {constraint.instruction}", constraint
 
 
 def satisfied(name: str, response: str) -> bool:
-    """Whether `response`, outer white space aside, keeps to the constraint `name`. An empty one keeps to none.
+    """Return whether `response`, without leading and trailing white space, satisfies the constraint `name`. An empty
+    response satisfies none.
 
-    Raises ValueError for a name that `CONSTRAINTS` lacks.
+    Raises:
+        ValueError: `CONSTRAINTS` has no constraint of this name.
     """
     if name not in CONSTRAINTS:
         raise ValueError(f"unknown constraint {name!r}; there are {list(CONSTRAINTS)}")
@@ -66,7 +69,7 @@ def satisfied(name: str, response: str) -> bool:
 
 
 def _words(text: str) -> list[str]:
-    """Lower-case words; "don't" and "well-kept" are one each."""
+    """Return the words in lower case; "don't" and "well-kept" are one word each."""
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.casefold())
 
 
@@ -75,7 +78,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _sentences(text: str) -> int:
-    """Pieces between full stops, question marks and the like that end a word; an end without one is a piece too."""
+    """Return the number of sentences; the last one may lack its full stop."""
     bare = _ABBREVIATION.sub(r"\1", text)
     return sum(bool(_words(piece)) for piece in re.split(r"[.!?…]+[\"'”’)\]]*(?=\s|$)", bare))
 
@@ -85,7 +88,7 @@ def _begins(pattern: str) -> Callable[[str], bool]:
 
 
 def _is_answer_object(text: str) -> bool:
-    """Whether it is a JSON object with the key "answer" alone, perhaps in a code fence."""
+    """Return whether the text is a JSON object with the single key "answer", possibly in a code fence."""
     try:
         value = json.loads(re.sub(r"^```(?:json)?\s*\n|\n\s*```$", "", text))
     except ValueError:
@@ -102,14 +105,17 @@ def _is_bulleted(text: str) -> bool:
 
 
 def _language(name: str) -> Callable[[str], bool]:
-    """Whether an answer has more function words of a language than of any other here, two or more, and a fifth of its
-    words. An answer of a word or two fails, whatever its language, and a close relative that is not listed
-    (Portuguese, Dutch) can pass: it tells the language asked for from English, no more."""
-    lists = {language: set(words.split()) for language, words in _FUNCTION_WORDS.items()}
+    """Return a check of an answer's language: at least two words, and a fifth of all words, are function words of this
+    language, and fewer are function words of any other language listed here.
+
+    Answers of one or two words usually fail, and answers in a related language that is not listed (Portuguese, Dutch)
+    can pass. The check is only meant to tell the language from English.
+    """
+    function_words = {language: set(words.split()) for language, words in _FUNCTION_WORDS.items()}
 
     def check(text: str) -> bool:
         words = re.findall(r"[^\W\d_]+", text.casefold())
-        hits = {language: sum(word in known for word in words) for language, known in lists.items()}
+        hits = {language: sum(word in listed for word in words) for language, listed in function_words.items()}
         others = max(count for language, count in hits.items() if language != name)
         return hits[name] >= max(2, _LEAST_SHARE * len(words)) and hits[name] > others
 

@@ -1,4 +1,4 @@
-"""One evaluation: tasks are asked of several systems, the answers are scored and written to a folder."""
+"""Run an evaluation: ask several systems the questions of the tasks, score the answers, and write all to a folder."""
 
 import dataclasses
 import json
@@ -25,23 +25,30 @@ from recipes.listening.transcriber import Transcriber, load_recogniser
 
 logger = logging.getLogger(__name__)
 
-COMPARED_BY_NAME = ("checkpoints", "content")  # those of systems that are asked this time
-CHUNK = 4  # batches asked between two writes
+COMPARED_BY_NAME = ("checkpoints", "content")  # settings that are compared checkpoint by checkpoint
+CHUNK = 4  # batches between two writes
 
 
 @dataclasses.dataclass
 class Evaluation:
-    """A run over tasks and systems, in a folder of its own.
+    """An evaluation of several systems on several tasks, with its own folder.
 
     Args:
-        output: the folder.
-        checkpoints: `model` and, as far as they are there, `base`, `vanilla`, `paper` and `asr`: folders or Hub ids.
-        tasks: what is asked.
-        systems: who is asked; by default all for which there is a checkpoint.
-        limit: utterances of a task at most; or of the tasks named.
-        control_limit: utterances of a task that the controls are asked about, at most.
-        constrained: whether closed questions are also answered among the allowed answers alone.
-        store: an LSM's audio features, computed before.
+        output: folder of the evaluation.
+        checkpoints: folders or Hub ids by name: `model`, and optionally `base`, `vanilla`, `paper` and `asr`.
+        tasks: the tasks whose questions are asked.
+        systems: names of the systems that answer; by default all that have a checkpoint.
+        limit: largest number of utterances per task, for all tasks or by task name.
+        control_limit: largest number of utterances per task for the controls.
+        batch_size: number of questions that are answered together.
+        max_new_tokens: largest number of tokens of an answer.
+        constrained: whether closed questions are also answered with only the allowed answers possible.
+        seed: seed of everything that is drawn.
+        dtype: data type of the models; `"auto"` is that of each checkpoint.
+        store: stored audio features of the LSM.
+
+    Raises:
+        ValueError: a system is unknown or has no checkpoint, or `control_limit` is below 1.
     """
 
     output: Path
@@ -59,30 +66,34 @@ class Evaluation:
 
     def __post_init__(self):
         self.output = Path(self.output)
-        there = {"base": self.checkpoints["model"], "asr": self.checkpoints["model"], **self.checkpoints}
+        paths = {"base": self.checkpoints["model"], "asr": self.checkpoints["model"], **self.checkpoints}
         if self.control_limit is not None and self.control_limit < 1:
             raise ValueError(f"control_limit is {self.control_limit}; expected 1 or more, or other --systems.")
         if unknown := sorted(set(self.systems) - set(SYSTEMS)):
             raise ValueError(f"unknown system {unknown[0]!r}; there are {list(SYSTEMS)}.")
-        if absent := [name for name in self.systems if SYSTEMS[name].checkpoint not in there]:
+        if absent := [name for name in self.systems if SYSTEMS[name].checkpoint not in paths]:
             raise ValueError(f"the system {absent[0]!r} needs --{SYSTEMS[absent[0]].checkpoint}.")
         wanted = self.systems or SYSTEMS
-        self.chosen = [system for name, system in SYSTEMS.items() if name in wanted and system.checkpoint in there]
+        self.chosen = [system for name, system in SYSTEMS.items() if name in wanted and system.checkpoint in paths]
         if "base" not in self.checkpoints:
             self.chosen = self._without_base()
-        self.paths = there
+        self.paths = paths
         self._pools: dict[str | None, dict[str, Task]] = {}
         self._open: tuple[str, SpeechLLM | Transcriber] | None = None
 
     def _without_base(self) -> list[System]:
-        """The systems where the checkpoint has to stand for the text LLM that it was: said in its label."""
-        logger.info("no --base: the checkpoint itself reads the transcripts, which may not be what its text LLM could")
+        """Return the systems for an evaluation without `base`, in which the model itself is the text LLM. The label of
+        the text LLM says so."""
+        logger.info(
+            "no --base: the checkpoint itself reads the transcripts; its answers may differ from its text LLM's before "
+            "the training"
+        )
         label = "the checkpoint itself, reads the transcript (no --base was named)"
         named = [dataclasses.replace(s, label=label) if s.name == "text_llm" else s for s in self.chosen]
         return [system for system in named if self.systems or system.name != "model_reading"]
 
     def llm(self, checkpoint: str) -> SpeechLLM | Transcriber:
-        """One of the checkpoints; one is held at a time."""
+        """Load a checkpoint and return it. Only the last one stays in memory."""
         path = str(self.paths[checkpoint])
         if self._open is None or self._open[0] != path:
             self._open = None
@@ -95,7 +106,11 @@ class Evaluation:
         return self._open[1]
 
     def run(self) -> dict:
-        """Ask, score and write; returns the results."""
+        """Ask the questions, score the answers and write the report. Returns the results.
+
+        Raises:
+            ValueError: the folder holds answers with other settings, or no system could be asked.
+        """
         self._check_folder()
         limits = self.limit if isinstance(self.limit, Mapping) else {task.name: self.limit for task in self.tasks}
         rows = {task.name: read_rows(task, limits.get(task.name), self.seed, self.pool_of(task)) for task in self.tasks}
@@ -105,26 +120,26 @@ class Evaluation:
                 self.recognise(task, rows[task.name])
         for system in self._in_order():
             for task in self.tasks:
-                some = rows[task.name]
+                questions = rows[task.name]
                 if system.is_control and self.control_limit is not None:
-                    some = [row for row in some if row.utterance < self.control_limit]
+                    questions = [row for row in questions if row.utterance < self.control_limit]
                 reads = system.slot == "transcript" and system.change != "recognised"
-                if reads and not all(row.transcript for row in some):
+                if reads and not all(row.transcript for row in questions):
                     logger.warning("%s has rows without a transcript, so %s is left out", task.name, system.name)
                     continue
-                results[task.name, system.name] = result = self.ask(task, system, some)
-                if system.name == "text_llm":  # the others are compared with it
-                    pairs = zip(some, result.responses, strict=True)
-                    rows[task.name] = [dataclasses.replace(row, text_response=said) for row, said in pairs]
+                results[task.name, system.name] = result = self.ask(task, system, questions)
+                if system.name == "text_llm":  # the other systems are compared with it
+                    pairs = zip(questions, result.responses, strict=True)
+                    rows[task.name] = [dataclasses.replace(row, text_response=response) for row, response in pairs]
         if not results:
-            raise ValueError("nothing could be asked: no system here can do without a transcript.")
+            raise ValueError("no system could be asked, because all of them need transcripts.")
         report = collect(self.tasks, self.chosen, results) | {"checkpoints": self.settings["checkpoints"]}
         to_parquet(list(_predictions(results)), self.output / "predictions.parquet")
         pages.write(self.output, report, results)
         return report
 
     def _in_order(self) -> list[System]:
-        """The systems checkpoint by checkpoint, because loading takes long, and the text LLM first."""
+        """Return the systems sorted by checkpoint, because loading is slow, with the text LLM first."""
         base = self.paths["base"]
 
         def place(system: System) -> tuple[bool, str, bool]:
@@ -134,23 +149,23 @@ class Evaluation:
         return sorted(self.chosen, key=place)
 
     def pool_of(self, task: EvaluationTask) -> dict[str, Task]:
-        """The instruction pool of a task, read once."""
+        """Return the instruction pool of a task, which is read only once."""
         if task.pool not in self._pools:
             self._pools[task.pool] = load_pool(task.pool)
         return self._pools[task.pool]
 
     def ask(self, task: EvaluationTask, system: System, rows: Sequence[Question]) -> SystemResult:
-        """What one system answers to one task."""
-        given = self.given(task, system, rows)
-        # A cascade's transcription is what its ASR model heard.
-        heard = [row for row in given if system.change == "recognised" and row.kind == TRANSCRIPTION]
-        known = {row.id: Answer(row.id, row.transcript) for row in heard}
-        answers = self.answer(task, system, [row for row in given if row.id not in known], system.name)
-        known |= {answer.id: answer for answer in answers}
-        return SystemResult(rows, given, [known[row.id] for row in given])
+        """Return the answers of a system to the questions of a task."""
+        changed = self.given(task, system, rows)
+        # A cascade answers transcription questions with the transcript of its ASR model.
+        recognised = [row for row in changed if system.change == "recognised" and row.kind == TRANSCRIPTION]
+        by_id = {row.id: Answer(row.id, row.transcript) for row in recognised}
+        answers = self.answer(task, system, [row for row in changed if row.id not in by_id], system.name)
+        by_id |= {answer.id: answer for answer in answers}
+        return SystemResult(rows, changed, [by_id[row.id] for row in changed])
 
     def given(self, task: EvaluationTask, system: System, rows: Sequence[Question]) -> list[Question]:
-        """The rows as the system gets them."""
+        """Return the rows with the system's changes: other clips, instructions or transcripts."""
         if system.change == "shuffled":
             return shuffle_clips(rows)
         if system.change == "swapped":
@@ -158,95 +173,96 @@ class Evaluation:
         return self.recognise(task, rows) if system.change == "recognised" else list(rows)
 
     def recognise(self, task: EvaluationTask, rows: Sequence[Question]) -> list[Question]:
-        """The rows with what the ASR model heard for a transcript."""
+        """Return the rows with the transcripts of the ASR model."""
         asked = transcription_rows(rows, self.pool_of(task))
         answers = self.answer(task, System("asr", "ASR", "asr", "audio"), asked, "asr")
-        heard = {row.utterance: answer.response for row, answer in zip(asked, answers, strict=True)}
-        return [dataclasses.replace(row, transcript=heard[row.utterance] or " ") for row in rows]
+        transcripts = {row.utterance: answer.response for row, answer in zip(asked, answers, strict=True)}
+        return [dataclasses.replace(row, transcript=transcripts[row.utterance] or " ") for row in rows]
 
     def answer(self, task: EvaluationTask, system: System, rows: Sequence[Question], name: str) -> list[Answer]:
-        """Answers to rows as they were given; those on disk are not asked for again, and load no checkpoint."""
+        """Return the answers to the rows. Answers on disk are reused, and if all are there, no checkpoint is loaded."""
         file = self.output / "answers" / task.name / f"{name}.jsonl"
 
-        def respond(some: Sequence[Question]):
-            return self.respond(self.llm(system.checkpoint), system, some)
+        def respond(batch: Sequence[Question]):
+            return self.respond(self.llm(system.checkpoint), system, batch)
 
-        def measure(some: Sequence[Question], replies: list[Reply]):
-            return self.measure(self.llm(system.checkpoint), system, some, replies)
+        def measure(batch: Sequence[Question], replies: list[Reply]):
+            return self.measure(self.llm(system.checkpoint), system, batch, replies)
 
         return answer(rows, respond, file, CHUNK * self.batch_size, f"{task.name}, {name}", measure)
 
     def respond(self, llm: SpeechLLM | Transcriber, system: System, rows: Sequence[Question]) -> Replies:
-        """Free answers, and to closed questions those among the allowed ones."""
+        """Return the free answers to all questions, and the constrained answers to closed questions."""
         settings = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens, "progress": False}
         store = self.store if system.slot == "audio" else None
         replies = llm.respond([row.as_row() for row in rows], system.slot, store, **settings)
         constrained: list[str | None] = [None] * len(rows)
-        allowed = {place: few for place, row in enumerate(rows) if self.constrained and (few := allowed_answers(row))}
-        if allowed:
+        allowed = {place: answers for place, row in enumerate(rows) if (answers := allowed_answers(row))}
+        if allowed and self.constrained:
             asked = [rows[place].as_row() for place in allowed]
-            among = llm.respond(asked, system.slot, store, allowed=list(allowed.values()), **settings)
-            for place, reply in zip(allowed, among, strict=True):
+            choices = llm.respond(asked, system.slot, store, allowed=list(allowed.values()), **settings)
+            for place, reply in zip(allowed, choices, strict=True):
                 constrained[place] = reply.text
         return replies, constrained
 
     def measure(
         self, llm: SpeechLLM | Transcriber, system: System, rows: Sequence[Question], replies: list[Reply]
     ) -> Likelihoods:
-        """Return how likely the text LLM's answers are for a system; of the text LLM itself, its own answers."""
-        said = [
+        """Return the log-likelihoods of the text LLM's answers; `replies` are these answers if it is the system."""
+        text_responses = [
             reply.text if system.name == "text_llm" else row.text_response
             for row, reply in zip(rows, replies, strict=True)
         ]
-        asked = [row.as_row() | {"response": text} for row, text in zip(rows, said, strict=True) if text]
+        asked = [row.as_row() | {"response": text} for row, text in zip(rows, text_responses, strict=True) if text]
         if not asked or isinstance(llm, Transcriber):
             return [(None, None)] * len(rows)
         store = self.store if system.slot == "audio" else None
         values = iter(llm.log_likelihoods(asked, system.slot, store, self.batch_size))
-        return [next(values) if text else (None, None) for text in said]
+        return [next(values) if text else (None, None) for text in text_responses]
 
     @cached_property
     def settings(self) -> dict:
-        """What the answers depend on."""
+        """Return the settings that the answers depend on."""
         names = ("limit", "control_limit", "max_new_tokens", "constrained", "seed", "dtype")
         return {
             "checkpoints": {name: str(path) for name, path in self.paths.items()},
-            # Of what is not to be found, the path is all that is known.
+            # A checkpoint whose content cannot be read is identified by its path.
             "content": {name: content_of(path) or str(path) for name, path in self.paths.items()},
             **{name: getattr(self, name) for name in names},
         }
 
     def _check_folder(self) -> None:
-        """Refuse a folder with the answers of other settings; systems, their checkpoints and tasks may be added.
+        """Check that the answers in the folder have the same settings, and write the settings. Systems, their
+        checkpoints and tasks may be added.
 
         Raises:
-            ValueError: says which settings differ.
+            ValueError: some settings differ; the message names them.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         file = self.output / "settings.json"
         tasks = {task.name: json.loads(json.dumps(dataclasses.asdict(task), default=list)) for task in self.tasks}
-        for task in self.tasks:  # where a pool lies says nothing about its wordings
+        for task in self.tasks:  # the content of a pool matters, not its path
             tasks[task.name]["pool"] = digest_of(self.pool_of(task))
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**self.settings, "tasks": {}}
         now = {**self.settings, "tasks": tasks}
         for name in ("checkpoints", "content", "tasks"):
             now[name] = {**before.get(name, {}), **now[name]}
-        known = before.get("content", {})  # older versions kept the paths alone
-        differing = [name for name in before["checkpoints"] if known.get(name) != now["content"].get(name)]
+        content_before = before.get("content", {})  # older versions wrote only the paths
+        differing = [name for name in before["checkpoints"] if content_before.get(name) != now["content"].get(name)]
         differing += [key for key in self.settings if key not in COMPARED_BY_NAME and before.get(key) != now[key]]
         differing += [f"task {name}" for name in tasks if before["tasks"].get(name, tasks[name]) != tasks[name]]
         if differing:
             raise ValueError(
-                f"{self.output} holds answers given with another {', '.join(differing)} ({file}): delete it or name "
-                "another --output."
+                f"{self.output} holds answers with another {', '.join(differing)} ({file}): delete it or name another "
+                "--output."
             )
         write_whole(file, json.dumps(now, indent=1) + "\n")
 
 
 def _predictions(results: Mapping[tuple[str, str], SystemResult]) -> Iterator[dict]:
-    """The rows of `predictions.parquet`."""
+    """Yield the rows of `predictions.parquet`."""
     for (task, system), result in results.items():
-        for row, given, said, hit in zip(result.questions, result.given, result.answers, result.hits, strict=True):
+        for row, given, answered, hit in zip(result.questions, result.given, result.answers, result.hits, strict=True):
             asked = {"part": row.task, "transcript": row.transcript, "references": row.references}
             asked |= {"task": task, "system": system, "instruction": given.instruction}
-            yield asked | vars(said) | {"correct": hit}
+            yield asked | vars(answered) | {"correct": hit}

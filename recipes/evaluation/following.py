@@ -1,4 +1,4 @@
-"""Does a model do what it is asked about speech, or does it transcribe whatever it is asked?"""
+"""Measure whether a model follows instructions about speech, or transcribes whatever the instruction is."""
 
 import importlib
 import math
@@ -11,28 +11,37 @@ from dataset_builders.building import draw_rows
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Draw, Task, load_pool
 from recipes.evaluation.metrics import error_rate, normalize_text
 
-COPY_WER = 0.2  # an answer this close to the transcript is a copy of it
-BY_FORM = "recipes.evaluation.forms"  # the checker that judges the form of an answer alone
-Checker = Callable[[str, str, str], bool | None]  # None: nothing is known of right answers to this task
+COPY_WER = 0.2  # an answer with a lower word error rate against the transcript is a copy of it
+BY_FORM = "recipes.evaluation.forms"  # the checker of an answer's form, which ignores its content
+Checker = Callable[[str, str, str], bool | None]  # None: the right answers to this task are unknown
 
 
 def load_checker(module: str) -> Checker:
-    """The `is_correct(task, transcript, response)` of a module named by its import path.
+    """Return the function `is_correct(task, transcript, response)` of a module.
+
+    Args:
+        module: import path of the module.
 
     Raises:
-        ValueError: the module has none.
+        ValueError: the module has no such function.
     """
     checker = getattr(importlib.import_module(module), "is_correct", None)
     if checker is None:
-        raise ValueError(f"{module} has no is_correct(task, transcript, response); name a module that has.")
+        raise ValueError(f"{module} has no is_correct(task, transcript, response); name a module that has it.")
     return checker
 
 
 def held_out_rows(
     corpus: Iterable[dict], tasks: Sequence[str], seed: int = 0, pool: Mapping[str, Task] | None = None
 ) -> list[dict]:
-    """Evaluation rows: every clip with one of `tasks` and with transcription, in held-out wordings of `pool` (by
-    default the package's), and its audio.
+    """Return two rows for every clip of `corpus`, with its audio: one of the `tasks`, and transcription. The
+    instructions are held-out wordings.
+
+    Args:
+        corpus: utterances.
+        tasks: names of tasks of the pool.
+        seed: seed of the draws.
+        pool: the instruction pool; by default that of the package.
 
     Raises:
         ValueError: the pool lacks one of the tasks, or has no held-out wordings of it.
@@ -43,19 +52,21 @@ def held_out_rows(
 
 
 def is_copy(transcript: str, response: str) -> bool:
-    """Whether a response is the transcript: word error rate below 0.2 after normalisation."""
-    said, answered = normalize_text(transcript), normalize_text(response)
-    return bool(said) and jiwer.wer(said, answered) < COPY_WER
+    """Return whether a response copies the transcript: its word error rate after normalisation is below 0.2."""
+    reference, hypothesis = normalize_text(transcript), normalize_text(response)
+    return bool(reference) and jiwer.wer(reference, hypothesis) < COPY_WER
 
 
 def score_following(rows: Sequence[Mapping], responses: Sequence[str], checker: Checker) -> dict:
-    """Following rate, transcript copy rate and word error rate.
+    """Return the following rate, the rate of transcript copies and the word error rate.
 
     Returns:
-        `following`: mean over the self-powered tasks of the share right; `tasks`: that share for every task asked of
-        which the checker knows right answers;
-        `transcript_copy`: share of answers to tasks other than repetition and transcription that are the transcript;
-        `wer`: of the transcription rows, as `metrics.error_rate` has it of English. A figure without rows is left out.
+        `tasks`: the share of right answers to each task, if the checker knows them;
+        `following`: the mean of these shares over the self-powered tasks;
+        `transcript_copy`: the share of copies of the transcript among the answers to all tasks but repetition and
+        transcription;
+        `wer`: the word error rate of the transcriptions, as in `metrics.error_rate` for English.
+        Figures without any rows are left out.
     """
     answered = list(zip(rows, responses, strict=True))
     right: dict[str, list[bool]] = {}
@@ -68,7 +79,7 @@ def score_following(rows: Sequence[Mapping], responses: Sequence[str], checker: 
     copies = [is_copy(row["transcript"], response) for row, response in others]
     shares = {"following": followed, "transcript_copy": copies}
     scores = {"tasks": tasks} | {name: float(np.mean(values)) for name, values in shares.items() if values}
-    if written := [pair for pair in answered if pair[0]["task"] == TRANSCRIPTION]:
-        said, heard = [row["transcript"] for row, _ in written], [response for _, response in written]
-        scores["wer"] = error_rate(said, heard)[1].value
+    if transcriptions := [pair for pair in answered if pair[0]["task"] == TRANSCRIPTION]:
+        references = [row["transcript"] for row, _ in transcriptions]
+        scores["wer"] = error_rate(references, [response for _, response in transcriptions])[1].value
     return scores

@@ -1,6 +1,6 @@
-"""Has an answer the form that was asked for? The form alone, for corpora without an oracle that knows the content.
+"""Check the form of an answer, for corpora without an oracle. These rules cannot tell whether the content is right.
 
-A verbatim transcript is of no kind but a transcription. What these rules cannot see: whether the content is right.
+A copy of the transcript only has the form of a transcription.
 """
 
 import re
@@ -11,12 +11,12 @@ from recipes.evaluation.parsing import parse_label, parse_list
 SENTIMENTS = ("positive", "negative", "neutral")
 MOST_KEYWORDS, MOST_WORDS_OF_ONE = 15, 4
 LONGEST_INTENT = 30  # words
-ARTICLES = {"a", "an", "the"}  # "The intent is praise." has one in common with most sentences
+ARTICLES = {"a", "an", "the"}  # no keywords, and in most transcripts
 
 
 def is_correct(task: str, transcript: str, response: str) -> bool | None:
-    """Whether `response` has the form of an answer to `task`; None for a task other than the self-powered ones and
-    transcription, of whose form nothing is known."""
+    """Return whether `response` has the form of an answer to `task`; None if the form is unknown, as for all tasks but
+    the self-powered ones and transcription."""
     if task not in _FORMS:
         return None
     if not response.strip():
@@ -30,7 +30,7 @@ def _words(text: str) -> set[str]:
 
 
 def _shares_words(transcript: str, response: str) -> bool:
-    """A third of the longer words at least: inflection may take some."""
+    """Return whether the response has a third of the transcript's longer words; the others may be inflected."""
     content = {word for word in _words(transcript) if len(word) > 3}
     return not content or len(content & _words(response)) >= len(content) / 3
 
@@ -38,8 +38,8 @@ def _shares_words(transcript: str, response: str) -> bool:
 def _is_keyword_list(transcript: str, response: str) -> bool:
     items = parse_list(response) or []
     short = all(len(item.split()) <= MOST_WORDS_OF_ONE for item in items)
-    said = _words(transcript) - ARTICLES
-    return 0 < len(items) <= MOST_KEYWORDS and short and any(_words(item) & said for item in items)
+    content = _words(transcript) - ARTICLES
+    return 0 < len(items) <= MOST_KEYWORDS and short and any(_words(item) & content for item in items)
 
 
 _FORMS = {

@@ -1,6 +1,5 @@
-"""The kinds of question: how references are spelt, what may be answered, which answer is right, and which figures tell.
-
-All that depends on the kind of a question is its entry in `KINDS`.
+"""The kinds of question. Everything that depends on the kind of a question is in `KINDS`: how references are spelt,
+which answers are possible and which are right, and the figures.
 """
 
 import string
@@ -16,40 +15,41 @@ from recipes.evaluation.parsing import parse_choice, parse_label, parse_list, pa
 from recipes.evaluation.rows import Question
 
 LETTERS = string.ascii_uppercase
-SAID = {"yes": "yes", "true": "yes", "1": "yes", "no": "no", "false": "no", "0": "no"}
+YES_NO = {"yes": "yes", "true": "yes", "1": "yes", "no": "no", "false": "no", "0": "no"}
 
 
 class NoReferenceError(ValueError):
-    """A row that says nothing of the right answer, or names one that is no label."""
+    """A row has no right answer, or one that is not a label."""
 
 
-# References, as the answers are read: from the texts of a row's columns, and the choices by their names
+# References in the spelling of the answers, from the texts in the columns of a row and the choices by name
 
 
 def as_labels(texts: Sequence[str], choices: Mapping[str, str]) -> list[str]:
-    """As the labels are spelt, if there are labels."""
+    """Return the texts in the spelling of the labels, or unchanged if there are no labels."""
     labels = {label.casefold(): label for label in choices.values()}
-    return _spell(texts, labels, f"is no label; expected one of {list(labels.values())}.") if labels else list(texts)
+    return _spell(texts, labels, f"is not a label; expected one of {list(labels.values())}.") if labels else list(texts)
 
 
 def as_yes_no(texts: Sequence[str], choices: Mapping[str, str]) -> list[str]:
-    """As `yes` or `no`, from those, true and false, or 1 and 0."""
-    return _spell(texts, SAID, f"says neither yes nor no; expected one of {list(SAID)}.")
+    """Return `yes` or `no` for texts that are yes or no, true or false, or 1 or 0."""
+    return _spell(texts, YES_NO, f"means neither yes nor no; expected one of {list(YES_NO)}.")
 
 
 def as_letters(texts: Sequence[str], choices: Mapping[str, str]) -> list[str]:
-    """As letters, A for the first choice, from names, texts or numbers from 0; a name means more than a number."""
-    known: dict[str, str] = {}
+    """Return the letters of choices (A is the first) from their names, texts or numbers (from 0). If a number is also
+    the name of a choice, it is read as the name."""
+    letters: dict[str, str] = {}
     for names in (map(str.casefold, choices), map(str, range(len(choices))), choices.values(), choices):
-        known |= zip(names, LETTERS, strict=False)
-    return _spell(texts, known, f"is no option; expected the name, text or number of one of {dict(choices)}.")
+        letters |= zip(names, LETTERS, strict=False)
+    return _spell(texts, letters, f"is not an option; expected the name, text or number of one of {dict(choices)}.")
 
 
-def _spell(texts: Sequence[str], known: Mapping[str, str], trouble: str) -> list[str]:
-    """What is known by these texts; raises `NoReferenceError` for one by which nothing is."""
-    if other := next((text for text in texts if text not in known and text.casefold() not in known), None):
-        raise NoReferenceError(f"{other!r} {trouble}")
-    return [known[text if text in known else text.casefold()] for text in texts]
+def _spell(texts: Sequence[str], spellings: Mapping[str, str], problem: str) -> list[str]:
+    """Return the `spellings` of the texts. Raises `NoReferenceError` for a text without a value."""
+    if unknown := next((text for text in texts if text not in spellings and text.casefold() not in spellings), None):
+        raise NoReferenceError(f"{unknown!r} {problem}")
+    return [spellings[text if text in spellings else text.casefold()] for text in texts]
 
 
 # The kinds
@@ -66,30 +66,30 @@ def _is_reference(question: Question, response: str) -> bool:
 class Kind:
     """How the answers to a kind of question are read and scored."""
 
-    figures: Figures  # those of the field, by their names in `metrics.FIGURES`
-    is_right: Callable[[Question, str], bool] = _is_reference  # as strictly as the kind allows; references are known
-    read: Callable[[Question, str], str | None] | None = None  # what a response says to a closed question, if one thing
-    choices: Callable[[Question], Sequence[str]] | None = None  # all that `read` may say
-    # A row's references as `read` says them, from texts of its columns and from the choices by their names.
+    figures: Figures  # computes the usual figures of this kind, by their names in `metrics.FIGURES`
+    is_right: Callable[[Question, str], bool] = _is_reference  # judges one answer, if its references are known
+    read: Callable[[Question, str], str | None] | None = None  # reads the label in a response; only of closed questions
+    choices: Callable[[Question], Sequence[str]] | None = None  # the labels that `read` can return
+    # Spells a row's references as `read` does, from the texts in its columns and the choices by name.
     spell: Callable[[Sequence[str], Mapping[str, str]], list[str]] = as_labels
-    # What a task must have: a name for it, and the keys of which one says it.
+    # What a task must have: descriptions, with the keys of which at least one must be set.
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: NEEDS_REFERENCE)
-    pool_tasks: tuple[str, ...] = ()  # tasks of the instruction pool that are scored so; all others are by `oracle`
-    separator: str | None = None  # between the references in an oracle's answer
-    # From an utterance's id and a seed: an instruction that stands in for a prompt, and what it demands.
+    pool_tasks: tuple[str, ...] = ()  # tasks of the instruction pool that are of this kind; all others are `oracle`
+    separator: str | None = None  # separates the references in an oracle's answer
+    # Draws an instruction and its constraint from an utterance's id and a seed; the task needs no prompt then.
     draw: Callable[[str, int], tuple[str, Constraint]] | None = None
 
 
 def _closed(read: Callable, choices: Callable, needs: dict[str, tuple[str, ...]], **more) -> Kind:
-    """A kind whose answers are among a few."""
+    """Return a kind of closed questions."""
 
     def figures(questions: Sequence[Question], responses: Sequence[str]) -> dict[str, Metric]:
         gold = [question.references[0] for question in questions]
-        said = [read(*pair) for pair in zip(questions, responses, strict=True)]
+        labels = [read(*pair) for pair in zip(questions, responses, strict=True)]
         return {
-            "accuracy": metrics.accuracy(gold, said),
-            "macro_f1": metrics.macro_f1(gold, said),
-            "unparsed": mean([label is None for label in said]),
+            "accuracy": metrics.accuracy(gold, labels),
+            "macro_f1": metrics.macro_f1(gold, labels),
+            "unparsed": mean([label is None for label in labels]),
         }
 
     def is_right(question: Question, response: str) -> bool:
@@ -104,13 +104,13 @@ def _error_rate(questions: Sequence[Question], responses: Sequence[str]) -> dict
 
 
 def _translation(questions: Sequence[Question], responses: Sequence[str]) -> dict[str, Metric]:
-    asked = [question.references for question in questions], responses, questions[0].target_language
-    return {"bleu": metrics.bleu(*asked), "chrf": metrics.chrf(*asked)}
+    arguments = [question.references for question in questions], responses, questions[0].target_language
+    return {"bleu": metrics.bleu(*arguments), "chrf": metrics.chrf(*arguments)}
 
 
 def _keywords(questions: Sequence[Question], responses: Sequence[str]) -> dict[str, Metric]:
-    said = [parse_list(response) or [] for response in responses]
-    return {"f1": metrics.set_f1([question.references for question in questions], said)}
+    keywords = [parse_list(response) or [] for response in responses]
+    return {"f1": metrics.set_f1([question.references for question in questions], keywords)}
 
 
 def _has_keywords(question: Question, response: str) -> bool:
@@ -168,8 +168,8 @@ POOL_KINDS = {task: name for name, kind in KINDS.items() for task in kind.pool_t
 
 
 def is_right(question: Question, response: str) -> bool | None:
-    """Whether an answer is right; None if nobody knows what is."""
-    if question.right:  # no matter how tolerantly figures read the answer
+    """Return whether an answer is right; None if the right answer is unknown."""
+    if question.right:  # the oracle's answers are compared as a whole, more strictly than in the figures
         return bare_words(response) in map(bare_words, question.right)
     if not (question.references or question.constraint):
         return None
@@ -177,6 +177,6 @@ def is_right(question: Question, response: str) -> bool | None:
 
 
 def allowed_answers(question: Question) -> list[str] | None:
-    """The only answers that a constrained model may give; None for an open question."""
+    """Return the answers that are possible in constrained decoding; None for an open question."""
     choices = KINDS[question.kind].choices
     return [question.answer.format(choice) for choice in choices(question)] if choices else None

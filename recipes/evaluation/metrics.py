@@ -1,8 +1,8 @@
-"""Figures with 95 % intervals: what a set of answers scores, and how far chance alone could move it.
+"""Compute the figures of a set of answers, with 95 % intervals.
 
-Intervals are percentile bootstraps over rows (Efron & Tibshirani 1993): the rows are drawn anew with replacement, and
-the middle 95 % of the draws is the interval. They are functions of the rows and the seed. Shares and error rates are
-fractions (0.05 is 5 %), BLEU and chrF go from 0 to 100 as sacrebleu writes them.
+Intervals are percentile bootstraps over rows (Efron & Tibshirani 1993): the rows are resampled with replacement, and
+the interval contains the middle 95 % of the figures of all draws. They depend only on the rows and the seed. Shares and
+error rates are fractions (0.05 is 5 %); BLEU and chrF go from 0 to 100, as in sacrebleu.
 """
 
 import re
@@ -19,15 +19,15 @@ from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
 DRAWS = 1000
-CELLS = 10**6  # drawn rows in memory at a time
-BLEU_CELLS = 5 * 10**6  # sacrebleu holds all of its draws in memory, up to 80 bytes for each of their rows
+CELLS = 10**6  # resampled rows in memory at the same time
+BLEU_CELLS = 5 * 10**6  # sacrebleu keeps all draws in memory, with up to 80 bytes for each of their rows
 
-# Three-letter codes, as FLEURS and FLORES write them, of the languages that are treated in a way of their own.
+# Three-letter codes, as in FLEURS and FLORES, of the languages that need a special treatment.
 _SHORT_CODES = {
     "eng": "en", "cmn": "zh", "zho": "zh", "jpn": "ja", "kor": "ko", "tha": "th", "lao": "lo", "mya": "my", "khm": "km",
 }  # fmt: skip
-UNSPACED = ("zh", "ja", "yue", "th", "lo", "my", "km")  # written without spaces between words
-# sacrebleu's own choices, and by character where it has none but a model to download.
+UNSPACED = ("zh", "ja", "yue", "th", "lo", "my", "km")  # languages that are written without spaces between words
+# The tokenizers that sacrebleu recommends, or characters where it only has a model to download.
 _BLEU_TOKENIZERS = {"zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab"} | dict.fromkeys(
     ("th", "lo", "my", "km"), "char"
 )
@@ -35,14 +35,14 @@ _BLEU_TOKENIZERS = {"zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
 
 @dataclass(frozen=True)
 class Figure:
-    """What readers are told of a figure."""
+    """How a figure is shown."""
 
-    is_main: bool = False  # it can stand for a task in tables and pictures
+    is_main: bool = False  # whether it can represent a task in tables and pictures
     lower_is_better: bool = False
-    is_fraction: bool = True  # shown in per cent
+    is_fraction: bool = True  # whether it is shown in per cent
 
 
-FIGURES = {  # of several main ones, the first that was measured stands for the task
+FIGURES = {  # a task is represented by its first main figure in this order
     "following": Figure(is_main=True),
     "wer": Figure(is_main=True, lower_is_better=True),
     "cer": Figure(is_main=True, lower_is_better=True),
@@ -66,7 +66,7 @@ FIGURES = {  # of several main ones, the first that was measured stands for the 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure, the ends of its 95 % interval, and, where the figure has settings, the signature that names them."""
+    """A figure, the ends of its 95 % interval, and sacrebleu's signature of its settings, if it has any."""
 
     value: float
     low: float
@@ -74,7 +74,7 @@ class Metric:
     signature: str | None = None
 
     def as_dict(self) -> dict[str, float | str]:
-        """As JSON takes it, rounded to 6 digits after the point."""
+        """Return the fields as values for JSON, rounded to 6 decimal places, without an empty signature."""
         figures = {name: round(float(getattr(self, name)), 6) for name in ("value", "low", "high")}
         return figures | ({} if self.signature is None else {"signature": self.signature})
 
@@ -82,10 +82,15 @@ class Metric:
 def bootstrap_ratio(
     numerators: Sequence[float], denominators: Sequence[float] | np.ndarray, draws: int = DRAWS, seed: int = 0
 ) -> Metric:
-    """`sum(numerators) / sum(denominators)`, one of each per row. Draws whose denominators are all 0 do not count.
+    """Return `sum(numerators) / sum(denominators)` with its interval. Draws whose denominators are all 0 are ignored.
+
+    Args:
+        numerators, denominators: one value per row.
+        draws: number of draws.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: no rows, more of one than of the other, or denominators whose sum is not above 0.
+        ValueError: there are no rows, the numbers of values differ, or the sum of the denominators is not above 0.
     """
     _check_rows(numerators=numerators, denominators=denominators)
     above, below = np.asarray(numerators, float), np.asarray(denominators, float)
@@ -101,10 +106,17 @@ def bootstrap_ratio(
 def mean(
     values: Sequence[float], groups: Sequence[Hashable] | None = None, draws: int = DRAWS, seed: int = 0
 ) -> Metric:
-    """The mean of the rows' values. With `groups`, a label per row, the mean over groups of each group's mean, whose
-    rows are drawn anew within their group.
+    """Return the mean of the values with its interval.
 
-    Raises ValueError for no rows, or not one label per row.
+    Args:
+        values: one value per row.
+        groups: one label per row. If given, the result is the mean of the means of the groups, and rows are resampled
+            within their group.
+        draws: number of draws.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: there are no rows, or not as many labels.
     """
     if groups is None:
         return bootstrap_ratio(values, np.ones(len(values)), draws, seed)
@@ -114,21 +126,22 @@ def mean(
         members[group].append(value)
     rng = np.random.default_rng(seed)
     means = np.zeros(draws)
-    for some in members.values():
-        held = np.asarray(some, float)
-        means += np.concatenate([held[rows].mean(axis=1) for rows in _resamples(len(held), draws, rng)])
-    return _metric(float(np.mean([np.mean(some) for some in members.values()])), means / len(members))
+    for in_group in members.values():
+        array = np.asarray(in_group, float)
+        means += np.concatenate([array[rows].mean(axis=1) for rows in _resamples(len(array), draws, rng)])
+    return _metric(float(np.mean([np.mean(in_group) for in_group in members.values()])), means / len(members))
 
 
 # Transcripts
 
 
-@lru_cache(maxsize=2**16)  # a millisecond each, and every system is compared with the same references
+@lru_cache(maxsize=2**16)  # a call takes a millisecond, and every system is compared with the same references
 def normalize_text(text: str, language: str = "en") -> str:
-    """What `error_rate` compares: `text` as Whisper's normalisers leave it (Radford et al. 2022, appendix C): the
-    English one for English, the basic one otherwise; without spaces for a language of `UNSPACED`.
+    """Normalise a text with Whisper's normalisers (Radford et al. 2022, appendix C): the English one for English, and
+    the basic one for all other languages. The result has no spaces in the languages of `UNSPACED`.
 
-    The basic one drops combining marks, vowel signs of Thai or Hindi among them, as in Whisper's published figures.
+    The basic normaliser removes combining marks, including the vowel signs of Thai and Hindi, as in the figures that
+    were published for Whisper.
     """
     code = _code(language)
     normal = _normalizer(code == "en")(text)
@@ -136,27 +149,33 @@ def normalize_text(text: str, language: str = "en") -> str:
 
 
 def error_rate(references: Sequence[str], hypotheses: Sequence[str], language: str = "en") -> tuple[str, Metric]:
-    """`("wer", errors / reference words)` over all rows, after `normalize_text`; for a language of `UNSPACED`
-    `("cer", errors / reference characters)`. `language` is a code such as `en`, `zh-CN` or `cmn_hans_cn`.
+    """Return the error rate over all rows after `normalize_text`. Hypotheses of empty references count as insertions.
 
-    What is said where the reference is silent counts as insertions.
+    Args:
+        references: transcripts.
+        hypotheses: one for each reference.
+        language: code such as `en`, `zh-CN` or `cmn_hans_cn`.
+
+    Returns:
+        `("wer", errors / reference words)`, or `("cer", errors / reference characters)` in the languages of `UNSPACED`.
 
     Raises:
-        ValueError: no rows, not one hypothesis per reference, or references that are all empty once normalised.
+        ValueError: there are no rows, not as many hypotheses as references, or all references are empty once
+            normalised.
     """
     _check_rows(references=references, hypotheses=hypotheses)
-    said = [normalize_text(text, language) for text in references]
-    heard = [normalize_text(text, language) for text in hypotheses]
-    if not any(said):
-        raise ValueError(f"all {len(said)} references are empty once normalised, such as {references[0]!r}")
+    expected = [normalize_text(text, language) for text in references]
+    actual = [normalize_text(text, language) for text in hypotheses]
+    if not any(expected):
+        raise ValueError(f"all {len(expected)} references are empty once normalised, such as {references[0]!r}")
     name = "cer" if _code(language) in UNSPACED else "wer"
     process = jiwer.process_characters if name == "cer" else jiwer.process_words
     errors, lengths = [], []
-    for start in range(0, len(said), 1000):  # alignments of a batch alone are in memory
-        output = process(said[start : start + 1000], heard[start : start + 1000])
+    for start in range(0, len(expected), 1000):  # in batches, so that not all alignments are in memory
+        output = process(expected[start : start + 1000], actual[start : start + 1000])
         for reference, alignment in zip(output.references, output.alignments, strict=True):
             spans = ((c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx, c.type) for c in alignment)
-            errors.append(sum(max(there, here) for there, here, kind in spans if kind != "equal"))
+            errors.append(sum(max(ref, hyp) for ref, hyp, kind in spans if kind != "equal"))
             lengths.append(len(reference))
     return name, bootstrap_ratio(errors, lengths)
 
@@ -165,35 +184,35 @@ def error_rate(references: Sequence[str], hypotheses: Sequence[str], language: s
 
 
 def bleu(references: Sequence[Sequence[str]], hypotheses: Sequence[str], language: str) -> Metric:
-    """Corpus BLEU (Papineni et al. 2002) by sacrebleu (Post 2018), 0 to 100; rows may have different numbers of
-    references, one or more.
+    """Return the corpus BLEU (Papineni et al. 2002) of sacrebleu (Post 2018), from 0 to 100.
 
     Args:
-        language: code of the target language, which decides the tokenizer: `zh` for Chinese and Cantonese, `ja-mecab`,
-            `ko-mecab`, `char` for Thai, Lao, Burmese and Khmer, else `13a`. The signature names it.
+        references: a list of one or more references for each row.
+        hypotheses: one for each row.
+        language: code of the target language, which determines the tokenizer: `zh` for Chinese and Cantonese,
+            `ja-mecab` for Japanese, `ko-mecab` for Korean, `char` for Thai, Lao, Burmese and Khmer, otherwise `13a`.
+            The signature contains its name.
 
     Raises:
-        ValueError: no rows, not one list of references per hypothesis, or an empty one.
-        ImportError: Japanese or Korean without the tokenizer's package.
+        ValueError: there are no rows, not as many lists of references as hypotheses, or a list is empty.
+        ImportError: the package of the Japanese or Korean tokenizer is missing.
     """
     code = _code(language)
     try:
         metric = BLEU(tokenize=_BLEU_TOKENIZERS.get(code, "13a"))
-    except RuntimeError as error:  # sacrebleu's word for a missing package
+    except RuntimeError as error:  # what sacrebleu raises if a package is missing
         raise ImportError(f'BLEU for {language!r} needs a tokenizer; pip install "sacrebleu[{code}]"') from error
     return _sacrebleu(metric, references, hypotheses)
 
 
 def chrf(references: Sequence[Sequence[str]], hypotheses: Sequence[str], language: str = "") -> Metric:
-    """Corpus chrF2 (Popović 2015) by sacrebleu, 0 to 100. It needs no tokenizer, so every `language` is treated alike.
-
-    Raises ValueError as `bleu` does.
-    """
+    """Return the corpus chrF2 (Popović 2015) of sacrebleu, from 0 to 100. It needs no tokenizer, so `language` is
+    ignored. Other arguments and errors are those of `bleu`."""
     return _sacrebleu(_FloatCHRF(), references, hypotheses)
 
 
 class _FloatCHRF(CHRF):
-    """sacrebleu's draws are float32, or float where nothing matches, and its mean takes no mixture of the two."""
+    """Returns all scores as float. sacrebleu's are float32, or float if nothing matches, and it fails on mixtures."""
 
     def _compute_score_from_stats(self, stats):
         score = super()._compute_score_from_stats(stats)
@@ -202,16 +221,16 @@ class _FloatCHRF(CHRF):
 
 
 def _sacrebleu(metric: BLEU | CHRF, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Metric:
-    """The score and sacrebleu's own interval, the mean of its draws plus and minus half the width of their middle 95 %.
-    Its seed is 12345 or the variable SACREBLEU_SEED; the signature says which, and how many draws."""
+    """Return the score with sacrebleu's own interval: the mean of the draws, plus and minus half the width of their
+    middle 95 %. The seed is 12345 or that of the variable SACREBLEU_SEED; the signature contains seed and draws."""
     _check_rows(references=references, hypotheses=hypotheses)
     _check_references(references)
     most = max(map(len, references))
-    streams = [[row[i] if i < len(row) else None for row in references] for i in range(most)]  # None: no reference
+    streams = [[row[i] if i < len(row) else None for row in references] for i in range(most)]  # None: a row has fewer
     draws = min(DRAWS, max(100, BLEU_CELLS // len(hypotheses)))
     score = metric.corpus_score(list(hypotheses), streams, n_bootstrap=draws)
-    low, high = float(score._mean - score._ci), float(score._mean + score._ci)  # public only as rounded text
-    # The draws' mean is a little off the score, which the interval still has to hold.
+    low, high = float(score._mean - score._ci), float(score._mean + score._ci)  # the public attribute is rounded text
+    # The mean of the draws differs slightly from the score, but the interval should contain the score.
     low, high = max(0.0, min(low, score.score)), min(100.0, max(high, score.score))
     return Metric(score.score, low, high, str(metric.get_signature()))
 
@@ -220,33 +239,35 @@ def _sacrebleu(metric: BLEU | CHRF, references: Sequence[Sequence[str]], hypothe
 
 
 def accuracy(gold: Sequence[str], predicted: Sequence[str | None]) -> Metric:
-    """The share of rows whose predicted label is the right one; None, for no readable answer, is wrong.
+    """Return the share of rows whose predicted label is right. None, for an answer that could not be read, is wrong.
 
-    Raises ValueError for no rows, or not one prediction per row.
+    Raises:
+        ValueError: there are no rows, or not as many predictions.
     """
     _check_rows(gold=gold, predicted=predicted)
-    return mean([float(right == said) for right, said in zip(gold, predicted, strict=True)])
+    return mean([float(right == label) for right, label in zip(gold, predicted, strict=True)])
 
 
 def macro_f1(gold: Sequence[str], predicted: Sequence[str | None]) -> Metric:
-    """The mean over the classes in `gold` of their F1. None, or a label outside those, is wrong: it is a miss for the
-    right class and a false alarm for none. A draw without any row of a class is averaged over the others.
+    """Return the mean F1 over the classes in `gold`. A prediction of None or of another label counts as a miss for the
+    right class, and as a false alarm for no class. Draws without rows of a class are averaged over the other classes.
 
-    Raises ValueError for no rows, or not one prediction per row.
+    Raises:
+        ValueError: there are no rows, or not as many predictions.
     """
     _check_rows(gold=gold, predicted=predicted)
     classes = sorted(set(gold))
     cells = Counter(zip(gold, predicted, strict=True))
     counts = np.array(list(cells.values()))
     is_gold = np.array([[right == name for name in classes] for right, _ in cells], float)
-    is_said = np.array([[said == name for name in classes] for _, said in cells], float)
+    is_predicted = np.array([[label == name for name in classes] for _, label in cells], float)
 
     def f1(table: np.ndarray) -> np.ndarray:  # (draws, cells) -> (draws,)
-        right, said = table @ is_gold, table @ is_said
-        both = 2 * (table @ (is_gold * is_said))
-        return (both / np.maximum(right + said, 1)).sum(axis=1, where=right > 0) / (right > 0).sum(axis=1)
+        in_gold, in_predicted = table @ is_gold, table @ is_predicted
+        scores = 2 * (table @ (is_gold * is_predicted)) / np.maximum(in_gold + in_predicted, 1)
+        return scores.sum(axis=1, where=in_gold > 0) / (in_gold > 0).sum(axis=1)
 
-    # Rows drawn with replacement are a multinomial draw of the confusion table's cells.
+    # Resampling rows is the same as a multinomial draw of the cells of the confusion matrix.
     tables = np.random.default_rng(0).multinomial(len(gold), counts / len(gold), size=DRAWS)
     return _metric(float(f1(counts[None])[0]), f1(tables))
 
@@ -255,11 +276,13 @@ def macro_f1(gold: Sequence[str], predicted: Sequence[str | None]) -> Metric:
 
 
 def squad(references: Sequence[Sequence[str]], responses: Sequence[str]) -> dict[str, Metric]:
-    """Exact match and token F1 of SQuAD (Rajpurkar et al. 2016), as fractions: lower case, without ASCII punctuation
-    and the articles a, an, the; the best of a row's references. Two answers without any token are equal, as in the
-    script of SQuAD 2.0.
+    """Return the exact match and the token F1 of SQuAD (Rajpurkar et al. 2016) as fractions.
 
-    Raises ValueError for no rows, not one list of references per response, or an empty one.
+    Texts are compared in lower case, without ASCII punctuation and the articles a, an, the. The best of a row's
+    references counts. Two texts without any tokens are equal, as in the script of SQuAD 2.0.
+
+    Raises:
+        ValueError: there are no rows, not as many lists of references as responses, or a list is empty.
     """
     _check_rows(references=references, responses=responses)
     _check_references(references)
@@ -271,29 +294,30 @@ def squad(references: Sequence[Sequence[str]], responses: Sequence[str]) -> dict
 
 
 def exact_match(references: Sequence[str], response: str) -> bool:
-    """Whether one answer is one of its references, as `squad` compares them."""
+    """Return whether a response equals one of its references after the normalisation of `squad`."""
     return _squad_tokens(response) in [_squad_tokens(reference) for reference in references]
 
 
 def set_f1(references: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> Metric:
-    """The mean of the rows' F1 between two sets of strings, such as keywords, whatever their case, order and outer
-    white space. Two empty sets are equal.
+    """Return the mean F1 of two sets of strings per row, such as keywords. Case, order, and leading and trailing white
+    space are ignored. Two empty sets are equal.
 
-    Raises ValueError for no rows, or not one prediction per row.
+    Raises:
+        ValueError: there are no rows, or not as many predictions.
     """
     _check_rows(references=references, predicted=predicted)
     sets = [
         [sorted({text.strip().casefold() for text in texts} - {""}) for texts in pair]
         for pair in zip(references, predicted, strict=True)
     ]
-    return mean([_overlap(right, said) for right, said in sets])
+    return mean([_overlap(*pair) for pair in sets])
 
 
-def _overlap(right: list[str], said: list[str]) -> float:
-    """F1 of two bags of tokens."""
-    if not right or not said:
-        return float(right == said)
-    return 2 * (Counter(right) & Counter(said)).total() / (len(right) + len(said))
+def _overlap(expected: list[str], predicted: list[str]) -> float:
+    """Return the F1 of two bags of tokens."""
+    if not expected or not predicted:
+        return float(expected == predicted)
+    return 2 * (Counter(expected) & Counter(predicted)).total() / (len(expected) + len(predicted))
 
 
 def _squad_tokens(text: str) -> list[str]:
@@ -301,11 +325,11 @@ def _squad_tokens(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-# What they share
+# Helpers of all figures
 
 
 def _resamples(rows: int, draws: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Row numbers drawn with replacement, (some draws, rows) at a time, `draws` in all."""
+    """Yield `draws` resamples of row numbers, as arrays `(draws in this array, rows)`."""
     if draws < 1:
         raise ValueError(f"cannot make an interval of {draws} draws; expected 1 or more, such as {DRAWS}")
     step = max(1, CELLS // rows)
@@ -319,7 +343,7 @@ def _metric(value: float, drawn: np.ndarray) -> Metric:
 
 
 def _check_rows(**columns: Sized) -> None:
-    """Raises ValueError for columns that are empty, or differ in length."""
+    """Raise ValueError if columns are empty or differ in length."""
     lengths = {name: len(column) for name, column in columns.items()}
     if 0 in lengths.values() or len(set(lengths.values())) > 1:
         raise ValueError(f"expected one or more rows, and as many in every column; got {lengths}")
@@ -332,7 +356,7 @@ def _check_references(references: Sequence[Sequence[str]]) -> None:
 
 
 def _code(language: str) -> str:
-    """The short code of a language: `zh` for zh-CN, zho_Hans and cmn_hans_cn."""
+    """Return the short code of a language, such as `zh` for zh-CN, zho_Hans and cmn_hans_cn."""
     code = re.split(r"[-_]", language.strip().lower())[0]
     return _SHORT_CODES.get(code, code)
 

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: tables, pictures, and a page with clips to play."""
+"""Write the report of an evaluation: tables, pictures, and a page with clips to play."""
 
 import io
 import json
@@ -30,7 +30,8 @@ STYLES = {
 
 
 def draw(report: dict, folder: Path) -> list[Path]:
-    """Bars by system: a picture of every task that asks several questions, and one of every group's other tasks."""
+    """Draw bars by system: one picture for each task that asks several questions, and one for all other tasks of each
+    group. Returns the paths without suffix."""
     pictures: dict[str, dict[str, dict[str, dict]]] = {}
     for name, task in report["tasks"].items():
         several = len(by_part(task)) > 1
@@ -48,7 +49,7 @@ def draw(report: dict, folder: Path) -> list[Path]:
 
 
 def write(output: Path, report: dict, results: Mapping[tuple[str, str], SystemResult]) -> None:
-    """`results.json`, `results.md`, `model_index.yaml`, the pictures and `report.html`."""
+    """Write `results.json`, `results.md`, `model_index.yaml`, the pictures and `report.html`."""
     texts = {"results.json": json.dumps(report, indent=1) + "\n", "results.md": markdown(report)}
     for name, text in (texts | {"model_index.yaml": model_index(report)}).items():
         write_whole(output / name, text)
@@ -56,7 +57,7 @@ def write(output: Path, report: dict, results: Mapping[tuple[str, str], SystemRe
     if comparisons(report)[1]:
         blocks.append(Table("Relative change of the share of right answers", *comparisons(report)))
     for stem in draw(report, output):
-        blocks.append(Picture(stem, f"{stem.name}: the figure that stands for each question.", "Bars by system"))
+        blocks.append(Picture(stem, f"{stem.name}: the main figure of each question.", "Bars by system"))
     for name, task in report["tasks"].items():
         note = f"{task['description']} Asked: {task['prompt']}"
         blocks.append(Table(f"{name}: all figures", *details(task), note=note))
@@ -67,28 +68,29 @@ def write(output: Path, report: dict, results: Mapping[tuple[str, str], SystemRe
 
 
 def examples(results: Mapping[str, SystemResult]) -> list[dict]:
-    """Some questions of one task, of every part one, with their audio and what the systems answered."""
+    """Return some questions of a task with their audio and the answers of all systems: one question of each part, or
+    the first three if the task has no parts."""
     rows = max((result.questions for result in results.values()), key=len)
     first = {row.task: row for row in reversed(rows)}
     chosen = list(reversed(first.values())) if len(first) > 1 else rows[:3]
-    said: dict[str, list[tuple]] = {row.id: [] for row in chosen}
+    answers: dict[str, list[tuple]] = {row.id: [] for row in chosen}
     for system, result in results.items():
         for answer, hit in zip(result.answers, result.hits, strict=True):
-            if answer.id in said:
-                said[answer.id].append((system, answer.response, hit))
+            if answer.id in answers:
+                answers[answer.id].append((system, answer.response, hit))
     return [
         {
             "instruction": row.instruction,
             "transcript": row.transcript,
             "audio": playable(row.audio),
-            "answers": said[row.id],
+            "answers": answers[row.id],
         }
         for row in chosen[:EXAMPLES]
     ]
 
 
 def playable(audio: dict) -> bytes:
-    """A clip as every browser plays it: 16-bit WAV at 16 kHz."""
+    """Return a clip as a 16-bit WAV file at 16 kHz, which every browser can play."""
     wav = io.BytesIO()
     soundfile.write(wav, load_audio(audio), 16_000, format="WAV", subtype="PCM_16")
     return wav.getvalue()

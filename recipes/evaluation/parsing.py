@@ -1,7 +1,7 @@
-"""Tolerant readers of free answers: which label, choice or list an LLM's answer names.
+"""Read the label, choice or list in a free answer of an LLM, tolerantly.
 
-Each returns None for an answer that says nothing, or more than one thing. None is wrong wherever it is scored: a
-reader that guesses would credit an answer that hedges.
+Each reader returns None for an answer without a label or with several. None is always scored as wrong, because guessing
+would reward answers that hedge.
 """
 
 import json
@@ -29,21 +29,24 @@ _LIST_HEADER = re.compile(  # "Keywords:", "The main keywords of the speech are"
 def parse_label(
     response: str, labels: Sequence[str], synonyms: Mapping[str, Sequence[str]] | None = None
 ) -> str | None:
-    """The one of `labels` that the response names, in whole words; case, punctuation and underscores do not count.
+    """Return the label that the response names in whole words; case, punctuation and underscores are ignored.
 
-    A label within a longer one is not named by it, nor is one that is denied ("not positive"). Where several are named,
-    the one after the last "answer" or "label" counts, or else the one that is said with "is", if it is one.
+    A name inside a longer name does not count, nor does a negated one ("not positive"). If the response names several
+    labels, the one after the last "answer" or "label" counts, or otherwise a single one after "is".
 
     Args:
-        synonyms: other names of a label, such as `{"joy": ["happy", "happiness"]}`.
+        response: answer of an LLM.
+        labels: the possible labels.
+        synonyms: other names of labels, such as `{"joy": ["happy", "happiness"]}`.
 
     Raises:
-        ValueError: no labels, one without a letter or digit, two with the same name, or synonyms of what is no label.
+        ValueError: there are no labels, a name has neither letters nor digits, two labels have the same name, or
+            `synonyms` has an unknown label.
     """
     if not labels:
         raise ValueError("no labels to look for; expected one or more")
     if unknown := sorted(set(synonyms or {}) - set(labels)):
-        raise ValueError(f"{unknown[0]!r} has synonyms but is no label; the labels are {list(labels)}")
+        raise ValueError(f"{unknown[0]!r} has synonyms but is not a label; the labels are {list(labels)}")
     names: dict[str, str] = {}
     for label in labels:
         for name in (label, *(synonyms or {}).get(label, ())):
@@ -55,30 +58,33 @@ def parse_label(
 
 
 def parse_yes_no(response: str) -> str | None:
-    """`yes` or `no`: the first word if it is one of yes, no, true, false, correct and incorrect, or else what the
-    response says once or in agreement ("It is not true", "I would say no."). English."""
-    said = re.sub(r"(?i)\bno (doubt|question|idea)\b", "", re.sub(r"[*_`\"]", "", response))  # no answers
-    for yes, no in _PAIRS.items():  # the question again, or an answer that is both
-        said = re.sub(rf"(?i)\b{yes}\b\W+((or|and)\W+)?{no}\b", "", said)
-    text, says = _words(said), "|".join(_SAYS)
+    """Return `yes` or `no` from an English response: its first word, if that is yes, no, true, false, correct or
+    incorrect, or otherwise what it says elsewhere without contradiction ("It is not true", "I would say no.")."""
+    cleaned = re.sub(r"(?i)\bno (doubt|question|idea)\b", "", re.sub(r"[*_`\"]", "", response))  # these are not answers
+    for yes, no in _PAIRS.items():  # "yes or no" repeats the question or answers both
+        cleaned = re.sub(rf"(?i)\b{yes}\b\W+((or|and)\W+)?{no}\b", "", cleaned)
+    text, says = _words(cleaned), "|".join(_SAYS)
     lead = re.sub(r"^((the|my|a|final|correct|right|short) )*(answer|response)\b( would be| is)?", "", text).strip()
     lead = re.sub(r"^((well|so|okay|ok) )*((it|that|this) (is|was|s) )?", "", lead)
     if match := re.match(rf"(not )?({says})\b", lead):
         return _flip(_SAYS[match[2]], bool(match[1]))
-    if told := re.findall(rf"\b(?:answer|response)(?: is| would be)? ({says})\b", text):
-        return _only({_SAYS[word] for word in told})
+    if cued := re.findall(rf"\b(?:answer|response)(?: is| would be)? ({says})\b", text):
+        return _only({_SAYS[word] for word in cued})
     predicates = re.findall(rf"\b(?:is|s|was|are|be|seems|sounds)( not)?(?: \w+ly)? ({says})\b", text)
     answers = {_flip(_SAYS[word], bool(no)) for no, word in predicates if word != "no"}  # "there is no rain"
-    # A "no" before another word is its article; one that ends a clause is an answer.
-    answers |= {_SAYS[word.lower()] for word in re.findall(r"(?i)\b(yes|no)\b\s*(?=[.,;:!]|$)", said)}
+    # "no" before another word is a determiner; at the end of a clause, it is an answer.
+    answers |= {_SAYS[word.lower()] for word in re.findall(r"(?i)\b(yes|no)\b\s*(?=[.,;:!]|$)", cleaned)}
     return _only(answers)
 
 
 def parse_choice(response: str, options: Sequence[str]) -> str | None:
-    """The letter of the option that the response chooses: `A` is `options[0]`. By its letter ("(B)", "B.", "b) the
-    cat", "The answer is B") or by the text of one option alone. The article "a" is no choice.
+    """Return the letter of the option that the response chooses; `A` is `options[0]`.
 
-    Raises ValueError for no options, or more than 26.
+    The response may name its letter ("(B)", "B.", "b) the cat", "The answer is B"), or the text of a single option. The
+    article "a" does not count.
+
+    Raises:
+        ValueError: there are no options, or more than 26.
     """
     if not 1 <= len(options) <= 26:
         raise ValueError(f"got {len(options)} options; expected 1 to 26, one letter each")
@@ -87,15 +93,18 @@ def parse_choice(response: str, options: Sequence[str]) -> str | None:
         return _only(chosen)
     names: dict[str, str | None] = {}
     for letter, option in zip(letters, options, strict=True):
-        names[_words(option)] = None if _words(option) in names else letter  # two options alike name neither
+        names[_words(option)] = None if _words(option) in names else letter  # None: two options have this text
     return _named(_words(response), {name: letter for name, letter in names.items() if name and letter})
 
 
 def parse_list(response: str) -> list[str] | None:
-    """The items of an answer that lists keywords: a JSON list, lines with bullets or numbers, or words between commas
-    and the like, perhaps after "Keywords:" or "The keywords are". Quotes, full stops and markup go.
+    """Return the items of an answer that lists keywords, without quotes, full stops and markup.
 
-    None for an answer without items, or with an item of more than `MAX_ITEM_WORDS` words: that is prose.
+    The list may be in JSON, have bullets or numbers, or be separated by commas, semicolons and similar characters. It
+    may follow "Keywords:" or "The keywords are".
+
+    Returns:
+        The items; None if there are none, or if an item has more than `MAX_ITEM_WORDS` words, as in prose.
     """
     text = re.sub(r"^```\w*\n?|```$", "", response.strip()).strip()
     if (items := _json_list(text)) is None:
@@ -109,17 +118,17 @@ def parse_list(response: str) -> list[str] | None:
 
 
 def _words(text: str) -> str:
-    """Lower-case words with single spaces between; "isn't" is "is not"."""
+    """Return the words in lower case, separated by single spaces; "isn't" becomes "is not"."""
     text = re.sub(r"n['’]t\b", " not", text.casefold().replace("can't", "can not"))
     return re.sub(r"[\W_]+", " ", text).strip()
 
 
 def _named(text: str, names: Mapping[str, str]) -> str | None:
-    """The value of the one name in `text`, both as `_words` writes them."""
+    """Return the value of the name in `text`; both are as returned by `_words`. None if there is no single value."""
     if not names or text in names:
         return names.get(text)
     longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    asserted: list[tuple[int, str]] = []  # place and value
+    asserted: list[tuple[int, str]] = []  # position and value
     denied, end = False, 0
     for match in re.finditer(rf"(?<!\S)(?:{longest_first})(?!\S)", text):
         between = text[end : match.start()].strip()
@@ -133,8 +142,8 @@ def _named(text: str, names: Mapping[str, str]) -> str | None:
 
 
 def _cued(text: str, asserted: Sequence[tuple[int, str]], names: Mapping[str, str]) -> str | None:
-    """Which of several values the words before it single out."""
-    inside = " ".join(names).split()  # a word of a label is no cue
+    """Return the one of several values that follows "answer", "label" or "is"; None if there is no single one."""
+    inside = " ".join(names).split()  # words of labels are not cues
 
     def after(cue: str) -> list[set[str]]:
         places = [match.start() for match in re.finditer(rf"\b{cue}\b", text)] if cue not in inside else []
@@ -150,7 +159,7 @@ def _cued(text: str, asserted: Sequence[tuple[int, str]], names: Mapping[str, st
 
 
 def _letters(text: str, letters: str, options: Sequence[str]) -> set[str]:
-    """The letters that a response without markup chooses, by the clearest way in which it chooses any."""
+    """Return the letters that a response without markup chooses, by the clearest of the phrases that it contains."""
     either = f"[{letters}{letters.lower()}]"
     if match := re.fullmatch(rf"[(\[]?({either})[)\].:]*", text):
         return {match[1].upper()}
@@ -158,18 +167,18 @@ def _letters(text: str, letters: str, options: Sequence[str]) -> set[str]:
     more = rf"\s*(?:\b(?:or|and)\b|[&/])\s*{one}|\s*,\s*(?:or |and )?{one}(?=\s*(?:[,.&/]|or\b|and\b|$))"
     denials = rf"(?i:\bnot|n['’]t|\bthan|\binstead of)\s+(?i:option )?{one}|{one} (?:is|are) (?:not|wrong|incorrect)\b"
     text = re.sub(f"{one}(?:{more})+|{denials}", "", text)  # "A or B", "not C"
-    told = re.findall(
+    cued = re.findall(
         r"(?i:\banswer(?: is)?\s*:?\s*(?:option |choice )?)"
         rf"(?:[(\[]({either})[)\]]|([{letters}])(?!['’\w])|({either})(?=\s*(?:[).:]|$)))",
         text,
     )
-    if told:
-        return {"".join(groups).upper() for groups in told}
+    if cued:
+        return {"".join(groups).upper() for groups in cued}
     listed = [letter for letter, option in zip(letters, options, strict=True) if _lists(text, letter, option)]
     leading = re.match(rf"(?:(?i:option|choice)\s+)?(?:[(\[]?({either})[)\]]|([{letters}])(?:[.:,]|\s+[-–—:]|$))", text)
-    if leading and len(listed) < 2:  # else it says all the options again
+    if leading and len(listed) < 2:  # otherwise it repeats all options
         return {(leading[1] or leading[2]).upper()}
-    # A capital A before another word is its article; I is the speaker.
+    # A capital A before another word is an article; I is a pronoun.
     text = re.sub(r"(?:^|(?<=[.!?]\s))A(?=\s+\w)|\bI\b", "", text)
     mentions = rf"\(({either})\)|(?i:\b(?:option|choice)\s+)({either})\b|(?<!['’\w])([{letters}])(?!['’\w])"
     return {"".join(groups).upper() for groups in re.findall(mentions, text)}
@@ -184,12 +193,12 @@ def _flip(answer: str, negated: bool) -> str:
 
 
 def _lists(text: str, letter: str, option: str) -> bool:
-    """Whether the letter stands before its option's text, as where the options are listed."""
+    """Return whether the letter precedes the text of its option, as in a list of the options."""
     return bool(re.search(rf"(?i)(?<!\w){letter}[).:\]]\s*{re.escape(option)}", text))
 
 
 def _json_list(text: str) -> list[str] | None:
-    """The items of a JSON list, perhaps the only value of an object; None for anything else."""
+    """Return the items of a JSON list, which may be the only value of an object; None for anything else."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -200,7 +209,7 @@ def _json_list(text: str) -> list[str] | None:
 
 
 def _split(text: str) -> list[str]:
-    """The items of one paragraph, the first."""
+    """Return the items of the first paragraph."""
     text = re.split(r"\n\s*\n", text)[0].strip(" []")
     if re.match(r"\(?1[.)]\s", text):  # numbers on one line
         return re.split(r"(?:^|[\s,;])\(?\d{1,2}[.)]\s+", text)

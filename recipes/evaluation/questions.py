@@ -1,4 +1,4 @@
-"""Questions about a corpus: what models are asked, and what answers are scored by."""
+"""Make the questions of a task from its corpus, with the references that answers are scored against."""
 
 import collections
 import dataclasses
@@ -21,26 +21,27 @@ logger = logging.getLogger(__name__)
 def read_rows(
     task: EvaluationTask, limit: int | None = None, seed: int = 0, pool: Mapping[str, Task] | None = None
 ) -> list[Question]:
-    """What is asked, in the corpus's order.
+    """Return the questions of a task in the order of the corpus.
 
     Args:
-        task: as `load_tasks` returns it.
-        limit: utterances at most; all of the corpus if None.
-        seed: with an utterance's id, it decides what is drawn.
-        pool: the instruction pool; that of the task if None.
+        task: a task from `load_tasks`.
+        limit: largest number of utterances; if None, the corpus's own default or all.
+        seed: seed of the draws, which also depend on the utterance's id.
+        pool: the instruction pool; if None, that of the task.
 
     Raises:
-        RefusedRowError: an utterance that cannot be used.
-        ValueError: no such corpus or column, a reference that is empty or no label, an id used twice, or no row.
+        RefusedRowError: an utterance cannot be used.
+        ValueError: the corpus or a column does not exist, a reference is empty or not a label, two rows have the same
+            id, or there are no rows.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"{limit=} must be 1 or more.")
     pool = load_pool(task.pool) if pool is None else pool
-    told = f"here --data {task.name}=PATH says where it is, and --data {task.name}.columns.audio=COLUMN which is which"
+    hint = f"here, --data {task.name}=PATH names the corpus, and --data {task.name}.columns.audio=COLUMN a column"
     try:
         source = open_data(task.data)
     except ValueError as error:
-        raise ValueError(f"task {task.name!r}: {error} ({told})") from error
+        raise ValueError(f"task {task.name!r}: {error} ({hint})") from error
     limit = limit or source.corpus.default_limit
     rows, clips, count, skipped = [], {}, 0, 0
     for where, line in source.lines():
@@ -63,7 +64,7 @@ def read_rows(
 
 
 def _ask(task: EvaluationTask, utterance: dict, line: dict, seed: int, pool: Mapping[str, Task]) -> Iterator[dict]:
-    """What is asked about an utterance, by the fields of `Question`, and in `slots` what fills those of a prompt."""
+    """Yield the questions about an utterance as dicts with the fields of `Question`; `slots` fills the prompt."""
     common = {**utterance, "duration": float(utterance["duration"]), "language": task.language}
     if task.kind == POOL:
         for row in draw_rows([common], _draw(task, seed, pool)):
@@ -84,14 +85,14 @@ def _ask(task: EvaluationTask, utterance: dict, line: dict, seed: int, pool: Map
 
 
 def _draw(task: EvaluationTask, seed: int, pool: Mapping[str, Task]) -> Draw:
-    """Tasks for an utterance, in held-out wordings, and transcription besides if that is among them."""
+    """Return the draw of an utterance's tasks in held-out wordings; transcription is always drawn if it is a task."""
     weights = {name: math.inf if name == TRANSCRIPTION else 1.0 for name in task.tasks}
     count = task.tasks_per_utterance + (TRANSCRIPTION in weights)
     return Draw(pool, weights, min(count, len(weights)), seed, "held_out")
 
 
 def _finish(task: EvaluationTask, rows: list[dict]) -> list[Question]:
-    """The questions, with all labels known and prompts filled; raises ValueError for ids used twice."""
+    """Return the questions with all labels and filled prompts. Raises ValueError if two have the same id."""
     if not rows:
         raise ValueError(
             f"task {task.name!r}: {task.data.corpus} ({task.data.split}) has no utterance that can be used."
@@ -99,13 +100,13 @@ def _finish(task: EvaluationTask, rows: list[dict]) -> list[Question]:
     ids = collections.Counter(row["id"] for row in rows)
     if twice := next((id for id, count in ids.items() if count > 1), None):
         raise ValueError(
-            f"task {task.name!r}: {twice!r} is the id of two rows; name a column that tells utterances apart: --data "
+            f"task {task.name!r}: {twice!r} is the id of two rows; name a column with unique ids: --data "
             f"{task.name}.columns.id=COLUMN."
         )
-    every = sorted({text for row in rows for text in row.get("references", ())})
+    labels = sorted({text for row in rows for text in row.get("references", ())})
     for row in rows:
         if task.labels == (COLUMN,):
-            row["labels"] = every
+            row["labels"] = labels
         if "slots" in row:
             row["instruction"] = task.prompt.format(**row["slots"], labels=", ".join(row.get("labels", ())))
     names = [field.name for field in dataclasses.fields(Question)]

@@ -1,6 +1,6 @@
-"""Corpora as evaluation tasks read them: any that `open_corpus` opens, and four odd formats.
+"""Read the corpora of evaluation tasks: all that `open_corpus` opens, and four with formats of their own.
 
-| reader | reads | a line per | adds |
+| reader | reads | one line for each | added columns |
 |---|---|---|---|
 | `slurp` | SLURP's `test.jsonl`, sentences with a list of recordings | recording | `keywords` |
 | `snips` | Audio SNIPS's `all.iob.snips.txt`, words, tags and intents | clip | `intent`, `keywords` |
@@ -20,30 +20,30 @@ from dataset_builders.corpora.corpus import Corpus, RefusedRowError
 from dataset_builders.corpora.local import FileCorpus, ManifestCorpus, open_text
 from dataset_builders.corpora.opening import HubCorpus, open_corpus
 
-Line = tuple[str, dict | RefusedRowError]  # where it stands, and its columns
-UNKNOWN = "unknown transcript"  # stands in for the column of a corpus that has none
+Line = tuple[str, dict | RefusedRowError]  # file and line, and the columns
+UNKNOWN = "unknown transcript"  # replaces the transcript column if a corpus has none
 
 
 @dataclass(frozen=True)
 class Data:
-    """Where a task's corpus is and which of its columns are what; as in `open_corpus`, and five more."""
+    """The corpus of a task and its columns. The fields that have no comment are as in `open_corpus`."""
 
     corpus: str | None = None
     split: str = "test"
     config: str | None = None
-    columns: Mapping[str, str | None] = field(default_factory=dict)  # a `transcript` of None: the corpus has none
+    columns: Mapping[str, str | None] = field(default_factory=dict)  # `transcript` is None if the corpus has none
     normalizer: str | None = None
     data_root: str | None = None
     revision: str | None = None
-    name: str | None = None  # what rows call it in `source`
-    give: str = "a manifest, a folder or a Hub id"  # what to name where `corpus` is None
-    audio_folder: str | None = None  # from the manifest's folder, where no data_root is given
-    reader: str | None = None
-    target_config: str | None = None  # the configuration that `fleurs` takes translations from
+    name: str | None = None  # name of the corpus in the rows' `source`
+    give: str = "a manifest, a folder or a Hub id"  # what the user must name if `corpus` is None
+    audio_folder: str | None = None  # folder of the audio relative to the manifest, if there is no `data_root`
+    reader: str | None = None  # a name in `READERS`; None for corpora that `open_corpus` opens
+    target_config: str | None = None  # configuration with the translations, for the reader `fleurs`
 
 
 class SlurpCorpus(ManifestCorpus):
-    """SLURP's annotations (github.com/pswietojanski/slurp, `dataset/slurp`); each recording is an utterance."""
+    """Reads SLURP's annotations (github.com/pswietojanski/slurp, `dataset/slurp`); each recording is an utterance."""
 
     def lines(self, file: int) -> Iterator[Line]:
         for where, line in super().lines(file):
@@ -62,7 +62,7 @@ class SlurpCorpus(ManifestCorpus):
 
 
 class SnipsCorpus(FileCorpus):
-    """Audio SNIPS as S3PRL prepares it (SUPERB's slot filling): the split's lines, `SPEAKER-snips-SPLIT-NUMBER`."""
+    """Reads a split of Audio SNIPS as S3PRL prepares it for SUPERB's slot filling."""
 
     expected = "lines `SPEAKER-snips-SPLIT-NUMBER BOS words EOS`, a tab, tags and intent"
 
@@ -75,8 +75,8 @@ class SnipsCorpus(FileCorpus):
                     yield where, self._columns(where, id, rest)
 
     def _columns(self, where: str, id: str, rest: str) -> dict | RefusedRowError:
-        said, _, tagged = rest.partition("\t")
-        words, tags = said.split()[1:-1], tagged.split()  # BOS has a tag too, and EOS the intent
+        sentence, _, tagged = rest.partition("\t")
+        words, tags = sentence.split()[1:-1], tagged.split()  # BOS also has a tag; the tag of EOS is the intent
         if len(tags) != len(words) + 2:
             return RefusedRowError(where, "not a line of SNIPS", f"{len(words)} words and {len(tags)} tags")
         audio = f"{self.split}/{id}.wav"
@@ -87,7 +87,7 @@ class SnipsCorpus(FileCorpus):
 
 
 def _chunks(words: list[str], tags: list[str]) -> list[str]:
-    """The words under `B-` and the `I-` that follow it, joined."""
+    """Return the chunks of words with the tags `B-` and the following `I-`, joined with spaces."""
     chunks: list[list[str]] = []
     for word, tag in zip(words, tags, strict=True):
         if tag.startswith("B-"):
@@ -98,7 +98,8 @@ def _chunks(words: list[str], tags: list[str]) -> list[str]:
 
 
 class CovostCorpus(ManifestCorpus):
-    """What `get_covost_splits.py` of github.com/facebookresearch/covost writes: quotes are escaped as in `\\"`."""
+    """Reads the output of `get_covost_splits.py` of github.com/facebookresearch/covost, in which quotes are escaped as
+    in `\\"`."""
 
     def lines(self, file: int) -> Iterator[Line]:
         for where, line in super().lines(file):
@@ -112,12 +113,12 @@ READERS = (*FILE_READERS, "fleurs")
 
 
 class Source:
-    """A corpus whose lines have names for class labels, undecoded audio in every column, and maybe translations.
+    """A corpus whose lines have the names of class labels, undecoded audio in every column, and optional translations.
 
     Args:
-        corpus: as `open_corpus` returns it.
-        has_transcript: if not, transcripts are empty.
-        translations: by sentence id, the column `id`; added as the column `translation`.
+        corpus: a corpus from `open_corpus`.
+        has_transcript: whether the corpus has transcripts; if not, they are empty.
+        translations: translations by sentence id (the column `id`), which are added as the column `translation`.
     """
 
     def __init__(self, corpus: Corpus, has_transcript: bool = True, translations: Mapping[str, str] | None = None):
@@ -127,13 +128,13 @@ class Source:
             for column, kind in (corpus.stream.features or {}).items():
                 if isinstance(kind, ClassLabel):
                     self.names[column] = kind.names
-                elif isinstance(kind, Audio):  # a spoken question beside the spoken passage: nobody decodes it
+                elif isinstance(kind, Audio):  # other audio, such as a spoken question, is not needed
                     corpus.stream = corpus.stream.cast_column(column, Audio(decode=False))
         if not has_transcript:
             corpus.columns = {**corpus.columns, "transcript": UNKNOWN}
 
     def lines(self) -> Iterator[tuple[str, dict]]:
-        """All lines of all files; raises `RefusedRowError` for one that cannot be read."""
+        """Yield the lines of all files, each after its position. Raises `RefusedRowError` if a line cannot be read."""
         for where, line in self.corpus.all_lines():
             if isinstance(line, RefusedRowError):
                 raise line
@@ -150,27 +151,28 @@ class Source:
         return {**line, **named}
 
     def utterance(self, where: str, line: dict) -> dict:
-        """As `Corpus.utterance`; raises `RefusedRowError` for a line that cannot be used."""
+        """Return the utterance as in `Corpus.utterance`. Raises `RefusedRowError` if the line cannot be used."""
         row = self.corpus.utterance(where, line)
         return row if self.has_transcript else row | {"transcript": ""}
 
 
 def open_data(data: Data) -> Source:
-    """Open a task's corpus.
+    """Open the corpus of a task.
 
-    A folder with a folder of the configuration's name in it, as the Hub's Parquet exports are, is opened there.
+    If the corpus is a folder that contains a folder with the name of the configuration, as the Hub's Parquet exports
+    do, that folder is opened.
 
     Raises:
-        ValueError: the corpus is not named, does not exist or lacks a column.
+        ValueError: no corpus is named, it does not exist, or a column is missing.
     """
     if data.corpus is None:
-        raise ValueError(f"no corpus is named; it is {data.give}.")
+        raise ValueError(f"no corpus is named; expected {data.give}.")
     has_transcript = "transcript" not in data.columns or data.columns["transcript"] is not None
     columns = {role: column or data.columns["audio"] for role, column in data.columns.items()}
     if data.reader in FILE_READERS:
         path = Path(data.corpus)
         if not path.is_file():
-            raise ValueError(f"{path} is no file; expected {data.give}.")
+            raise ValueError(f"{path} is not a file; expected {data.give}.")
         settings = (data.split, columns, data.normalizer or "plain", _data_root(data))
         corpus: Corpus = FILE_READERS[data.reader](path, *settings)
         corpus.name = data.name or corpus.name
@@ -188,7 +190,7 @@ def _open(data: Data, config: str | None, columns: dict[str, str]) -> Corpus:
         inside = path / config
         if inside.is_dir():
             path, config = inside, None
-        elif not (path / "README.md").is_file():  # which alone gives a folder configurations
+        elif not (path / "README.md").is_file():  # only a README.md can define configurations
             config = None
     place = str(path) if path.exists() else data.corpus
     settings = {"normalizer": data.normalizer, "data_root": _data_root(data), "revision": data.revision}
@@ -202,7 +204,7 @@ def _data_root(data: Data) -> str | None:
 
 
 def _texts(corpus: Corpus) -> dict[str, str]:
-    """Sentence id -> what is said; the audio of that language is passed over."""
+    """Return the transcripts of a corpus by sentence id, without reading its audio."""
     column, texts = corpus.columns["transcript"], {}
     for where, line in corpus.all_lines():
         if isinstance(line, dict) and "id" not in line:

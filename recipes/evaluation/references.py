@@ -1,6 +1,6 @@
-"""What the right answers to a question are, from the columns of a corpus or from an oracle.
+"""Find the right answers to a question in the columns of a corpus or with an oracle.
 
-A column is named as it is, by a dotted path (`answer_spans.answer`), or within a template (`{action} {object}`).
+A column is given by its name, a dotted path (`answer_spans.answer`), or a template (`{action} {object}`).
 """
 
 import importlib
@@ -14,14 +14,19 @@ from recipes.evaluation.tasks import COLUMN, EvaluationTask
 
 
 def known_answers(task: EvaluationTask, utterance: dict, line: dict) -> dict:
-    """What a question says of its answers: `references`, `right`, `labels` and `answer`, as far as it has them."""
+    """Return the fields of a question about its answers that are known: `references`, `right`, `labels` and `answer`.
+
+    Raises:
+        NoReferenceError: the row has no usable reference.
+        ValueError: a column does not exist.
+    """
     if KINDS[task.kind].draw is not None:
         return {"answer": task.answer}
     if task.oracle is not None and not task.reference:
         return answers_of_oracle(task.oracle, task.task, utterance["transcript"])
     if not task.reference:
         if not utterance["transcript"]:
-            raise NoReferenceError("nobody knows what is said; name the column with --data NAME.columns.transcript.")
+            raise NoReferenceError("the transcript is unknown; name its column with --data NAME.columns.transcript.")
         return {"references": [utterance["transcript"]], "answer": task.answer}
     labels = () if task.labels == (COLUMN,) else task.labels
     choices = dict(zip(labels, labels, strict=True)) if task.choices is None else options(line, task.choices)
@@ -30,7 +35,7 @@ def known_answers(task: EvaluationTask, utterance: dict, line: dict) -> dict:
 
 
 def fillings(task: EvaluationTask, line: dict) -> dict[str, str]:
-    """What stands in the slots of a prompt."""
+    """Return the texts for the slots of a prompt."""
     slots = {slot: " ".join(references([column], line)) for slot, column in task.slots.items()}
     if task.choices is not None:
         texts = options(line, task.choices).values()
@@ -39,7 +44,8 @@ def fillings(task: EvaluationTask, line: dict) -> dict[str, str]:
 
 
 def look_up(line: dict, path: str) -> list:
-    """The values of a column, lists flattened; `answer_spans.answer` looks into dicts and lists of them.
+    """Return the values of a column with flattened lists. A path such as `answer_spans.answer` looks into dicts and
+    lists of dicts.
 
     Raises:
         KeyError: there is no such column.
@@ -59,7 +65,7 @@ def _flat(values: Sequence) -> Iterator:
 
 
 def fill(template: str, line: dict) -> list[str]:
-    """The texts of a column, or of a template such as `{action} {object}` over columns; empty ones are left out.
+    """Return the distinct texts of a column, or of a template such as `{action} {object}`, without empty texts.
 
     Raises:
         KeyError: there is no such column.
@@ -72,33 +78,38 @@ def fill(template: str, line: dict) -> list[str]:
 
 
 def as_text(value: object) -> str:
-    """How a value of a column is written in a prompt or a reference; nothing for None."""
+    """Return a value of a column as it is written in a prompt or a reference; an empty text for None."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "" if value is None else str(value)
 
 
 def references(columns: Sequence[str], line: dict) -> list[str]:
-    """The right answers of a row, from columns and templates as in `fill`; none twice.
+    """Return the distinct right answers of a row, from columns and templates as in `fill`.
 
     Raises:
-        ValueError: there is no such column; names those there are.
-        NoReferenceError: all are empty.
+        ValueError: there is no such column; the message names the columns.
+        NoReferenceError: all columns are empty.
     """
     try:
         texts = [text for column in columns for text in fill(column, line)]
     except (KeyError, TypeError) as error:
         raise ValueError(f"no column {' or '.join(map(repr, columns))}; there are {sorted(line)}.") from error
     if not texts:
-        raise NoReferenceError(f"nothing stands in {' or '.join(map(repr, columns))}; expected a text.")
+        raise NoReferenceError(f"{' or '.join(map(repr, columns))} is empty; expected a text.")
     return list(dict.fromkeys(texts))
 
 
 def options(line: dict, column: str) -> dict[str, str]:
-    """The options of a question by their names: a list of texts (A, B and so on), or `{"text", "label"}` of lists.
+    """Return the options of a question by name.
+
+    Args:
+        line: columns of a row.
+        column: column with a list of texts, whose names are A, B and so on, or with a dict of two lists, `text` and
+            `label`.
 
     Raises:
-        ValueError: there is no such column, or fewer than two options in it.
+        ValueError: there is no such column, or it has fewer than two options or more than 26.
     """
     if column not in line:
         raise ValueError(f"no column {column!r} with options; there are {sorted(line)}.")
@@ -111,18 +122,18 @@ def options(line: dict, column: str) -> dict[str, str]:
 
 
 def answers_of_oracle(oracle: str | None, task: str, transcript: str) -> dict:
-    """How answers to a task of the instruction pool are scored: `kind` and, as far as they are known, `references`,
+    """Return how answers to a task of the instruction pool are scored: `kind` and, if they are known, `references`,
     `right`, `labels` and `answer`.
 
     Args:
-        oracle: module with `answers(task, transcript)`, the canonical answer first; it may have `FORMS`, what stands
-            around the answers to closed questions (`{"intent": "The intent is {}."}`), and `labels(task)`, what they
-            can be. None if nobody knows what is right but of transcriptions.
-        task: of the pool.
-        transcript: what is said.
+        oracle: module with `answers(task, transcript)`, which returns all right answers, the canonical one first. It
+            may have `FORMS`, the sentences around the answers to closed questions (`{"intent": "The intent is {}."}`),
+            and `labels(task)`, which returns these answers. If None, only the right transcriptions are known.
+        task: a task of the pool.
+        transcript: transcript of the clip.
 
     Raises:
-        ValueError: the module has no `answers`, or the transcript is not of its language.
+        ValueError: the module has no `answers`, or cannot read the transcript.
     """
     name = POOL_KINDS.get(task, "oracle")
     if name == TRANSCRIPTION:
@@ -131,7 +142,7 @@ def answers_of_oracle(oracle: str | None, task: str, transcript: str) -> dict:
         return {"kind": name}
     module = importlib.import_module(oracle)
     if not hasattr(module, "answers"):
-        raise ValueError(f"{oracle} has no answers(task, transcript); name a module that has.")
+        raise ValueError(f"{oracle} has no answers(task, transcript); name a module that has it.")
     right = module.answers(task, transcript)
     asked, kind = {"kind": name, "right": right, "references": right}, KINDS[name]
     form = getattr(module, "FORMS", {}).get(task)

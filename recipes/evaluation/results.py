@@ -1,4 +1,4 @@
-"""From answers to figures: of every task and system, by the kind of the question, and how systems compare."""
+"""Compute the figures of each task and system from the answers, and compare the systems."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,10 @@ SHOWN_PROMPTS = 5
 
 @dataclass(frozen=True)
 class SystemResult:
-    """What one system answered to the questions of one task."""
+    """The answers of a system to the questions of a task."""
 
     questions: Sequence[Question]
-    given: Sequence[Question]  # as the system got them: with another clip, instruction or transcript
+    given: Sequence[Question]  # the questions with the system's changes: another clip, instruction or transcript
     answers: Sequence[Answer]
 
     @cached_property
@@ -34,11 +34,11 @@ class SystemResult:
 
     @cached_property
     def hits(self) -> list[bool | None]:
-        """Whether each answer is right; None where nobody knows."""
+        """Return whether each answer is right; None if the right answer is unknown."""
         return [is_right(*pair) for pair in zip(self.questions, self.responses, strict=True)]
 
     def parts(self) -> dict[str, "SystemResult"]:
-        """By what is asked, in the order of its names."""
+        """Return the results of each question of the task, by its name in alphabetical order."""
         rows = list(zip(self.questions, self.given, self.answers, strict=True))
         tasks = sorted({question.task for question in self.questions})
         return {task: SystemResult(*zip(*(row for row in rows if row[0].task == task), strict=True)) for task in tasks}
@@ -47,19 +47,21 @@ class SystemResult:
 def collect(
     tasks: Sequence[EvaluationTask], systems: Sequence[System], results: Mapping[tuple[str, str], SystemResult]
 ) -> dict:
-    """All figures.
+    """Return the content of `results.json`.
 
     Args:
-        results: by the names of task and system.
+        tasks: the tasks of the evaluation.
+        systems: the systems of the evaluation.
+        results: results by the names of task and system.
 
     Returns:
-        `systems` and `tasks`; of a task what was asked, and for every system its `figures` and, where a task asks
-        several questions, those of its `parts`; `comparisons` as in `compare`.
+        `systems`, `tasks` and `versions`. Each task has what was asked, the figures of its `systems` as in
+        `figures_of`, and `comparisons` as in `compare`.
     """
     scored = {}
     for task in tasks:
         answered = {s.name: results[task.name, s.name] for s in systems if (task.name, s.name) in results}
-        if not answered:  # a text LLM alone, of clips without a transcript
+        if not answered:  # if only text LLMs were to answer, but clips have no transcripts
             continue
         rows = max((result.questions for result in answered.values()), key=len)
         scored[task.name] = {
@@ -79,15 +81,16 @@ def collect(
 
 
 def figures_of(result: SystemResult, text_llm: SystemResult | None = None) -> dict:
-    """Figures of one system's answers to one task, and of the parts of a task that asks several questions.
+    """Return the figures of a system's answers to a task, and of its parts if the task asks several questions.
 
     Args:
-        text_llm: what the text LLM answered, which the answers are compared with.
+        result: the answers of the system.
+        text_llm: the answers of the text LLM, with which they are compared.
     """
     answers, parts = result.answers, result.parts()
     report = {"rows": len(answers), "truncated": mean([not answer.finished for answer in answers]).as_dict()}
     seconds = [answer.seconds for answer in answers if answer.seconds]
-    if len(seconds) == len(answers):  # seconds of audio for one of computing
+    if len(seconds) == len(answers):  # rtfx: seconds of audio per second of computation
         report["rtfx"] = bootstrap_ratio([row.duration for row in result.questions], seconds).as_dict()
     if len(parts) == 1:
         return report | {"figures": _as_dicts(score_kind(result) | agreement(result, text_llm))}
@@ -103,9 +106,9 @@ def figures_of(result: SystemResult, text_llm: SystemResult | None = None) -> di
 
 
 def score_kind(result: SystemResult) -> dict[str, Metric]:
-    """The figures of questions of one kind: those of the field, `right` (the share of right answers), and for all but
-    transcriptions and restatements `transcript_copy`. Where nobody knows what is right, there are only the latter and
-    `form`, the share of answers of the form that was asked for, if that is known."""
+    """Return the figures of questions of one kind: the usual ones of this kind, `right` (the share of right answers)
+    and, except for transcription and repetition, `transcript_copy`. If right answers are unknown, there are only
+    `transcript_copy` and `form`, the share of answers with the right form."""
     if None in result.hits:
         return _form(result) | _transcript_copy(result)
     kind = KINDS[result.questions[0].kind]
@@ -119,8 +122,8 @@ def score_kind(result: SystemResult) -> dict[str, Metric]:
 
 
 def score_pool(result: SystemResult) -> dict[str, Metric]:
-    """Over the several tasks of a pool, transcription apart: `following`, the mean over them of the share right (called
-    `right` where none is a self-powered task), and `transcript_copy`, over rows."""
+    """Return the figures over all tasks of a pool except transcription: `following`, the mean over tasks of the share
+    of right answers (named `right` if no task is self-powered), and `transcript_copy`, the mean over rows."""
     asked = zip(result.questions, result.hits, strict=True)
     hits = [(row.task, hit) for row, hit in asked if row.kind != TRANSCRIPTION and hit is not None]
     if not hits:
@@ -131,12 +134,12 @@ def score_pool(result: SystemResult) -> dict[str, Metric]:
 
 
 def agreement(result: SystemResult, text_llm: SystemResult | None) -> dict[str, Metric]:
-    """Compare a system with the text LLM, transcriptions apart: does it say from speech what that says from text?
+    """Compare a system's answers from speech with the text LLM's answers from text, except transcriptions.
 
     Returns:
-        `agreement`, the chrF of its greedy answers with the text LLM's; and `likelihood_lost`, by how much the text
-        LLM's answers are less likely for it than for the text LLM itself, in nats per token. Empty without a text LLM,
-        or if that gave no answer.
+        `agreement`, the chrF of its greedy answers against those of the text LLM, and `likelihood_lost`, how much lower
+        the log-likelihood of the text LLM's answers is under the system than under the text LLM, in nats per token. The
+        result is empty if there is no text LLM or none of its answers.
     """
     if text_llm is None:
         return {}
@@ -147,27 +150,26 @@ def agreement(result: SystemResult, text_llm: SystemResult | None) -> dict[str, 
         return {}
     figures = {"agreement": chrf([[their.response] for _, their in pairs], [own.response for own, _ in pairs])}
     sums = [(own.log_likelihood, their.log_likelihood, their.tokens) for own, their in pairs]
-    known = [(their - own, tokens) for own, their, tokens in sums if own is not None and their is not None and tokens]
-    if known:
-        lost, tokens = zip(*known, strict=True)
+    losses = [(their - own, tokens) for own, their, tokens in sums if own is not None and their is not None and tokens]
+    if losses:
+        lost, tokens = zip(*losses, strict=True)
         figures["likelihood_lost"] = bootstrap_ratio(lost, tokens)
     return figures
 
 
 def _form(result: SystemResult) -> dict[str, Metric]:
-    """`form`: the share of answers of the form that was asked for, a mean over the tasks whose form is known."""
+    """Return `form`, the mean over tasks of the share of answers with the right form; nothing if no form is known."""
     rows = zip(result.questions, result.responses, strict=True)
-    judged = [
-        (row.task, forms.is_correct(row.task, row.transcript, said)) for row, said in rows if row.kind != TRANSCRIPTION
-    ]
-    judged = [(task, hit) for task, hit in judged if hit is not None]
-    return {"form": mean([hit for _, hit in judged], [task for task, _ in judged])} if judged else {}
+    asked = [(row, response) for row, response in rows if row.kind != TRANSCRIPTION]
+    hits = [(row.task, forms.is_correct(row.task, row.transcript, response)) for row, response in asked]
+    hits = [(task, hit) for task, hit in hits if hit is not None]
+    return {"form": mean([hit for _, hit in hits], [task for task, _ in hits])} if hits else {}
 
 
 def _transcript_copy(result: SystemResult) -> dict[str, Metric]:
     pairs = zip(result.questions, result.responses, strict=True)
     asked = [pair for pair in pairs if pair[0].kind != TRANSCRIPTION and pair[0].task != "repetition"]
-    return {"transcript_copy": mean([is_copy(row.transcript, said) for row, said in asked])} if asked else {}
+    return {"transcript_copy": mean([is_copy(row.transcript, response) for row, response in asked])} if asked else {}
 
 
 def _as_dicts(figures: Mapping[str, Metric]) -> dict[str, dict]:
@@ -175,11 +177,12 @@ def _as_dicts(figures: Mapping[str, Metric]) -> dict[str, dict]:
 
 
 def compare(results: Mapping[str, SystemResult]) -> dict:
-    """Relative differences of the share right, with paired 95 % intervals (rows resampled for both alike):
-    `forgetting`, the model against the text LLM; `text_kept`, the model that reads against the text LLM.
+    """Return relative changes of the share of right answers, with paired 95 % intervals (the same resampled rows for
+    both systems): `forgetting` of the model, and `text_kept` of the model that reads transcripts, relative to the text
+    LLM.
 
     Args:
-        results: of one task, by system.
+        results: results of a task by system.
     """
     differences = {}
     for name, system in (("forgetting", "model"), ("text_kept", "model_reading")):
@@ -195,15 +198,23 @@ def compare(results: Mapping[str, SystemResult]) -> dict:
 
 
 def relative(hits: Sequence[bool], base: Sequence[bool], groups: Sequence[str], seed: int = 0) -> dict:
-    """(share − base share) / base share, shares being means over the groups, and its 95 % interval."""
+    """Return (share − base share) / base share with its 95 % interval.
+
+    Args:
+        hits: whether each answer is right.
+        base: whether each answer of the other system is right.
+        groups: label of each row; a share is the mean over groups of the share of right answers.
+        seed: seed of the draws.
+    """
     rng, both = np.random.default_rng(seed), np.array([hits, base], dtype=float)
     labels = np.array(groups)
     values, drawn = [], []
     for group in sorted(set(groups)):
-        some = both[:, labels == group]
-        values.append(some.mean(1))
-        weights = rng.multinomial(some.shape[1], np.full(some.shape[1], 1 / some.shape[1]), DRAWS) / some.shape[1]
-        drawn.append(weights @ some.T)
+        in_group = both[:, labels == group]
+        rows = in_group.shape[1]
+        values.append(in_group.mean(1))
+        weights = rng.multinomial(rows, np.full(rows, 1 / rows), DRAWS) / rows
+        drawn.append(weights @ in_group.T)
     value, draws = np.mean(values, 0), np.mean(drawn, 0)
     change = (draws[:, 0] - draws[:, 1]) / np.maximum(draws[:, 1], 1e-9)
     low, high = np.quantile(change, [0.025, 0.975])

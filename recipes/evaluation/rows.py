@@ -1,45 +1,45 @@
-"""The rows of an evaluation: what is asked, and what was answered."""
+"""The rows of an evaluation: questions and answers."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one clip, and what is known of its right answers."""
+    """A question about a clip, with its right answers if they are known."""
 
-    id: str  # corpus, utterance and task; unique
-    utterance: int  # number of the clip; questions about one clip share it
+    id: str  # unique id, from corpus, utterance and task
+    utterance: int  # number of the clip, which all questions about it share
     audio: dict  # the encoded file, `{"bytes", "path"}`
-    transcript: str  # "" if nobody knows what is said
+    transcript: str  # "" if it is unknown
     duration: float  # seconds
     source: str  # corpus and split
-    task: str  # the evaluation's or, of kind `pool`, the instruction pool's
-    kind: str  # how answers are scored, a name of `kinds.KINDS`
+    task: str  # name of the task or, if its kind is `pool`, of the instruction pool's task
+    kind: str  # how answers are scored, a name in `kinds.KINDS`
     instruction: str
-    references: list[str] = field(default_factory=list)  # all keywords, or the right option's letter
-    right: list[str] = field(default_factory=list)  # all right answers in full, of an oracle
-    labels: list[str] = field(default_factory=list)  # of a choice its options, in order
-    answer: str = "{}"  # what an answer that is constrained to the labels looks like
-    language: str | None = "en"  # spoken
-    target_language: str | None = None  # of a translation
-    constraint: str | None = None  # the name of the demand on the answer's form, of kind `constraints`
-    text_response: str = ""  # what the text LLM answers, once it was asked; compared with what the others answer
+    references: list[str] = field(default_factory=list)  # right answers, all keywords, or the letter of an option
+    right: list[str] = field(default_factory=list)  # all right answers in full, from an oracle
+    labels: list[str] = field(default_factory=list)  # possible labels, or the options of a choice in order
+    answer: str = "{}"  # the sentence around a label in a constrained answer
+    language: str | None = "en"  # language of the speech
+    target_language: str | None = None  # language of a translation
+    constraint: str | None = None  # name of the constraint on the answer's form, if the kind is `constraints`
+    text_response: str = ""  # the text LLM's answer, with which those of the other systems are compared
 
     def as_row(self) -> dict:
-        """As a `SpeechLLM` takes what it is asked."""
+        """Return the row that a `SpeechLLM` takes."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a system answered to the question with this `id`."""
+    """The answer of a system to the question with this `id`."""
 
     id: str
     response: str
-    constrained: str | None = None  # the answer among the only ones allowed
-    finished: bool = True  # the model ended it, within its limit of tokens
-    seconds: float | None = None  # the batch's time, shared evenly; None if no model was run
-    # Of the text LLM's answer, given what this system was given: the sum of its tokens' log-likelihoods (natural
-    # logarithms), and their number. None if the text LLM gave no answer.
+    constrained: str | None = None  # the answer when only the allowed answers are possible
+    finished: bool = True  # whether the model ended the answer within the limit of tokens
+    seconds: float | None = None  # the time of the batch divided by its rows; None if no model was run
+    # The log-likelihood (natural logarithm) of the text LLM's answer under this system, summed over its tokens, and the
+    # number of these tokens. None if the text LLM gave no answer.
     log_likelihood: float | None = None
     tokens: int | None = None

@@ -1,7 +1,7 @@
-"""Who answers, and what is given: the model under test, its baselines, and controls that take the listening away.
+"""The systems of an evaluation: the model, its baselines, and controls.
 
-A control differs from the model in one thing. `shuffled` and `silence` take the speech away, and what is left is
-guessing; `swapped` takes the instruction away, and what is left is habit.
+A control is the model with one change to its input. With `shuffled` and `silence`, it does not get the right speech, so
+its right answers are guesses. With `swapped`, it does not get the right instruction, so they are habit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,13 @@ from recipes.evaluation.rows import Question
 
 @dataclass(frozen=True)
 class System:
-    """One column of the tables."""
+    """A system: a checkpoint and what it gets. It is a column of the tables."""
 
-    name: str  # its key in results
-    label: str  # what it is, for readers
-    checkpoint: str  # which one answers: `model`, `base`, `vanilla`, `paper` or `asr`
-    slot: str  # what stands where the speech belongs, as in `SpeechLLM.respond`: `audio`, `silence` or `transcript`
-    change: str | None = None  # to the rows: `shuffled` clips, `swapped` instructions or `recognised` transcripts
+    name: str  # key in the results
+    label: str  # description for readers
+    checkpoint: str  # the checkpoint that answers: `model`, `base`, `vanilla`, `paper` or `asr`
+    slot: str  # what is in the place of the speech, as in `SpeechLLM.respond`: `audio`, `silence` or `transcript`
+    change: str | None = None  # change of the rows: `shuffled` clips, `swapped` instructions, `recognised` transcripts
 
     @property
     def is_control(self) -> bool:
@@ -43,23 +43,23 @@ SYSTEMS = {
 
 
 def shuffle_clips(rows: Sequence[Question]) -> list[Question]:
-    """The rows, each with the clip of another utterance: rotated by about half, so none keeps its own.
+    """Return the rows with the clips of other utterances, which are rotated by about half of all utterances.
 
     Raises:
-        ValueError: one utterance alone.
+        ValueError: there is only one utterance.
     """
     clips = {row.utterance: row.audio for row in rows}
     utterances = sorted(clips)
     if len(utterances) < 2:
-        raise ValueError("one clip alone cannot be shuffled; give at least two, or leave the system `shuffled` out.")
+        raise ValueError("a single clip cannot be shuffled; use at least two, or leave the system `shuffled` out.")
     shift = len(utterances) // 2
     other = dict(zip(utterances, utterances[shift:] + utterances[:shift], strict=True))
     return [replace(row, audio=clips[other[row.utterance]]) for row in rows]
 
 
 def swap_instructions(rows: Sequence[Question], pool: Mapping[str, Task]) -> list[Question]:
-    """The rows, each with the instruction of the next row that has another task and another utterance, or of the
-    instruction pool where there is none: transcription, and for a transcription task the intent."""
+    """Return the rows with instructions of other tasks: that of the next row with another task and another utterance,
+    or, if there is none, one of the pool (transcription, or intent for the rows of a transcription task)."""
     swapped, several = [], len({row.task for row in rows}) > 1
     for place, row in enumerate(rows):
         others = (rows[(place + step) % len(rows)] for step in range(1, len(rows) if several else 1))
@@ -75,7 +75,7 @@ def swap_instructions(rows: Sequence[Question], pool: Mapping[str, Task]) -> lis
 
 
 def transcription_rows(rows: Sequence[Question], pool: Mapping[str, Task]) -> list[Question]:
-    """One row for every utterance, which asks for its transcription as the pool does: what a cascade hears."""
+    """Return one row for each utterance with a transcription instruction from the pool, for a cascade's ASR model."""
     first: dict[int, Question] = {}
     asked: dict = {"task": TRANSCRIPTION, "kind": TRANSCRIPTION, "labels": [], "text_response": ""}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Figures side by side: tables for readers, Markdown, and what a model card says of them."""
+"""Make the tables of an evaluation, its Markdown page, and the metadata for the model card."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,22 +8,22 @@ from huggingface_hub import EvalResult, ModelCardData
 from recipes.evaluation.metrics import FIGURES
 from recipes.reporting.markdown import to_markdown
 
-# As the Hub's task types have them.
+# The names of the Hub for the groups of tasks.
 HUB_TASKS = {"asr": "automatic-speech-recognition", "st": "translation", "slu": "text-classification"}
 HUB_TASKS |= {"qa": "question-answering"}
 NOTE = (
-    "In brackets 95 % intervals, rows resampled. ↑ higher is better, ↓ lower is. Shuffled, silence and swapped "
-    "are controls: a model that listens and does what it is told must fail there."
+    "The brackets contain 95 % intervals, from resampled rows. ↑: higher is better, ↓: lower is better. Shuffled, "
+    "silence and swapped are controls: a model that listens and follows instructions must fail there."
 )
 
 
 def main_figure(figures: Mapping[str, dict]) -> str | None:
-    """The name of the figure that stands for a task."""
+    """Return the name of the main figure, which represents a task; None if there is none."""
     return next((name for name in FIGURES if FIGURES[name].is_main and name in figures), None)
 
 
 def show(name: str, figure: Mapping | None) -> str:
-    """A figure and its interval in a cell."""
+    """Return a figure with its interval as the text of a cell."""
     if figure is None:
         return "–"
     scale, unit = (100, " %") if FIGURES[name].is_fraction else (1, "")
@@ -32,7 +32,8 @@ def show(name: str, figure: Mapping | None) -> str:
 
 
 def summary(report: dict) -> tuple[list[str], list[list[str]]]:
-    """One row for every task and part, one column for every system: the figure that stands for it."""
+    """Return header and rows of the summary: the main figure, with a row for each task and part and a column for each
+    system."""
     systems = list(report["systems"])
     header, lines = ["task", "figure", *systems], []
     for name, task in report["tasks"].items():
@@ -47,7 +48,7 @@ def summary(report: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def by_part(task: dict) -> dict[str, dict[str, dict]]:
-    """Figures by part ("" is the whole) and system."""
+    """Return the figures of a task by part ("" for the whole task) and system."""
     parts: dict[str, dict[str, dict]] = {"": {name: system["figures"] for name, system in task["systems"].items()}}
     for name, system in task["systems"].items():
         for part, scored in system.get("parts", {}).items():
@@ -56,7 +57,7 @@ def by_part(task: dict) -> dict[str, dict[str, dict]]:
 
 
 def details(task: dict) -> tuple[list[str], list[list[str]]]:
-    """Every figure of a task: one row for every system and part."""
+    """Return header and rows of the table of all figures of a task, with a row for each system and part."""
     names = list(dict.fromkeys(n for by in by_part(task).values() for scored in by.values() for n in scored))
     lines = []
     for part, by_system in by_part(task).items():
@@ -68,7 +69,8 @@ def details(task: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def comparisons(report: dict) -> tuple[list[str], list[list[str]]]:
-    """Forgetting and text kept, task by task, in per cent of the text LLM's share right."""
+    """Return header and rows of the table of `compare`'s changes, in per cent of the text LLM's share of right
+    answers."""
     lines = []
     for name, task in report["tasks"].items():
         if task["comparisons"]:
@@ -83,7 +85,7 @@ def _change(cell: Mapping) -> str:
 
 
 def markdown(report: dict) -> str:
-    """`results.md`."""
+    """Return the content of `results.md`."""
     parts = [f"# {report['checkpoints']['model']}", NOTE, to_markdown(*summary(report))]
     if comparisons(report)[1]:
         parts += ["Relative change of the share of right answers:", to_markdown(*comparisons(report))]
@@ -95,7 +97,7 @@ def markdown(report: dict) -> str:
 
 
 def model_index(report: dict) -> str:
-    """The model's figures as YAML for the head of its card."""
+    """Return the model's figures as YAML for the metadata of its card."""
     listed = [
         EvalResult(
             task_type=HUB_TASKS.get(task["group"], "text-generation"),
@@ -104,7 +106,7 @@ def model_index(report: dict) -> str:
             dataset_config=task["config"],
             dataset_split=task["split"],
             metric_type=figure,
-            # The Hub has one name for all that is asked of one corpus: what tells the tasks apart stands here.
+            # The Hub merges the results of a corpus, so the name of the metric contains the task.
             metric_name=f"{name}, {part}: {figure}" if part else f"{name}: {figure}",
             metric_value=value["value"],
             metric_args={"low": value["low"], "high": value["high"]},

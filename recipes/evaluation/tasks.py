@@ -1,6 +1,6 @@
-"""What is asked of a speech LLM about which corpus: the tasks of `tasks.yaml`.
+"""Read the evaluation tasks of `tasks.yaml`.
 
-A task names a corpus, an instruction and where the right answer stands; `questions.read_rows` makes rows of it.
+A task names a corpus, an instruction, and the columns with the right answer. `questions.read_rows` makes its questions.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from recipes.evaluation.readers import READERS, Data
 
 TASKS_PATH = Path(__file__).with_name("tasks.yaml")
 GROUPS = ("asr", "st", "slu", "qa", "following")
-POOL = "pool"  # the kind of a task that asks several questions, each scored by a kind of its own
-COLUMN = "column"  # `labels: column`: the distinct references of the rows that are read
+POOL = "pool"  # the kind of a task that asks several questions, each of which has a kind of its own
+COLUMN = "column"  # with `labels: column`, the labels are the distinct references of all rows that are read
 ROLES = ("audio", "transcript", "id")
 REQUIRED_KEYS = {"group", "kind", "description", "data"}
 LISTS = ("reference", "labels", "tasks")
@@ -28,29 +28,29 @@ LISTS = ("reference", "labels", "tasks")
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """What is asked about a corpus, and how answers are scored."""
+    """A task: what is asked about a corpus, and how answers are scored."""
 
     name: str
     group: str
     kind: str
     description: str
     data: Data
-    language: str | None = "en"  # spoken
-    target_language: str | None = None  # of translations
-    prompt: str | None = None  # with {slots}, {labels} and {choices}; None: drawn, for kinds pool and constraints
-    # YAML file of the instruction pool that is drawn from, also by systems that ask otherwise than the task does; seen
-    # from the file of tasks. None: dataset_builders/instructions.yaml.
+    language: str | None = "en"  # language of the speech
+    target_language: str | None = None  # language of translations
+    prompt: str | None = None  # may contain {slots}, {labels} and {choices}; None if instructions are drawn
+    # YAML file of the instruction pool, relative to the file of tasks; None for dataset_builders/instructions.yaml. The
+    # instructions of the systems `swapped` and `cascade` are also drawn from it.
     pool: str | None = None
-    slots: Mapping[str, str] = field(default_factory=dict)  # of the prompt: names and columns
+    slots: Mapping[str, str] = field(default_factory=dict)  # columns that fill the slots of the prompt, by slot
     reference: tuple[str, ...] = ()  # columns, dotted paths, or templates such as "{action} {object}"
     labels: tuple[str, ...] = ()  # the possible answers
-    choices: str | None = None  # the column of a question's own options
-    answer: str = "{}"  # what an answer that is constrained to the labels looks like
-    oracle: str | None = None  # module with `answers(task, transcript)`, where no column has the answers
-    task: str | None = None  # whose answers the oracle gives, and whose held-out wordings stand in for a prompt
-    tasks: tuple[str, ...] = ()  # of the pool; every utterance gets some of them, and transcription if that is named
-    tasks_per_utterance: int = 1  # of the pool, transcription apart
-    skip_unlabelled: bool = False  # pass over rows without a reference, or with one that is no label
+    choices: str | None = None  # the column with the options, if each question has its own
+    answer: str = "{}"  # the sentence around a label in a constrained answer
+    oracle: str | None = None  # module with `answers(task, transcript)`, if no column has the answers
+    task: str | None = None  # task of the pool, for the oracle and for held-out wordings if there is no prompt
+    tasks: tuple[str, ...] = ()  # tasks of the pool: some are drawn per utterance; transcription, if listed, always
+    tasks_per_utterance: int = 1  # number of tasks that are drawn, without transcription
+    skip_unlabelled: bool = False  # whether rows without a reference, or with one that is not a label, are left out
 
 
 KEYS = {name.name for name in dataclasses.fields(EvaluationTask)} - {"name"}
@@ -58,15 +58,15 @@ DATA_KEYS = {name.name for name in dataclasses.fields(Data)}
 
 
 def load_tasks(path: str | Path = TASKS_PATH, more: str | Path | None = None) -> dict[str, EvaluationTask]:
-    """Read and check the tasks of a file, by name in its order.
+    """Read and check the tasks of a file. Returns them by name, in the order of the file.
 
     Args:
-        path: a YAML file; `tasks.yaml` has the format.
-        more: another of that form, whose tasks are added, or replace those of the same name.
+        path: YAML file; `tasks.yaml` describes the format.
+        more: another file of this format, whose tasks are added or replace those with the same name.
 
     Raises:
-        ValueError: a key that is unknown, missing, there twice or of the wrong type, an unknown kind, group, reader or
-            normalizer, a prompt whose slots nothing fills, no reference where the kind needs one. Names file and task.
+        ValueError: a key is unknown, missing, duplicate or of the wrong type; a kind, group, reader or normalizer is
+            unknown; a slot of a prompt is not filled; or a reference is missing. The message names file and task.
     """
     tasks = _read_file(path)
     if more is not None:
@@ -90,8 +90,8 @@ def _read_file(path: str | Path) -> dict[str, EvaluationTask]:
 
 
 def _read_task(name: str, fields: object) -> EvaluationTask:
-    """Check one task's block and make it an EvaluationTask; raises ValueError."""
-    if not re.fullmatch(r"\w[\w-]*", name) or name in GROUPS:  # it names a folder, and is chosen by name
+    """Return the task of a block in YAML. Raises ValueError if it is invalid."""
+    if not re.fullmatch(r"\w[\w-]*", name) or name in GROUPS:  # the name of a folder, which must differ from a group's
         raise ValueError(f"expected a name of letters, digits, - and _, and none of {GROUPS}")
     if not isinstance(fields, dict):
         raise ValueError(f"expected a mapping with the keys {sorted(REQUIRED_KEYS)}, got {fields!r}")
@@ -122,7 +122,7 @@ def _as_tuple(key: str, value: object) -> tuple:
 
 
 def _check(task: EvaluationTask) -> None:
-    """Raises ValueError for a task that cannot be."""
+    """Raise ValueError if a task is invalid."""
     for part, prefix in ((task, ""), (task.data, "data.")):
         hints = typing.get_type_hints(type(part))
         for key in (attribute.name for attribute in dataclasses.fields(part)):
@@ -145,7 +145,7 @@ def _check_type(key: str, value: object, hint: typing.Any) -> None:
         items = value.items() if isinstance(value, Mapping) else [(None, None)]
         if not all(isinstance(name, str) and isinstance(column, str | None) for name, column in items):
             raise ValueError(f"`{key}` must be a mapping from names to columns, got {value!r}")
-    elif kind is not tuple and not isinstance(value, hint):  # tuples are checked where they are made
+    elif kind is not tuple and not isinstance(value, hint):  # tuples are checked by `_as_tuple`
         expected = {bool: "true or false", int: "a whole number"}.get(hint, "a text")
         raise ValueError(f"`{key}` must be {expected}, got {value!r}; quote what YAML takes for others")
 
@@ -167,7 +167,7 @@ def _check_answers(task: EvaluationTask) -> None:
     if task.tasks_per_utterance < 1:
         raise ValueError(f"`tasks_per_utterance` is {task.tasks_per_utterance}; expected 1 or more")
     if task.oracle is not None and task.task is None and task.kind != POOL:
-        raise ValueError("`oracle` needs `task`, which says what it is asked")
+        raise ValueError("`oracle` needs `task`, the task whose answers it gives")
     for kind in _scored_kinds(task):
         for what, keys in KINDS[kind].needs.items():
             if not any(getattr(task, key) for key in keys):
@@ -180,7 +180,7 @@ def _check_answers(task: EvaluationTask) -> None:
 
 
 def _scored_kinds(task: EvaluationTask) -> list[str]:
-    """Those of a task's questions to which right answers are known."""
+    """Return the kinds of those questions of a task to which right answers are known."""
     if task.kind != POOL:
         return [task.kind]
     return [POOL_KINDS.get(name, "oracle") for name in task.tasks if task.oracle or name == TRANSCRIPTION]
@@ -209,37 +209,38 @@ def _slots(prompt: str) -> set[str]:
 
 
 def choose_tasks(names: str | Iterable[str], tasks: Mapping[str, EvaluationTask]) -> list[EvaluationTask]:
-    """Tasks by name, or by group, in the order they are named; none twice.
+    """Return the tasks with these names or in these groups, in the given order and each once.
 
     Args:
-        names: with commas or spaces between them, or several such texts.
-        tasks: as `load_tasks` returns them.
+        names: names and groups separated by commas or spaces, or several such texts.
+        tasks: tasks from `load_tasks`.
 
     Raises:
-        ValueError: nothing is named, or what is neither a task nor a group; names those there are.
+        ValueError: there are no names, or a name is neither a task nor a group; the message lists both.
     """
     members = {group: {k: task for k, task in tasks.items() if task.group == group} for group in GROUPS}
-    known = f"there are {list(tasks)} and the groups {[group for group in GROUPS if members[group]]}"
+    hint = f"there are {list(tasks)} and the groups {[group for group in GROUPS if members[group]]}"
     chosen: dict[str, EvaluationTask] = {}
     for name in " ".join([names] if isinstance(names, str) else names).replace(",", " ").split():
         if not (named := members.get(name) or {k: task for k, task in tasks.items() if k == name}):
-            raise ValueError(f"no task or group {name!r}; {known}")
+            raise ValueError(f"no task or group {name!r}; {hint}")
         chosen |= named
     if not chosen:
-        raise ValueError(f"no task is named; {known}")
+        raise ValueError(f"no task is named; {hint}")
     return list(chosen.values())
 
 
 def override(task: EvaluationTask, settings: Mapping[str, str]) -> EvaluationTask:
-    """The task with other settings.
+    """Return the task with other settings.
 
     Args:
-        task: one of those.
-        settings: such as `{"corpus": "clips.jsonl", "split": "dev", "columns.audio": "wav", "language": "fr"}`: keys
-            of `data`, of its `columns`, of `slots`, or of the task's own texts. An empty text is none.
+        task: the task.
+        settings: new values, such as `{"corpus": "clips.jsonl", "split": "dev", "columns.audio": "wav", "language":
+            "fr"}`, by key of the task, of its `data`, `data.columns` or `slots`. Only texts can be changed. An empty
+            text removes a setting.
 
     Raises:
-        ValueError: an unknown key, or a value that cannot be.
+        ValueError: a key is unknown, or the new task is invalid.
     """
     own = {key for key, hint in typing.get_type_hints(EvaluationTask).items() if hint == str | None} | {"reference"}
     inner = [*(f"columns.{role}" for role in ROLES), *(f"slots.{slot}" for slot in task.slots)]

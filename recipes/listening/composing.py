@@ -53,17 +53,17 @@ def compose(
     """Build an LSM and its processor. The LLM's weights are moved into the LSM, not copied.
 
     Args:
-        audio: Hub id or folder of a Whisper checkpoint, of which the encoder is kept.
-        text: Hub id or folder of a causal LLM, or of an adapter for one, which is merged into it; or of a
-            vision-language model, whose LLM is taken. What its tokenizer lacks gets a default: a pad token is the EOS
-            token; a chat template is `DEFAULT_CHAT_TEMPLATE`; and where the template takes no system message,
-            `FOLD_SYSTEM` puts that into the user's first (`language_models/templates.py`).
-        output: folder to save model, processor, code and card to, if given. It is there once it could be loaded again.
+        audio: Hub id or folder of a Whisper checkpoint, of which only the encoder is used.
+        text: Hub id or folder of a causal LLM, of an adapter for one (which is merged), or of a vision-language model
+            (of which only the LLM is used). If the tokenizer has no pad token, this is the EOS token. If it has no chat
+            template, this is `DEFAULT_CHAT_TEMPLATE`, and if the template refuses system messages, `FOLD_SYSTEM` puts
+            them into the first user message (`language_models/templates.py`).
+        output: folder for model, processor, code and card; None to save nothing. It appears once it can be loaded.
         window_frames, context_frames, window_mode, queries_per_window, audio_padding, pieces_per_token: as in
             [`LsmConfig`].
         qformer_layers, qformer_hidden, qformer_heads: size of the Q-Former.
         qformer_ffn: width of the Q-Former's feed-forward layers, four times its hidden size if None.
-        instruction_first: whether the prompt has the instruction before the speech.
+        instruction_first: whether the instruction precedes the speech in the prompt.
         template_settings: settings of the chat template, as in [`LsmProcessor`].
         dtype: data type of the whole model; `"auto"` is the LLM checkpoint's.
         seed: seed of the projector's initial weights.
@@ -113,11 +113,11 @@ def compose(
     )
     origin = identify(text)
     config.responder = {**origin, "template": processor.template_hash}
-    if weights and adapter_of(text) is None:  # an adapter's LLM is nowhere else as it is here
+    if weights and adapter_of(text) is None:  # the LLM with a merged adapter exists only here
         state = model.state_dict()
         config.sources = {
-            part: {**known, "content": content_of(state, part, model.dtype)}
-            for part, known in {"audio": identify(audio), "text": origin}.items()
+            part: {**source, "content": content_of(state, part, model.dtype)}
+            for part, source in {"audio": identify(audio), "text": origin}.items()
         }
     if output is not None:
         with whole_checkpoint(output) as partial:
@@ -129,14 +129,14 @@ def compose(
 
 @contextlib.contextmanager
 def whole_checkpoint(output: str | Path) -> Iterator[Path]:
-    """A folder to write an LSM into, which becomes `output` once it can be loaded; what fails leaves nothing behind."""
+    """Yield a folder to write an LSM to. It becomes `output` once it can be loaded, and is deleted after an error."""
     output = Path(output).resolve()
     partial = partial_of(output)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
-        LsmForConditionalGeneration.from_pretrained(partial, device_map="meta")  # keys and shapes, no weights
+        LsmForConditionalGeneration.from_pretrained(partial, device_map="meta")  # checks keys and shapes
         output.mkdir(exist_ok=True)
         for stale in output.glob("model*.safetensors*"):  # they might be loaded instead of the new ones
             stale.unlink()
@@ -166,7 +166,7 @@ def _load(audio: str, text: str, dtype: str | torch.dtype, weights: bool) -> tup
 
 def _check_llm(text: str, config) -> None:
     if config.model_type == LsmConfig.model_type:
-        raise ValueError(f"{text} is an LSM already, or an adapter for one; name the LLM that it was made of.")
+        raise ValueError(f"{text} is already an LSM, or an adapter for one; name the LLM that it was composed of.")
     if (quantized := getattr(config, "quantization_config", None)) is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
         raise ValueError(
@@ -179,7 +179,7 @@ def _check_parts(whisper: WhisperModel, feature_extractor: WhisperFeatureExtract
     mels, frames = whisper.config.num_mel_bins, 2 * whisper.config.max_source_positions
     if feature_extractor.feature_size != mels:
         raise ValueError(
-            f"The encoder takes {mels} mels, but its feature extractor makes {feature_extractor.feature_size}."
+            f"The encoder takes {mels} mels, but its feature extractor returns {feature_extractor.feature_size}."
         )
     if feature_extractor.nb_max_frames > frames:
         raise ValueError(

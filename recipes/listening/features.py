@@ -37,7 +37,7 @@ def audio_key(audio: dict) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def load_clip(row: dict, use: str = "heard", rate: int = 16_000) -> np.ndarray:
+def load_clip(row: dict, use: str = "used", rate: int = 16_000) -> np.ndarray:
     """Return the waveform `(samples,)` float32 at `rate` Hz of a row's `audio`, which may be anything that `load_audio`
     takes.
 
@@ -73,8 +73,8 @@ class AudioFeatureStore:
                 f"{folder} is not a feature store, or has an older format that does not name its encoder; delete it, "
                 "so that it is built again, or name another folder."
             )
-        self.heard_by, self.clips = _read_clips(self.folder)
-        self.frames = np.memmap(self.folder / FRAMES, np.float16, mode="r").reshape(-1, self.heard_by["width"])
+        self.encoder, self.clips = _read_clips(self.folder)
+        self.frames = np.memmap(self.folder / FRAMES, np.float16, mode="r").reshape(-1, self.encoder["width"])
 
     def check(self, model) -> "AudioFeatureStore":
         """Return this store after checking that it fits the model.
@@ -82,8 +82,8 @@ class AudioFeatureStore:
         Raises:
             ValueError: the store was built with another encoder, or with another padding.
         """
-        now = hearing(model)
-        if changed := differences({name: self.heard_by[name] for name in now}, now):
+        now = encoder_identity(model)
+        if changed := differences({name: self.encoder[name] for name in now}, now):
             names = ", ".join(f"{name} {was}, not {now}" for name, (was, now) in changed.items())
             raise ValueError(
                 f"{self.folder} was built with another model ({names}); delete it, so that it is built again, or "
@@ -126,59 +126,60 @@ class AudioFeatureStore:
         Raises:
             ValueError: a clip cannot be read or is longer than one chunk, or another encoder built the store.
         """
-        folder, heard_by = Path(folder), hearing(model)
+        folder, encoder = Path(folder), encoder_identity(model)
         if not folder.exists():
             partial = partial_of(folder)
             partial.mkdir(parents=True, exist_ok=True)
-            with (partial / CLIPS).open("a", encoding="utf-8") as known:
-                fcntl.flock(known, fcntl.LOCK_EX)  # another process may be building it
+            with (partial / CLIPS).open("a", encoding="utf-8") as index:
+                fcntl.flock(index, fcntl.LOCK_EX)  # another process may be building it
                 if not folder.exists():
-                    _write(partial, known, heard_by, model, processor, audio, batch_size)
+                    _write(partial, index, encoder, model, processor, audio, batch_size)
                     os.replace(partial, folder)
         return cls(folder).check(model)
 
 
-def hearing(model) -> dict:
+def encoder_identity(model) -> dict:
     """Return what determines the tower's output: `encoder`, a hash of its weights (the same for every dtype), `padding`
     and `width`. There is no `encoder` if the devices share its weights (DeepSpeed's ZeRO-3)."""
-    found, tower = {"padding": model.config.audio_padding, "width": model.config.audio_config.d_model}, hashlib.sha256()
+    identity = {"padding": model.config.audio_padding, "width": model.config.audio_config.d_model}
+    tower = hashlib.sha256()
     for name, weights in sorted(model.model.audio_tower.state_dict().items()):
         if not weights.numel():
-            return found
+            return identity
         tower.update(name.encode())
         tower.update(weights.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
-    return found | {"encoder": f"sha256:{tower.hexdigest()[:16]}"}
+    return identity | {"encoder": f"sha256:{tower.hexdigest()[:16]}"}
 
 
 def _read_clips(folder: Path) -> tuple[dict, dict[str, tuple[int, int, int]]]:
-    """What heard them, and the first frame, the frames and the samples of every clip by its key. A line that a killed
-    build tore is no line, and neither is one whose frames are not there."""
-    heard_by, *lines = read_lines(folder / CLIPS) or [{}]
+    """Return the line about the encoder; and first frame, number of frames and number of samples of each clip by its
+    key. Lines that a killed build left incomplete are ignored, and so are clips without frames in the file."""
+    encoder, *lines = read_lines(folder / CLIPS) or [{}]
     clips, start = {}, 0
-    there = (folder / FRAMES).stat().st_size // (2 * heard_by["width"]) if heard_by else 0
+    available = (folder / FRAMES).stat().st_size // (2 * encoder["width"]) if encoder else 0
     for key, frames, samples in lines:
-        if start + frames > there:
+        if start + frames > available:
             break
         clips[key] = start, frames, samples
         start += frames
-    return heard_by, clips
+    return encoder, clips
 
 
-def _write(folder: Path, known, heard_by: dict, model, processor: LsmProcessor, audio: Iterable[dict], batch_size: int):
-    """Encode the clips, sorted by length within spans of limited size, so that memory does not grow with the set. What
-    a killed build with the same encoder has written is kept."""
+def _write(folder: Path, index, encoder: dict, model, processor: LsmProcessor, audio: Iterable[dict], batch_size: int):
+    """Write the store. Clips are sorted by length within spans of limited size, so that memory does not grow with the
+    set. The clips of an interrupted build with the same encoder are kept."""
     clips: dict[str, tuple[int, int, int]] = {}
     if (folder / FRAMES).exists():
         before, clips = _read_clips(folder)
-        if before != heard_by:
+        if before != encoder:
             logger.warning("%s was begun with another encoder; building it again", folder)
             clips = {}
     with (folder / FRAMES).open("ab") as file:
-        file.truncate(2 * heard_by["width"] * sum(frames for _, frames, _ in clips.values()))
+        file.truncate(2 * encoder["width"] * sum(frames for _, frames, _ in clips.values()))
         lines = (folder / CLIPS).read_bytes().splitlines(keepends=True)[: len(clips) + 1 if clips else 0]
-        known.truncate(sum(map(len, lines)))
+        index.truncate(sum(map(len, lines)))
         if not lines:
-            append_lines(folder / CLIPS, [heard_by])
+            append_lines(folder / CLIPS, [encoder])
         span: dict[str, np.ndarray] = {}
 
         def encode():
@@ -233,8 +234,8 @@ def _encode(file, clips: dict, span: dict[str, np.ndarray], model, processor: Ls
 
 
 def store_features(folder: str | None, dataset, model, processor) -> tuple[AudioFeatureStore | None, object]:
-    """Store the tower's output for all clips. Returns the store and the rows with `audio_key` instead of `audio`;
-    without a folder, None and the unchanged rows."""
+    """Store the tower's output for all clips, and return the store and the rows with `audio_key` instead of `audio`. If
+    `folder` is None, return None and the unchanged rows."""
     if folder is None:
         return None, dataset
     rows = dataset.select_columns(sorted({"id", "audio"} & set(dataset.column_names)))
@@ -247,9 +248,9 @@ def store_features(folder: str | None, dataset, model, processor) -> tuple[Audio
 
 def refuse_other_clips(store: AudioFeatureStore, keys: Iterable[str], option: str) -> None:
     """Raise ValueError if the store lacks clips."""
-    there = [key in store for key in keys]
-    if missing := there.count(False):
+    stored = [key in store for key in keys]
+    if missing := stored.count(False):
         raise ValueError(
-            f"{store.folder} was built for other clips: it lacks {missing} of {len(there)}. Delete it or name another "
+            f"{store.folder} was built for other clips: it lacks {missing} of {len(stored)}. Delete it or name another "
             f"{option}."
         )

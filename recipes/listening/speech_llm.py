@@ -29,15 +29,15 @@ from processing_lsm import as_text, special_tokens
 from recipes.listening.collator import render_prompt, render_response, response_tokens
 from recipes.listening.features import AudioFeatureStore, audio_key, load_clip
 
-SLOTS = ("audio", "silence", "transcript")  # what can stand where the speech belongs
-MARKS = ("\ue000", "\ue001")  # of private use: no text has them
+SLOTS = ("audio", "silence", "transcript")  # what can be in the place of the speech
+MARKS = ("\ue000", "\ue001")  # characters for private use, which no text has
 
 
 class SpeechLLM:
     """A model and its processor. This class is for the speech LLMs of transformers.
 
-    Rows are dicts with an `instruction` and, as far as `slot` asks for them, `audio` (`{"bytes", "path"}`, or whatever
-    `load_audio` takes) and `transcript`.
+    Rows are dicts with an `instruction` and, depending on `slot`, `audio` (`{"bytes", "path"}`, or anything that
+    `load_audio` takes) or a `transcript`.
     """
 
     hears = True
@@ -56,11 +56,11 @@ class SpeechLLM:
         return special_tokens(self.tokenizer)
 
     def as_text(self, text: str) -> str:
-        """As [`LsmProcessor.as_text`], but other tokenizers read the zero-width character that it inserts."""
+        """Return the text as [`LsmProcessor.as_text`] does. Other tokenizers read its zero-width character, too."""
         return as_text(text, self._special)
 
     def conversation(self, row: dict, slot: str) -> list[dict]:
-        """The messages of one prompt; the clip itself is not among them."""
+        """Return the messages of a prompt, without the clip itself."""
         instruction = self.as_text(row["instruction"])
         if slot == "transcript":
             content = [{"type": "text", "text": f"{instruction}\n{self.as_text(row['transcript'])}"}]
@@ -69,21 +69,21 @@ class SpeechLLM:
         return [{"role": "user", "content": content}]
 
     def prompt(self, row: dict, slot: str = "audio") -> str:
-        """The prompt up to where the answer begins, with one placeholder for the clip if it is heard."""
+        """Return the prompt up to the beginning of the answer, with one placeholder if there is a clip."""
         return self.processor.apply_chat_template(self.conversation(row, slot), add_generation_prompt=True)
 
     def response_ids(self, row: dict, slot: str) -> list[int]:
-        """What follows the tokens of the prompt when the answer is the row's `response`, its end included."""
+        """Return the tokens of the row's `response` after its prompt, including the end of the answer."""
         response = self.as_text(row["response"]) + (self.tokenizer.eos_token or "")
         return self.tokenizer(response, add_special_tokens=False).input_ids
 
     def inputs(self, rows: Sequence[dict], slot: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:
-        """Model inputs of a batch of prompts, padded on the left.
+        """Return the model inputs of a batch of prompts, padded on the left.
 
         Args:
-            rows: what is asked.
-            slot: what stands where the speech belongs: `audio`, `silence` (as long as the clip) or `transcript`.
-            store: the audio tower's output for clips it was run on before; an LSM's alone.
+            rows: rows with what `slot` needs.
+            slot: what is in the place of the speech: `audio`, `silence` (as long as the clip) or `transcript`.
+            store: stored output of an LSM's audio tower; other models ignore it.
         """
         prompts = [self.prompt(row, slot) for row in rows]
         if slot == "transcript":
@@ -93,16 +93,16 @@ class SpeechLLM:
         if hasattr(self.processor, "feature_extractor"):
             settings["audio_kwargs"] = {"sampling_rate": 16_000}
         inputs = self.processor(text=prompts, audio=self.clips(rows, slot), **settings)
-        return inputs.to(self.model.dtype)  # of the features alone; not every encoder does so itself
+        return inputs.to(self.model.dtype)  # only changes the features; not all encoders convert them
 
     def clips(self, rows: Sequence[dict], slot: str) -> list[np.ndarray]:
-        """16 kHz waveforms, `(samples,)` float32."""
+        """Return the waveforms of the clips, or silence of the same length, each `(samples,)` float32 at 16 kHz."""
         clips = [load_clip(row) for row in rows]
         return [np.zeros_like(clip) for clip in clips] if slot == "silence" else clips
 
     def spans(self, row: dict, slot: str) -> list[tuple[int, str]]:
-        """Every token of the prompt with what it is: `(token id, role)` with the roles `instruction`, `speech` (of a
-        transcript, too) and `template`, the clip as one token.
+        """Return the tokens of the prompt as `(token id, role)`. The roles are `instruction`, `speech` (also that of a
+        transcript) and `template`; a clip is a single token.
 
         Raises:
             ValueError: the template changes the instruction or the transcript.
@@ -110,7 +110,7 @@ class SpeechLLM:
         prompt = self.prompt(row, slot)
         fields = {"instruction": "instruction"} | ({"speech": "transcript"} if slot == "transcript" else {})
         texts = {role: row[field].strip() for role, field in fields.items()}
-        # Marks in their place show their positions, because their words may also occur in each other or the template.
+        # The texts are replaced by marks to find their positions, because their words may also occur elsewhere.
         marks = dict(zip(fields, MARKS, strict=False))
         filled = {field: row[field].replace(texts[role], marks[role], 1) for role, field in fields.items()}
         texts = {role: self.as_text(text) for role, text in texts.items()}
@@ -127,7 +127,7 @@ class SpeechLLM:
         ]
 
     def _tokens(self, row: dict, slot: str) -> list[tuple[int, tuple[int, int]]]:
-        """The tokens of the prompt, each with the characters that it covers."""
+        """Return the tokens of the prompt, each with the span of characters that it covers."""
         tokens = self.tokenizer(self.prompt(row, slot), add_special_tokens=False, return_offsets_mapping=True)
         return list(zip(tokens.input_ids, tokens.offset_mapping, strict=True))
 
@@ -146,7 +146,7 @@ class SpeechLLM:
         (natural logarithms, without the end of the answer), and the number of these tokens.
 
         Args:
-            rows: with a `response` that is not empty; else as in `inputs`.
+            rows: rows as in `inputs`, with a non-empty `response`.
             slot, store: as in `inputs`.
         """
         order = sorted(range(len(rows)), key=lambda place: len(rows[place]["response"]))
@@ -167,7 +167,7 @@ class SpeechLLM:
         real = (torch.arange(longest) < counts[:, None]).to(self.model.device)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], real.to(inputs["attention_mask"])], 1)
-        if not self.hears:  # an LSM counts positions itself
+        if not self.hears:  # models that take audio count positions themselves
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         kept = torch.arange(first - 1, first + longest - 1, device=ids.device)
         logits = self.logits(inputs, kept).float()
@@ -191,15 +191,18 @@ class SpeechLLM:
 
         Args:
             rows, slot, store: as in `inputs`.
-            allowed: for every row, the only answers it may give; greedy among them, token by token.
+            batch_size: number of rows that are answered together.
+            max_new_tokens: largest number of tokens of an answer; `allowed` overrides it.
+            allowed: the possible answers for each row; decoding is greedy among their tokens.
+            progress: whether to show a progress bar.
 
         Raises:
-            ValueError: unknown `slot`, or a text LLM that is to hear.
+            ValueError: `slot` is unknown, or needs audio but the model is a text LLM.
         """
         if slot not in SLOTS:
-            raise ValueError(f"{slot=} cannot stand for the speech; expected one of {SLOTS}.")
+            raise ValueError(f"{slot=} is unknown; expected one of {SLOTS}.")
         if slot != "transcript" and not self.hears:
-            raise ValueError(f"{self.name} is a text LLM: it reads transcripts and hears nothing.")
+            raise ValueError(f"{self.name} is a text LLM, which takes transcripts and no {slot}.")
         replies: dict[int, Reply] = {}
         tokens_of: dict[str, list[int]] = {}
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].get("transcript", "")))
@@ -312,7 +315,7 @@ class Voxtral(SpeechLLM):
         return text  # this tokenizer reads no text as a special token
 
     def conversation(self, row: dict, slot: str, clip: np.ndarray | None = None) -> list[dict]:
-        """With the clip among the messages, or with a moment of silence in its place."""
+        """Return the messages of a prompt with the clip or, if it is None, with 0.1 s of silence."""
         messages = super().conversation(row, slot)
         if slot != "transcript":
             file = io.BytesIO()
@@ -334,7 +337,7 @@ class Voxtral(SpeechLLM):
         return self.processor.apply_chat_template(messages).to(self.model.dtype)
 
     def _pieces(self, row: dict, slot: str) -> list[tuple[int, bytes]]:
-        """The tokens of the prompt with what they say, the clip as one."""
+        """Return the tokens of the prompt with their bytes; the clip is a single token."""
         from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 
         ids = self.tokenizer.apply_chat_template(self.conversation(row, slot), return_dict=False)
@@ -346,7 +349,7 @@ class Voxtral(SpeechLLM):
         ]
 
     def _tokens(self, row: dict, slot: str) -> list[tuple[int, tuple[int, int]]]:
-        # A token is of bytes, of which a character may have several.
+        # Tokens consist of bytes, and a character may have several bytes.
         places = [place for place, char in enumerate(self.prompt(row, slot)) for _ in char.encode()]
         tokens, start = [], 0
         for token, piece in self._pieces(row, slot):

@@ -16,7 +16,7 @@ CHUNK = 30  # seconds: the length of Whisper's input, and short enough for the m
 
 
 class Transcriber:
-    """transformers' `automatic-speech-recognition` pipeline; clips of any length.
+    """The `automatic-speech-recognition` pipeline of transformers, for clips of any length.
 
     Args:
         source: folder or Hub id.
@@ -28,22 +28,22 @@ class Transcriber:
         self.pipe = pipeline("automatic-speech-recognition", model=str(source), dtype=dtype, device=device)
         if dtype == "auto":
             leave_float16(self.pipe.model)
-        if self.pipe.tokenizer.pad_token is None:  # else the pipeline refuses batches
+        if self.pipe.tokenizer.pad_token is None:  # otherwise the pipeline refuses batches
             self.pipe.tokenizer.pad_token = self.pipe.tokenizer.eos_token
         self.name = Path(source).name if Path(source).exists() else str(source)
 
     def respond(self, rows: Sequence[dict], slot: str = "audio", store=None, batch_size: int = 16, **_) -> list[Reply]:
-        """Transcripts of the rows' `audio`, in order.
+        """Return the transcripts of the rows' `audio`, in order.
 
         Raises:
             ValueError: `slot` is not `audio`.
         """
         if slot != "audio":
-            raise ValueError(f"{self.name} recognises speech; it takes the audio, and no {slot}.")
+            raise ValueError(f"{self.name} recognises speech; it needs audio, but got {slot!r}.")
         rate = self.pipe.feature_extractor.sampling_rate
         clips = [{"raw": load_clip(row, rate=rate), "sampling_rate": rate} for row in rows]
-        found = self.pipe(clips, batch_size=batch_size, chunk_length_s=CHUNK)
-        return [Reply(one["text"].strip()) for one in found]
+        outputs = self.pipe(clips, batch_size=batch_size, chunk_length_s=CHUNK)
+        return [Reply(output["text"].strip()) for output in outputs]
 
 
 def load_recogniser(source: str | Path, dtype: str = "auto") -> Transcriber | SpeechLLM:

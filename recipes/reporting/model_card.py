@@ -56,11 +56,11 @@ def write_base_card(folder: str | Path, audio: str, text: str, config: LsmConfig
     lines = [
         f"# {name}\n",
         f"**Not trained yet.** An LSM: the encoder of {mention(audio)} and the LLM {mention(text)}, joined by a "
-        "window-level Q-Former. This projector has its initial, random weights, so the LLM can make nothing of what it "
-        f"hears: train it first, for example as in {METHOD}.\n",
+        "window-level Q-Former. This projector has its initial, random weights, so the LLM cannot understand speech "
+        f"yet: train it first, for example as in {METHOD}.\n",
         "## How it was composed\n",
         to_markdown(*_composition(audio, text, config)) + "\n",
-        "The licences of both models hold for it.\n",
+        "The licences of both models apply.\n",
         "## How to load it\n",
         f"```python\n{LOAD.format(name=json.dumps(name))}```\n",
         "## How to train it\n",
@@ -103,7 +103,7 @@ def save_card(folder: str | Path, data: ModelCardData, lines: Sequence[str]) -> 
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether this is a Hub id. A local path has priority, as in `from_pretrained`."""
+    """Return whether this is a Hub id. A local path has priority, as in `from_pretrained`."""
     try:
         validate_repo_id(source)
     except HFValidationError:

@@ -35,8 +35,8 @@ CITATION = """\
 ```
 """
 PROJECTOR_ONLY = (
-    "This folder holds the projector alone. Loading joins it to the encoder and the LLM that it was trained with, and "
-    "refuses others; `audio_model=FOLDER` and `text_model=FOLDER` name them where they are not found.\n"
+    "This folder contains only the projector. Loading joins it to the encoder and the LLM that it was trained with, "
+    "and refuses others. If they are not found, name their folders: `audio_model=FOLDER` and `text_model=FOLDER`.\n"
 )
 LOAD_ADAPTER = """\
 from peft import PeftModel
@@ -173,7 +173,7 @@ def _usage(name: str, adapter_of: str | None, projector_only: bool) -> list[str]
     load = LOAD_ADAPTER.format(name=json.dumps(name), base=json.dumps(named(adapter_of)))
     return [
         "## How to use it\n",
-        "This folder holds an adapter alone; PEFT puts it onto the LSM that it was trained on.\n",
+        "This folder contains only an adapter, which PEFT adds to the LSM that it was trained on.\n",
         f"```python\n{load}{ASK}```\n",
     ]
 
@@ -198,16 +198,16 @@ def _settings(settings: Mapping[str, object]) -> list[str]:
 def _results(log: Sequence[Mapping], following: Sequence[Mapping]) -> list[str]:
     lines, losses = ["## Results\n"], _curve(log, "loss")
     if following:
-        look = following[-1]
-        cells = [[label, _percent(look[name])] for name, label in FIGURES.items() if name in look]
-        cells += [[f"{task}, right", _percent(share)] for task, share in sorted(look.get("tasks", {}).items())]
-        lines.append(f"Held-out instructions, asked while it was trained, at step {look['step']}:\n")
+        last = following[-1]
+        cells = [[label, _percent(last[name])] for name, label in FIGURES.items() if name in last]
+        cells += [[f"{task}, right", _percent(share)] for task, share in sorted(last.get("tasks", {}).items())]
+        lines.append(f"Held-out instructions during the training, at step {last['step']}:\n")
         lines.append(to_markdown(["figure", "value"], cells) + "\n")
     if losses:
         step, loss = losses[-1]
         lines.append(f"Loss per response token: {loss:.4g} at step {step} of {log[-1]['max_steps']}.\n")
     if len(lines) == 1:
-        lines.append("None were measured while it was trained; `recipes/evaluate.py` measures them.\n")
+        lines.append("None were measured during the training; `recipes/evaluate.py` measures them.\n")
     return lines
 
 

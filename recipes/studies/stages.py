@@ -72,7 +72,7 @@ def plan(
     texts = {name: str(value) for name, value in values.items()}
     if both := sorted(texts.keys() & settings.keys()):
         raise ValueError(f"{both[0]!r} is the name of a stage and of a value; rename one of them.")
-    found: dict[str, Stage] = {}
+    stages: dict[str, Stage] = {}
 
     def add(key: str, above: tuple[str, ...]) -> None:
         if key in above:
@@ -83,19 +83,19 @@ def plan(
         words = _fill(_words(settings[key]), texts)
         needs = [name for word in words for name in PLACE.findall(word)]
         for need in needs:
-            if need not in found:
+            if need not in stages:
                 add(need, (*above, key))
-        names = {need: found[need].name for need in needs}
+        names = {need: stages[need].name for need in needs}
         identity = [_fill(words, names), [fingerprint(word.rpartition("=")[2]) for word in words]]
         name = f"{key}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]}"
         output = [f"--{settings[key].get('output', 'output')}", str(partial_of(folder / name))]
         command = _fill(words, {need: str(folder / name) for need, name in names.items()})
-        found[key] = Stage(name, (*command, *output), tuple(found[need].name for need in needs))
+        stages[key] = Stage(name, (*command, *output), tuple(stages[need].name for need in needs))
 
     for key in wanted:
-        if key not in found:
+        if key not in stages:
             add(key, ())
-    return found
+    return stages
 
 
 def _words(stage: Mapping) -> list[str]:
@@ -188,8 +188,8 @@ def seconds(folder: Path) -> dict[str, float]:
 
 
 def _add_seconds(folder: Path, name: str, more: float) -> None:
-    known = seconds(folder)
-    write_whole(folder / SECONDS, json.dumps(known | {name: round(known.get(name, 0) + more, 1)}, indent=1))
+    before = seconds(folder)
+    write_whole(folder / SECONDS, json.dumps(before | {name: round(before.get(name, 0) + more, 1)}, indent=1))
 
 
 def die_with_parent() -> None:

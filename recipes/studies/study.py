@@ -100,14 +100,14 @@ def read(config: str | Path, values: Mapping[str, str] | None = None) -> dict:
     """
     content = read_yaml(config)
     if not isinstance(content, dict) or {*content, "values"} != KEYS:
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
-            f"{config} has {found}; expected the keys {', '.join(sorted(KEYS))}, of which `values` is optional."
+            f"{config} has {keys}; expected the keys {', '.join(sorted(KEYS))}, of which `values` is optional."
         )
-    known = content.get("values") or {}
-    if unknown := sorted(set(values or ()) - set(known)):
-        raise ValueError(f"{config} has no value {unknown[0]!r}; its values are {', '.join(known) or 'none'}.")
-    return {**content, "values": {**known, **(values or {})}}
+    defaults = content.get("values") or {}
+    if unknown := sorted(set(values or ()) - set(defaults)):
+        raise ValueError(f"{config} has no value {unknown[0]!r}; its values are {', '.join(defaults) or 'none'}.")
+    return {**content, "values": {**defaults, **(values or {})}}
 
 
 def jobs_of(config: Mapping, names: Sequence[str], seeds: Sequence[int], folder: Path) -> list[Job]:
@@ -148,7 +148,7 @@ def record_of(job: Job, folder: Path, trained: str, unseen: str) -> dict:
     if missing := {trained, unseen} - set(tasks):
         raise ValueError(f"{folders['evaluate']} has no task {missing.pop()!r}; it has {', '.join(tasks)}.")
     metrics = metrics_of(tasks[trained], tasks[unseen])
-    looks = next(filter(None, (read_lines(path / FOLLOWING) for path in reversed(folders.values()))), [])
+    log = next(filter(None, (read_lines(path / FOLLOWING) for path in reversed(folders.values()))), [])
     ceiling = metrics["text_llm"]["value"] if metrics["text_llm"] else 0.0
     bias = folders["bias"] / "bias.json" if "bias" in folders else None
     layers = json.loads(bias.read_text(encoding="utf-8"))["layers"] if bias else []
@@ -157,7 +157,7 @@ def record_of(job: Job, folder: Path, trained: str, unseen: str) -> dict:
         f"{part}_share": sum(layer[part] for layer in layers) / len(layers) if layers else None
         for part in ("instruction", "speech")
     }
-    values["steps"] = next((look["step"] for look in looks if look.get("following", 0) >= SHARE * ceiling > 0), None)
+    values["steps"] = next((line["step"] for line in log if line.get("following", 0) >= SHARE * ceiling > 0), None)
     values["seconds"] = sum(spent.get(path.name, 0) for path in folders.values() if any(path.rglob(LOG)))
     systems = [task["systems"]["model"] for task in (tasks[trained], tasks[unseen])]
     return {
@@ -226,31 +226,31 @@ def summary(records: Sequence[dict], name: str) -> dict | None:
 
 
 def cell(records: Sequence[dict], name: str) -> str:
-    known = summary(records, name)
-    if known is None:
+    figure = summary(records, name)
+    if figure is None:
         return "–"
     if name not in COUNTS:
-        return f"{100 * known['value']:.1f} % ({100 * known['low']:.1f} to {100 * known['high']:.1f})"
-    spread = f" ({known['low']:.0f} to {known['high']:.0f})" if known["seeds"] > 1 else ""
-    some = f", {known['seeds']} of {len(records)}" if known["seeds"] < len(records) else ""
-    return f"{known['value']:.0f}{spread}{some}"
+        return f"{100 * figure['value']:.1f} % ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
+    spread = f" ({figure['low']:.0f} to {figure['high']:.0f})" if figure["seeds"] > 1 else ""
+    count = f", {figure['seeds']} of {len(records)}" if figure["seeds"] < len(records) else ""
+    return f"{figure['value']:.0f}{spread}{count}"
 
 
 def write(config: Mapping, records: Sequence[dict], failed: Mapping[str, str], workers: int, folder: Path) -> None:
     """Write `study.json`, `study.md` and the picture."""
     by_row = {name: [record for record in records if record["name"] == name] for name in config["rows"]}
-    by_row = {name: some for name, some in by_row.items() if some}
+    by_row = {name: group for name, group in by_row.items() if group}
 
     def table(columns: Mapping[str, str], cell_of: Callable[[Sequence[dict], str], str]) -> str:
-        lines = [[name, *(cell_of(some, column) for column in columns)] for name, some in by_row.items()]
+        lines = [[name, *(cell_of(group, column) for column in columns)] for name, group in by_row.items()]
         return to_markdown(["row", *columns.values()], lines)
 
-    def share(some: Sequence[dict], kind: str) -> str:
-        known = [record["parts"][kind] for record in some if record["parts"].get(kind) is not None]
-        return f"{100 * sum(known) / len(known):.1f} %" if known else "–"
+    def share(group: Sequence[dict], kind: str) -> str:
+        shares = [record["parts"][kind] for record in group if record["parts"].get(kind) is not None]
+        return f"{100 * sum(shares) / len(shares):.1f} %" if shares else "–"
 
     kinds = {kind: kind for record in records for kind in record["parts"]}
-    seeds = {name: ", ".join(str(record["seed"]) for record in some) for name, some in by_row.items()}
+    seeds = {name: ", ".join(str(record["seed"]) for record in group) for name, group in by_row.items()}
     changes = [[name, seeds[name], json.dumps(overrides(config["rows"], name))] for name in by_row]
     parts = ["# Study", NOTE.format(workers=workers), table(RESULTS, cell), "Share of right answers by kind:"]
     parts += [table(kinds, share), "Controls and other systems:", table(BESIDE, cell)]
@@ -259,8 +259,8 @@ def write(config: Mapping, records: Sequence[dict], failed: Mapping[str, str], w
     write_whole(folder / "study.json", json.dumps({"rows": records, "failed": failed}, indent=1) + "\n")
     write_whole(folder / "study.md", "\n\n".join(parts) + "\n")
     if records:
-        summaries = {name: {column: summary(some, column) for column in RESULTS} for name, some in by_row.items()}
-        layers = {name: next((r["layers"] for r in some if r["layers"]), []) for name, some in by_row.items()}
+        summaries = {name: {column: summary(group, column) for column in RESULTS} for name, group in by_row.items()}
+        layers = {name: next((r["layers"] for r in group if r["layers"]), []) for name, group in by_row.items()}
         ceilings = {"trained": summary(records, "text_llm"), "unseen": summary(records, "unseen_text_llm")}
         plot_study(summaries, RESULTS, folder / "study", COUNTS, ceilings, layers)
 
@@ -272,22 +272,22 @@ def study(config: Mapping, names: Sequence[str], seeds: Sequence[int], workers: 
         The reasons of failure by row and seed.
     """
     jobs = jobs_of(config, names, seeds, folder)
-    known = {(job.row, job.seed): job for job in (*jobs_of(config, (), (), folder), *jobs)}
+    by_key = {(job.row, job.seed): job for job in (*jobs_of(config, (), (), folder), *jobs)}
     whole: dict[tuple[str, int], dict] = {}
     failed: dict[str, str] = {}
 
-    def look(*_) -> None:
-        fresh = [key for key, job in known.items() if key not in whole and job.is_whole(folder)]
+    def update(*_) -> None:
+        fresh = [key for key, job in by_key.items() if key not in whole and job.is_whole(folder)]
         for key in fresh:
-            whole[key] = record_of(known[key], folder, config["trained"], config["unseen"])
+            whole[key] = record_of(by_key[key], folder, config["trained"], config["unseen"])
             logger.info("%s with seed %d is complete", *key)
         if fresh or failed:
-            write(config, [whole[key] for key in known if key in whole], failed, workers, folder)
+            write(config, [whole[key] for key in by_key if key in whole], failed, workers, folder)
 
-    look()
-    reasons = make((stage for job in jobs for stage in job.stages.values()), folder, workers, look)
+    update()
+    reasons = make((stage for job in jobs for stage in job.stages.values()), folder, workers, update)
     for job in jobs:
         if why := [reasons[stage.name] for stage in job.stages.values() if stage.name in reasons]:
             failed[f"{job.row}, seed {job.seed}"] = why[0]
-    look()
+    update()
     return failed

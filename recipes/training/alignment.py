@@ -54,7 +54,7 @@ class AlignmentModel(nn.Module):
         super().__init__()
         self.projector = lsm.model.projector
         self.pieces = pieces
-        # In a tuple, so that checkpoints hold only what learns.
+        # In a tuple, so that checkpoints contain only the trained parameters.
         self._lsm = (lsm,)
 
     @property

@@ -1,4 +1,4 @@
-"""The two objectives: cross-entropy on the LLM's responses (the paper), or distillation from the LLM that reads.
+"""The two objectives: cross-entropy on the LLM's responses (the paper), or distillation from an LLM that reads text.
 
 Distillation is the KL divergence from the LLM's own distribution over the response given the transcript, as in
 Ultravox and, on hidden states, in BLSP-KD (arXiv 2405.19041). Teacher and student are the same LLM, so this is
@@ -36,8 +36,8 @@ def distillation_loss(
     temperature: float,
     tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the sum over positions of KL(wanted ‖ given) at `temperature`, times the temperature's square, so that
-    gradients do not shrink with it (Hinton et al., 2015, arXiv 1503.02531).
+    """Return the sum over positions of KL(teacher ‖ student) at `temperature`, times the square of the temperature, so
+    that gradients do not depend on it (Hinton et al., 2015, arXiv 1503.02531).
 
     Args:
         logits: `(positions, vocabulary)`, logits of the student.
@@ -78,9 +78,9 @@ def _cross_entropy(logits, tokens) -> torch.Tensor:
 def _divergence(logits, wanted, tokens=None, *, temperature: float) -> torch.Tensor:
     if tokens is not None:
         logits = _gather(logits, tokens, temperature)
-    given = nn.functional.log_softmax(logits.float() / temperature, dim=-1)
+    student = nn.functional.log_softmax(logits.float() / temperature, dim=-1)
     wanted = nn.functional.log_softmax(wanted.float() / temperature, dim=-1)
-    return nn.functional.kl_div(given, wanted, reduction="sum", log_target=True) * temperature**2
+    return nn.functional.kl_div(student, wanted, reduction="sum", log_target=True) * temperature**2
 
 
 def _gather(logits, tokens, temperature: float) -> torch.Tensor:

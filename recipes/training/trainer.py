@@ -35,17 +35,18 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
     """SFTTrainer for an LSM and rows of a self-powered set.
 
     Args:
-        model: with what learns thawed (`recipes.training.models.prepare`).
+        model: the LSM, from `recipes.training.models.prepare`, which sets the trainable parameters.
         args: [`LsmTrainingArguments`](recipes.training.arguments).
-        rows: to learn from, a `Dataset` or a stream.
-        processor: of the LSM; saved with every checkpoint.
-        model_args: the adapter that learns, if one does.
-        costs: of a row of the model, for throughput.
-        row_costs: of every row of a whole set, which are then grouped by them; None for a stream.
-        store: of the clips' features, if there is one.
-        teacher: for `distill`, the LLM that reads; None if the model's own weights still are that LLM.
+        rows: training set, a `Dataset` or a stream.
+        processor: the LSM's processor, which is saved with every checkpoint.
+        model_args: settings of the adapter, if one is trained.
+        costs: computes the cost of a row, for the throughput.
+        row_costs: cost of each row, by which rows are grouped; None for a stream.
+        store: store of the clips' features, if there is one.
+        teacher: the LLM that reads the transcripts for `distill`; None if the model's weights without its adapter are
+            still those of this LLM.
         callbacks: as in SFTTrainer.
-        card: what `write_trained_card` is told, besides title, log and scores.
+        card: arguments of `write_trained_card` besides title, log and following rates.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
     ):
         self.processor, self.card, self.row_costs, self.sampler = processor, card or {}, row_costs, None
         response_tasks = frozenset(args.response_tasks or ())
-        # TRL takes whoever comes with a processor for a model of images.
+        # TRL gets the tokenizer, because it regards every model with a processor as a model of images.
         with calling_peft():
             super().__init__(
                 model,
@@ -123,11 +124,11 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step < self.state.max_steps:
             return super()._run_epoch(*args, **kwargs)
-        self.control.should_training_stop = True  # a finished training would make one more step
+        self.control.should_training_stop = True  # otherwise, a finished training would do another step
         return None
 
     def get_batch_samples(self, *args, **kwargs):
-        self.throughput.start()  # waiting for data counts
+        self.throughput.start()  # the time of waiting for data counts, too
         return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -147,7 +148,7 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         return loss
 
     def _needs_trl(self) -> bool:
-        """Whether to use TRL's loss. It has other kinds of losses, and its kernel never holds all logits of the
+        """Return whether to use TRL's loss. It has other kinds of losses, and its kernel never holds all logits of the
         labelled positions. Without Triton, on a CPU, it would compute the logits of all positions twice."""
         other = self.args.loss_type != "nll" or self.args.label_smoothing_factor or self.compute_loss_func
         return bool(other) or self.accelerator.device.type != "cpu"
@@ -169,7 +170,7 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         elif rows is None:
             loss = distillation_loss(logits, wanted, self.args.temperature, likeliest)
         else:
-            taught = rows[predicts(labels).nonzero()[:, 0]]  # of each position
+            taught = rows[predicts(labels).nonzero()[:, 0]]  # whether each position belongs to such a row
             loss = distillation_loss(logits[taught], wanted, self.args.temperature, likeliest)
             loss = loss + response_loss(logits[~taught], tokens[~taught])
         count = len(tokens) if num_items_in_batch is None else num_items_in_batch

@@ -420,7 +420,7 @@ def test_where_nobody_knows_what_is_said_nobody_can_read_it(scripted, corpus_dir
     found = Evaluation(tmp_path / "out", {"model": "good"}, [task], ["text_llm", "model"]).run()
     assert list(found["tasks"]["format"]["systems"]) == ["model"]
     assert "format has rows without a transcript, so text_llm is left out" in caplog.text
-    with pytest.raises(ValueError, match="nothing could be asked"):
+    with pytest.raises(ValueError, match="no system could be asked"):
         Evaluation(tmp_path / "other", {"model": "good"}, [task], ["text_llm"]).run()
     found = Evaluation(tmp_path / "cascade", {"model": "good"}, [task], ["cascade"]).run()
     assert list(found["tasks"]["format"]["systems"]) == ["cascade"]  # it reads what its recogniser heard
@@ -493,7 +493,7 @@ def test_tasks_may_be_added(evaluation, scripted):
 def test_answers_given_with_another_setting_are_refused_by_its_name(evaluation, scripted, changes, name):
     evaluation(systems=["model"]).run()
     asked = list(scripted.asked)
-    with pytest.raises(ValueError, match=f"out holds answers given with another {name} .*: delete it or name another"):
+    with pytest.raises(ValueError, match=f"out holds answers with another {name} .*: delete it or name another"):
         evaluation(**{"systems": ["model"], **changes}).run()
     assert scripted.asked == asked
 
@@ -513,7 +513,7 @@ def test_a_checkpoint_that_changed_in_place_does_not_go_on_with_the_old_answers(
     changed = copy.deepcopy(lsm)
     changed.model.projector.linear.weight.data.zero_()
     changed.save_pretrained(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"out holds answers given with another base, asr, model .*: delete it"):
+    with pytest.raises(ValueError, match=r"out holds answers with another base, asr, model .*: delete it"):
         run(tmp_path / "moved")
 
 
@@ -532,7 +532,7 @@ def test_answers_to_another_form_of_a_task_are_refused(evaluation, nano):
     evaluation(systems=["model"]).run()
     run = evaluation(systems=["model"])
     run.tasks = [override(nano("nano"), {"target_language": "fr"})]
-    with pytest.raises(ValueError, match="answers given with another task nano"):
+    with pytest.raises(ValueError, match="answers with another task nano"):
         run.run()
 
 
@@ -548,7 +548,7 @@ def test_answers_to_another_pool_are_refused_and_its_place_is_no_matter(evaluati
     (tmp_path / "mine.yaml").rename(tmp_path / "moved.yaml")
     assert run(tmp_path / "moved.yaml")["tasks"] == first["tasks"]
     (tmp_path / "moved.yaml").write_text(wordings.replace("Continue from where", "Go on from where"), encoding="utf-8")
-    with pytest.raises(ValueError, match="answers given with another task nano"):
+    with pytest.raises(ValueError, match="answers with another task nano"):
         run(tmp_path / "moved.yaml")
 
 

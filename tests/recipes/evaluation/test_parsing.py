@@ -110,7 +110,7 @@ def test_labels_of_other_scripts_are_named_in_words_of_their_own():
     ("labels", "synonyms", "message"),
     [
         ([], None, "no labels to look for"),
-        (["a"], {"b": ["c"]}, "'b' has synonyms but is no label"),
+        (["a"], {"b": ["c"]}, "'b' has synonyms but is not a label"),
         (["on_off", "On off"], None, "'On off' names both 'on_off' and 'On off'"),
         (["joy", "anger"], {"joy": ["strong"], "anger": ["strong"]}, "'strong' names both 'joy' and 'anger'"),
         (["+", "minus"], None, "'\\+' has a name without letters"),

@@ -317,7 +317,7 @@ def test_boolq_asks_of_a_written_passage(tmp_path):
 
 def test_yes_and_no_may_be_said_otherwise_but_not_be_something_else(tmp_path):
     assert facts(asked("boolq", boolq(tmp_path / "a", "True", "no")), "references") == [["yes"], ["no"]]
-    with pytest.raises(ValueError, match="task 'boolq', row 0: 'perhaps' says neither yes nor no"):
+    with pytest.raises(ValueError, match="task 'boolq', row 0: 'perhaps' means neither yes nor no"):
         asked("boolq", boolq(tmp_path / "b", "perhaps"))
 
 
@@ -403,7 +403,9 @@ def test_options_that_are_the_same_for_all_rows_are_labels(tmp_path):
     lines = [{"audio": "a.wav", "transcript": "hm", "answer": answer} for answer in ("the dog", "a", "B")]
     place = write(tmp_path, {"asr.jsonl": json_lines(*lines), "a.wav": clip(1)}) / "asr.jsonl"
     (tmp_path / "mine.yaml").write_text(json.dumps({"tasks": {"mine": block}}))
-    with pytest.raises(ValueError, match="'a' is no option; expected the name, text or number of one of .*'the cat'"):
+    with pytest.raises(
+        ValueError, match="'a' is not an option; expected the name, text or number of one of .*'the cat'"
+    ):
         read_rows(override(load_tasks(tmp_path / "mine.yaml")["mine"], {"corpus": str(place)}))
     lines[1:] = [lines[1] | {"answer": "0", "id": "1"}]
     write(tmp_path, {"asr.jsonl": json_lines(*lines)})
@@ -432,7 +434,7 @@ def test_options_may_stand_in_a_column(tmp_path, choices, answer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"answer": "C", "choices": ["a", "b"]}, "'C' is no option; expected the name, text or number of one of"),
+        ({"answer": "C", "choices": ["a", "b"]}, "'C' is not an option; expected the name, text or number of one of"),
         ({"answer": "A", "choices": ["a"]}, r"'choices' is \['a'\]; expected a list of two options or more"),
         ({"answer": "A"}, "no column 'choices' with options; there are"),
     ],
@@ -449,19 +451,21 @@ def test_options_that_are_none_are_refused(tmp_path, row, message):
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.data.corpus is None])
 def test_a_corpus_without_a_home_says_what_to_name(name):
-    with pytest.raises(ValueError, match=f"task '{name}': no corpus is named; it is .*--data {name}=PATH"):
+    with pytest.raises(ValueError, match=f"task '{name}': no corpus is named; expected .*--data {name}=PATH"):
         read_rows(TASKS[name])
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="task 'slurp_intent': .*gone.jsonl is no file; expected dataset/slurp/test"):
+    with pytest.raises(
+        ValueError, match="task 'slurp_intent': .*gone.jsonl is not a file; expected dataset/slurp/test"
+    ):
         asked("slurp_intent", tmp_path / "gone.jsonl")
 
 
 def test_a_reference_that_is_missing_or_empty_is_named_with_its_row(tmp_path):
     line = {"audio": "a.wav", "transcript": "play jazz", "id": "u", "intent": " "}
     place = write(tmp_path, {"test.jsonl": json_lines(line), "a.wav": clip(1)}) / "test.jsonl"
-    with pytest.raises(ValueError, match="test.jsonl line 1: nothing stands in 'intent'; expected a text"):
+    with pytest.raises(ValueError, match="test.jsonl line 1: 'intent' is empty; expected a text"):
         asked("snips_intent", place, reader="")
     with pytest.raises(
         ValueError, match=r"line 1: no column 'goal'; there are \['audio', 'id', 'intent', 'transcript'\]"
@@ -481,7 +485,7 @@ def test_a_label_that_is_none_is_named(tmp_path):
     files = {"t.yaml": json.dumps({"tasks": {"mood": task}}), "a.jsonl": json_lines(line), "a.wav": clip(1)}
     write(tmp_path, files)
     with pytest.raises(
-        ValueError, match=r"task 'mood', a.jsonl line 1: 'so-so' is no label; expected one of \['good', "
+        ValueError, match=r"task 'mood', a.jsonl line 1: 'so-so' is not a label; expected one of \['good', "
     ):
         read_rows(load_tasks(tmp_path / "t.yaml")["mood"])
 
@@ -505,7 +509,7 @@ def test_a_clip_that_cannot_be_read_is_refused_where_it_stands(tmp_path):
 def test_columns_can_be_named_otherwise(tmp_path):
     line = {"wav": "a.wav", "said": "hello"}
     place = write(tmp_path, {"asr.jsonl": json_lines(line), "clips/a.wav": clip(1)}) / "asr.jsonl"
-    told = "task 'librispeech_clean': .* no column 'audio' .* a build takes .*here .*columns.audio=COLUMN"
+    told = "task 'librispeech_clean': .* no column 'audio' .* a build takes .*here, .*columns.audio=COLUMN"
     with pytest.raises(ValueError, match=told):
         asked("librispeech_clean", place)
     told = {"columns__audio": "wav", "columns__transcript": "said", "columns__id": "wav"}

@@ -110,7 +110,7 @@ def test_the_nano_tasks_and_no_others_draw_from_the_nano_pool():
         ),
         ({"kind": "constraints"}, "kind 'constraints' takes no `prompt`: its instructions are drawn"),
         ({"kind": "pool", "prompt": None}, "kind 'pool' needs `tasks`"),
-        ({"oracle": "a.module"}, "`oracle` needs `task`, which says what it is asked"),
+        ({"oracle": "a.module"}, "`oracle` needs `task`, the task whose answers it gives"),
         ({"kind": "oracle"}, "kind 'oracle' needs `oracle` and `task`"),
         (
             {"kind": "keywords", "oracle": "a.module", "task": "intent"},

@@ -246,7 +246,7 @@ def test_llms_that_cannot_become_part_of_an_lsm_are_refused_by_name(whisper_dir,
     refusals = {
         folder / "prompt": "prompt is an adapter of type PROMPT_TUNING, which cannot be merged",
         folder / "bits": r"bits is quantised \(bitsandbytes\).* --llm qlora",
-        lsm_dir: f"{lsm_dir.name} is an LSM already",
+        lsm_dir: f"{lsm_dir.name} is already an LSM",
     }
     for text, message in refusals.items():
         with pytest.raises(ValueError, match=message):

@@ -33,7 +33,7 @@ def close(actual, expected):
 def test_a_clip_that_cannot_be_heard_stops_it_with_its_row(hearing, spoken):
     for content in (b"no audio", spoken[0]["audio"]["bytes"][:2000]):
         row = spoken[1] | {"id": "u7", "audio": {"bytes": content, "path": "u7.wav"}}
-        with pytest.raises(ValueError, match="row 'u7' has a clip that cannot be heard: .*Leave .* out, or repair"):
+        with pytest.raises(ValueError, match="row 'u7' has a clip that cannot be used: .*Leave .* out, or repair"):
             respond(hearing, [spoken[0], row])
 
 
@@ -201,12 +201,12 @@ def test_no_rows_have_no_answers(open_llm):
 
 def test_a_text_llm_refuses_to_hear(open_llm, spoken, llm_dir):
     for slot in ("audio", "silence"):
-        with pytest.raises(ValueError, match=f"{llm_dir.name} is a text LLM: .* hears nothing"):
+        with pytest.raises(ValueError, match=f"{llm_dir.name} is a text LLM, which takes transcripts and no"):
             respond(open_llm("text"), spoken, slot)
 
 
 def test_what_cannot_be_heard_is_named(open_llm, spoken):
-    with pytest.raises(ValueError, match="slot='music' cannot stand for the speech; expected one of .*silence"):
+    with pytest.raises(ValueError, match="slot='music' is unknown; expected one of .*silence"):
         respond(open_llm("lsm"), spoken, "music")
 
 

@@ -80,7 +80,7 @@ def recogniser_text(folder, waveform):
 
 
 def test_it_can_hear_nothing_but_the_clip(whisper, clip):
-    with pytest.raises(ValueError, match="it takes the audio, and no transcript"):
+    with pytest.raises(ValueError, match="it needs audio, but got 'transcript'"):
         Transcriber(whisper).respond([{"audio": clip(1.0), "transcript": "so"}], "transcript")
 
 

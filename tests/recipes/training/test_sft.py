@@ -51,7 +51,7 @@ def test_the_projector_is_saved_alone_if_that_is_asked_for(train, lsm, whisper_d
     parts = {"audio_model": str(whisper_dir), "text_model": str(llm_dir)}
     model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True, **parts)
     assert moved(lsm, model)[0] == {"projector"}
-    assert "holds the projector alone" in (output / "README.md").read_text()
+    assert "contains only the projector" in (output / "README.md").read_text()
 
 
 @pytest.mark.parametrize("llm", ["full", "lora", "qlora"])
