@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from processing_lsm import LsmProcessor
 from recipes.reporting.model_card import write_base_card
 
 logger = logging.getLogger(__name__)
+
+READING_MARGIN = 6.0  # nats by which a piece that is met exactly exceeds all others together
 
 
 def compose(
@@ -100,6 +103,8 @@ def compose(
             lm_head_bias=llm.get_output_embeddings().bias is not None,
         )
         model = _assemble(config, whisper, llm)
+    if weights and pieces_per_token:
+        set_reading_scale(model)
 
     processor = speech_processor(
         feature_extractor,
@@ -125,6 +130,23 @@ def compose(
             processor.save_pretrained(partial)
             write_base_card(partial, audio, text, config)
     return model, processor
+
+
+@torch.no_grad()
+def set_reading_scale(model: LsmForConditionalGeneration) -> None:
+    """Set the scale of the reader's cosines so that a speech token in the direction of a word piece is read as it.
+
+    With a scale s, that piece has the logit s, and the V others together have about ln V + s c, if c is the mean cosine
+    of two pieces. The scale hardly changes at the learning rates of a projector: with 10, the right one of SmolLM2's
+    49,000 pieces, whose mean cosine is 0.44, could never become likely.
+    """
+    embeddings = model.get_input_embeddings().weight.float()
+    text = torch.ones(len(embeddings), dtype=torch.bool)
+    text[model.config.non_text_token_ids] = False
+    directions = torch.nn.functional.normalize(embeddings[text], dim=-1)
+    pieces = len(directions)
+    cosine = (float(directions.sum(0).square().sum()) - pieces) / (pieces * (pieces - 1))
+    model.model.projector.reader.scale.fill_((math.log(pieces) + READING_MARGIN) / (1 - cosine))
 
 
 @contextlib.contextmanager

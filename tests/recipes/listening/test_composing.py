@@ -320,3 +320,24 @@ def test_whispers_of_any_size(compose_tiny, llm_dir, tmp_path, clip, mels, width
     expected = whisper.encoder(inputs["input_features"]).last_hidden_state
     torch.testing.assert_close(heard.last_hidden_state, expected, atol=1e-5, rtol=0)
     assert heard.pooler_output.shape == (89, lsm.config.text_config.hidden_size)
+
+
+@torch.no_grad()
+def test_a_token_in_the_direction_of_a_piece_is_read_as_it_whatever_the_embeddings_have_in_common(
+    whisper_dir, llm_dir, tmp_path
+):
+    """Embeddings of LLMs share a direction. A fixed scale of their cosines would make no piece likely."""
+    llm = AutoModelForCausalLM.from_pretrained(llm_dir)
+    scales = []
+    for shared in (0.0, 0.3):
+        llm.get_input_embeddings().weight.data += shared
+        llm.save_pretrained(tmp_path / "llm")
+        AutoTokenizer.from_pretrained(llm_dir).save_pretrained(tmp_path / "llm")
+        model, _ = compose(str(whisper_dir), str(tmp_path / "llm"), **SMALL)
+        reader, pieces = model.model.projector.reader, llm.get_input_embeddings().weight
+        directions = torch.nn.functional.normalize(pieces, dim=-1)
+        directions = directions - directions.mean(0)  # what tells a piece from the others
+        chances = reader.logits(directions, pieces).softmax(-1)[:, 1:].diagonal()
+        assert chances.median() > 0.9
+        scales.append(float(reader.scale))
+    assert scales[1] > 1.2 * scales[0]
