@@ -23,7 +23,8 @@ from transformers.utils import is_mistral_common_available
 
 from dataset_builders.responders.exchange import Reply
 from language_models.checkpoints import load_config, load_processor, open_model
-from language_models.generation import GREEDY, read_answers
+from language_models.decoding import greedy_rows
+from language_models.generation import GREEDY, changed_decoding, read_answers
 from language_models.tokenizers import make_room, text_processor
 from processing_lsm import as_text, special_tokens
 from recipes.listening.collator import render_prompt, render_response, response_tokens
@@ -226,6 +227,8 @@ class SpeechLLM:
         ends = end if isinstance(end, list) else [end]
         if choices is not None:
             settings |= self._only(choices, start, ends)
+        elif isinstance(self, Lsm) and not changed_decoding(self.model.generation_config):
+            settings["custom_generate"] = greedy_rows  # other models may have state for each row
         output = self.model.generate(**inputs, **settings, pad_token_id=self.tokenizer.pad_token_id)[:, start:]
         finished = torch.isin(output, torch.tensor(ends, device=output.device)).any(dim=1).tolist()
         texts = read_answers(self.tokenizer, output.tolist())
