@@ -240,11 +240,11 @@ def test_another_count_is_an_error_with_both_numbers(lsm, processor, clip):
     inputs = prompt(processor, [clip(1)])
     fewer = inputs["input_ids"].clone()
     fewer[fewer == processor.audio_token_id] = torch.tensor([processor.audio_token_id, 5, 5])
-    with pytest.raises(ValueError, match=r"has 1 audio placeholder.* gives 3 embeddings"):
+    with pytest.raises(ValueError, match=r"has 1 audio placeholder.* has 3 embeddings"):
         lsm(**{**inputs, "input_ids": fewer})
-    with pytest.raises(ValueError, match=r"has 3 audio placeholder.* gives 0 embeddings"):
+    with pytest.raises(ValueError, match=r"has 3 audio placeholder.* has 0 embeddings"):
         lsm(input_ids=inputs["input_ids"])
-    with pytest.raises(ValueError, match=r"has 0 audio placeholder.* gives 3 embeddings"):
+    with pytest.raises(ValueError, match=r"has 0 audio placeholder.* has 3 embeddings"):
         lsm(**{**inputs, "input_ids": torch.full((1, 4), 5), "attention_mask": None})
 
 
