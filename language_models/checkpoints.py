@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
+import modeling_lsm  # noqa: F401  registers this package's LSM, or transformers takes the code in the first checkpoint for all
 from language_models.attention import attend_fast
 from language_models.extras import extra
 
