@@ -241,9 +241,10 @@ class LsmReader(nn.Module):
         """Express speech in the LLM's input embeddings, as LegoSLM does (arXiv 2505.11352).
 
         A speech token becomes the mean of its `pieces_per_token` nearest embeddings, weighted by their probabilities. A
-        blank becomes the mean of all embeddings plus its own direction times a learned gate. The gate is initially 0
-        and can grow if there is something to learn that is not expressed in words. In each chunk, the words come before
-        the blanks, so that the LLM gets them next to each other, as in a text.
+        blank, or a repetition of the token before, becomes the mean of all embeddings plus its own direction times a
+        learned gate. The gate is initially 0 and can grow if there is something to learn that is not expressed in
+        words. In each chunk, the words come before the blanks, so that the LLM gets them next to each other, as in a
+        text.
 
         Args:
             speech: `(total_tokens, hidden)` float.
@@ -257,11 +258,16 @@ class LsmReader(nn.Module):
         ids, mean = self._search(speech, embeddings)
         pieces = embeddings(ids).to(speech)  # dtype and device: with a device map, the LLM may be elsewhere
         probabilities = self.logits(speech, pieces).softmax(-1)
-        blank, is_blank = probabilities[:, :1], probabilities[:, 0] > 0.5
+        chunk = torch.arange(len(num_tokens)).repeat_interleave(torch.tensor(num_tokens)).to(speech.device)
+        best = probabilities.argmax(-1, keepdim=True)
+        read = torch.cat([ids.new_full((len(ids), 1), -1), ids], 1).gather(1, best)[:, 0]
+        # As CTC decodes: a piece that the token before has, too, was said once.
+        again = nn.functional.pad((read[1:] == read[:-1]) & (chunk[1:] == chunk[:-1]), (1, 0))
+        blank = probabilities[:, :1].masked_fill(again[:, None], 1.0)
+        is_blank = blank[:, 0] > 0.5
         # Blanks get no words, because LLMs normalise their input, which would amplify even improbable words.
         words = (probabilities[:, None, 1:] @ pieces.to(probabilities))[:, 0].masked_fill(is_blank[:, None], 0.0)
         output = words + blank * (mean + self.gate * nn.functional.normalize(speech, dim=-1))
-        chunk = torch.arange(len(num_tokens)).repeat_interleave(torch.tensor(num_tokens)).to(speech.device)
         return output[(2 * chunk + is_blank).argsort(stable=True)].to(speech.dtype)
 
     @torch.no_grad()

@@ -67,7 +67,7 @@ def test_logits_and_text_do_not_depend_on_the_batch(lsm, processor, clip, batch,
     written = continuations(lsm, read(processor, texts, clips))
     for row, text in enumerate(texts):
         alone = read(processor, [text], [clips[row]])
-        torch.testing.assert_close(together[row], logits_of(lsm, alone)[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(together[row], logits_of(lsm, alone)[0], atol=2e-5, rtol=0)
         assert [written[row]] == continuations(lsm, alone)
 
 

@@ -55,6 +55,18 @@ def test_words_become_the_llms_embeddings_and_blanks_say_nothing(embeddings):
     torch.testing.assert_close(found[3], embeddings.weight.mean(0), atol=0.05, rtol=0)
 
 
+def test_a_piece_that_the_token_before_has_too_is_said_once(embeddings):
+    """As CTC decodes: it was heard in two windows. With a blank between, it was said twice, and so in another chunk."""
+    reader, mean = make_reader(), embeddings.weight.mean(0)
+    heard = near(embeddings.weight[[3, 3, 3, 9]])
+    output = reader(heard, embeddings, [4])
+    torch.testing.assert_close(output[:2], embeddings.weight[[3, 9]], atol=0.05, rtol=0)
+    torch.testing.assert_close(output[2:], mean.expand(2, -1), atol=0.05, rtol=0)
+    twice = torch.cat([heard[:1], near(reader.blank[None]), heard[:1]])
+    torch.testing.assert_close(reader(twice, embeddings, [3])[:2], embeddings.weight[[3, 3]], atol=0.05, rtol=0)
+    torch.testing.assert_close(reader(heard[:2], embeddings, [1, 1]), embeddings.weight[[3, 3]], atol=0.05, rtol=0)
+
+
 def test_the_gate_lets_a_blank_through_and_no_word_with_it(embeddings):
     reader, mean = make_reader(), embeddings.weight.mean(0)
     unsure = torch.nn.functional.normalize(0.8 * near(reader.blank) + 0.6 * near(embeddings.weight[3]), dim=0)[None]
