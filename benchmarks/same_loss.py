@@ -83,6 +83,7 @@ def train(quickstart: Quickstart, output: Path, steps: int, batch: int, seed: in
         "save_strategy": "no",
         "seed": seed,
         "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,  # its rounding is larger than what is looked for
         "train_sampling_strategy": "group_by_length" if grouped else "random",
     }
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
