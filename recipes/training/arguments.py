@@ -206,9 +206,10 @@ class LsmTrainingArguments(SFTConfig):
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         self.remove_unused_columns = False  # the collator needs them
         self.dataset_kwargs = {"skip_prepare_dataset": True}
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
         if self.bf16 is None and not self.fp16:  # TRL's default is True, even where it is slower
             self.bf16 = has_fast_bf16()
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise transformers refuses bf16 on a CPU
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = accumulation(
                 self.global_batch_size, self.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))

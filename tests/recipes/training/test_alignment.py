@@ -308,7 +308,7 @@ def test_two_processes_give_the_losses_of_one(run, aligned_dir, words_dir, tmp_p
     """The loss of a step is the mean over its clips, on any number of devices."""
     one = losses(run(align_steps=4, align_batch_size=4))
     options = {"model_name_or_path": aligned_dir, "corpus": words_dir, "output_dir": tmp_path / "two", "use_cpu": True}
-    options |= {"align_steps": 4, "align_batch_size": 2, "logging_steps": 1, "report_to": "none"}
+    options |= {"align_steps": 4, "align_batch_size": 2, "logging_steps": 1, "report_to": "none", "bf16": False}
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
