@@ -94,7 +94,12 @@ def run(aligned_dir, words_dir, tmp_path, parts_of):
     """Return `run(align_steps=2, ...)`, which runs the command on the corpus and returns its folder."""
 
     def go(**options):
-        defaults = {"model_name_or_path": str(aligned_dir), "output_dir": str(tmp_path / "out"), "use_cpu": True}
+        defaults = {
+            "model_name_or_path": str(aligned_dir),
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "bf16": False,
+        }
         defaults |= {"align_batch_size": 4, "align_steps": 2, "logging_steps": 1, "save_steps": 1, "disable_tqdm": True}
         options = {**defaults, **options}
         _, training_args, model_args = parts_of(options | {"dataset_name": "-"})
