@@ -34,7 +34,9 @@ batches = torch.load(batches)
 
 
 def train(model, step_of):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=False)
+    # What a random reader reads changes with larger steps, and rounding to bfloat16 swallows smaller ones.
+    rate = 1e-3 if dtype == "bfloat16" else 3e-4
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, foreach=False)
     losses = []
     for halves in batches:
         losses.append(step_of(model, halves))
@@ -76,7 +78,7 @@ assert local < 0.6 * sum(parameter.numel() for parameter in model.parameters()),
 found = train(model, sharded)
 for one, two in zip(expected, found, strict=True):
     assert abs(one - two) < float(dtype == "bfloat16") * 5e-3 + 1e-4, (expected, found)
-assert expected[4] != expected[0]  # of the same batch: something moved
+assert expected[4] < expected[0], expected  # of the same batch
 if (llm, dtype) != ("frozen", "float32"):  # the last batch is another, which a projector that reads begins worse on
     assert expected[-1] < expected[0]
 if rank == 0:
