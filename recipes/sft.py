@@ -77,23 +77,6 @@ def rows_of(script_args, training_args, model, processor, costs: Costs) -> tuple
     return rows, row_costs, store
 
 
-def save_projector(trainer: LsmTrainer) -> None:
-    """Save the projector and the processor, without encoder and LLM.
-
-    Raises:
-        ValueError: the weights are divided among the devices.
-    """
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "--projector_only needs the whole LSM on each device, which FSDP and DeepSpeed divide: leave it out, then "
-            "load the LSM and call save_pretrained(FOLDER, projector_only=True)."
-        )
-    if trainer.args.should_save:
-        folder = trainer.args.output_dir
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, projector_only=True)
-        trainer.processor.save_pretrained(folder)
-
-
 def train(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
     settings = settings_of(script_args, training_args, model_args) | contents_of(script_args, model_args)
     settings["num_processes"] = PartialState().num_processes
@@ -150,6 +133,7 @@ def train(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, 
         teacher,
         callbacks=[LogCallback()],
         card=card_of(script_args, training_args, model_args, dataset),
+        projector_only=script_args.projector_only,
     )
     if model_args.use_peft:
         go_on_from(trainer.model, model_args)
@@ -159,10 +143,7 @@ def train(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, 
         trainer.train(resume_from_checkpoint=checkpoint)
 
         # Save and share
-        if script_args.projector_only:
-            save_projector(trainer)
-        else:
-            trainer.save_model(training_args.output_dir)
+        trainer.save_model(training_args.output_dir)
         trainer.save_state()
         trainer.create_model_card()
         if training_args.push_to_hub:

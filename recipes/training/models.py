@@ -108,6 +108,11 @@ def load_model(
     processor = load_processor(name, revision)
     settings |= {"trust_remote_code": True, "merge": llm not in ADAPTED}
     model = open_model(name, revision=revision, **settings)
+    if script_args.projector_only and model.config.sources is None:
+        raise ValueError(
+            f"--projector_only: {name} does not name the encoder and the LLM that it was composed of; compose it again "
+            "with recipes.compose."
+        )
     model.generation_config = valid_settings(model.generation_config.to_diff_dict(), name)
     model.config.text_config.pad_token_id = processor.tokenizer.pad_token_id  # Trainer would do so with a warning
     if is_deepspeed_zero3_enabled():

@@ -47,6 +47,10 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
             still those of this LLM.
         callbacks: as in SFTTrainer.
         card: arguments of `write_trained_card` besides title, log and following rates.
+        projector_only: whether `output_dir` gets only the projector in the end. Checkpoints are whole.
+
+    Raises:
+        ValueError: an option that cannot work here; the message names it.
     """
 
     def __init__(
@@ -62,8 +66,10 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         teacher: nn.Module | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         card: dict | None = None,
+        projector_only: bool = False,
     ):
         self.processor, self.card, self.row_costs, self.sampler = processor, card or {}, row_costs, None
+        self.projector_only = projector_only
         response_tasks = frozenset(args.response_tasks or ())
         # TRL gets the tokenizer, because it regards every model with a processor as a model of images.
         with calling_peft():
@@ -77,6 +83,11 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
                 callbacks=list(callbacks),
             )
         check_strategy(self.accelerator)
+        if projector_only and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "--projector_only needs the whole LSM on each device, which FSDP and DeepSpeed divide: leave it out, "
+                "and in the end load the LSM and call save_pretrained(FOLDER, projector_only=True)."
+            )
         if self.is_fsdp_enabled:
             prepare_for_fsdp2(self.model, self.accelerator)
         self._check_objective()
@@ -221,10 +232,14 @@ class LsmTrainer(WholeCheckpoints, SFTTrainer):
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def _save(self, output_dir=None, state_dict=None):
-        with as_before_sharding(self.model):
-            super()._save(output_dir, state_dict)
+        folder = output_dir or self.args.output_dir
+        if self.projector_only and folder == self.args.output_dir:
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder, projector_only=True)
+        else:
+            with as_before_sharding(self.model):
+                super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self.processor.save_pretrained(output_dir or self.args.output_dir)
+            self.processor.save_pretrained(folder)
 
     def create_model_card(self, model_name=None, **kwargs):
         # TRL also calls this at every checkpoint, where the card is only needed if the checkpoint is pushed.

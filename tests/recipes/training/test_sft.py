@@ -1,5 +1,6 @@
 """Fine-tuning: which weights change with which objective, and that saved models can be loaded."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -52,6 +53,23 @@ def test_the_projector_is_saved_alone_if_that_is_asked_for(train, lsm, whisper_d
     model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True, **parts)
     assert moved(lsm, model)[0] == {"projector"}
     assert "contains only the projector" in (output / "README.md").read_text()
+
+
+def test_checkpoints_are_whole_so_that_the_training_can_be_resumed(train):
+    output = train(llm="frozen", projector_only=True, save_strategy="steps", save_steps=1)
+    kept = {name.split(".")[1] for name in load_file(output / "checkpoint-1" / "model.safetensors")}
+    assert {"audio_tower", "language_model", "projector"} <= kept
+    train(llm="frozen", projector_only=True, save_strategy="steps", save_steps=1)  # goes on, and saves it alone again
+    assert {name.split(".")[1] for name in load_file(output / "model.safetensors")} == {"projector"}
+
+
+def test_an_lsm_that_names_no_parts_is_refused_before_the_training(train, lsm_dir, tmp_path):
+    folder = shutil.copytree(lsm_dir, tmp_path / "older")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sources": None}))
+    with pytest.raises(ValueError, match="--projector_only: .*older does not name the encoder and the LLM"):
+        train(llm="frozen", projector_only=True, model_name_or_path=str(folder))
+    assert not list((tmp_path / "out").glob("log.jsonl"))
 
 
 @pytest.mark.parametrize("llm", ["full", "lora", "qlora"])
