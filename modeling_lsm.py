@@ -587,7 +587,7 @@ def content_of(weights: Mapping[str, torch.Tensor], part: str, dtype: torch.dtyp
 
 
 def _join(
-    source, config: LsmConfig, replacements: Mapping[str, str | None], allow_other_weights: bool, options: Mapping
+    source, config: LsmConfig, replacements: Mapping[str, str | None], allow_other_weights: bool, place: Mapping
 ) -> dict[str, torch.Tensor]:
     """Return all weights of an LSM whose checkpoint contains only the projector.
 
@@ -596,14 +596,13 @@ def _join(
         config: configuration of the checkpoint.
         replacements: folders or Hub ids of `audio` and `text`; None for those in the configuration.
         allow_other_weights: whether encoder and LLM may have other weights than in the configuration.
-        options: keywords of `from_pretrained`.
+        place: options of `from_pretrained` that say where the checkpoint is.
 
     Raises:
         OSError, ValueError: as in [`LsmForConditionalGeneration.from_pretrained`].
     """
-    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
-    place = {name: options[name] for name in ("revision", "subfolder") if options.get(name)}
-    weights = load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub, **place))
+    hub = {name: value for name, value in place.items() if name in HUB_OPTIONS}
+    weights = load_file(cached_file(source, SAFE_WEIGHTS_NAME, **place))
     for part, load in {"audio": _load_tower, "text": _load_llm}.items():
         origin = config.sources[part]
         name, revision = replacements[part], None
@@ -711,23 +710,22 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             OSError: encoder or LLM cannot be found.
             ValueError: weights are missing or unexpected, or the projector was trained with other weights.
         """
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        place = {name: kwargs[name] for name in (*HUB_OPTIONS, "revision", "subfolder") if name in kwargs}
         config, replacements = kwargs.get("config"), {"audio": audio_model, "text": text_model}
         if source is not None and not hasattr(config, "projector_only"):  # remote code has its own configuration class
-            place = {name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}
             with contextlib.suppress(OSError):  # not an LSM; transformers loads an adapter or says what is missing
-                config = LsmConfig.from_pretrained(config or source, **hub, **place)
+                config = LsmConfig.from_pretrained(config or source, **place)
         joined = getattr(config, "projector_only", False)
         if not joined and (named := next(filter(None, replacements.values()), None)):
             raise ValueError(f"{source} has its own encoder and LLM, so {named!r} has no effect; leave it out.")
         if joined:
             config = copy.deepcopy(config)
             config.projector_only = False
-            kwargs |= {"config": config, "state_dict": _join(source, config, replacements, allow_other_weights, kwargs)}
+            kwargs |= {"config": config, "state_dict": _join(source, config, replacements, allow_other_weights, place)}
         model, info = super().from_pretrained(None if joined else source, *args, output_loading_info=True, **kwargs)
         if joined:
             model.name_or_path = model.config._name_or_path = str(source)
-            model.generation_config = GenerationConfig.from_pretrained(source, **hub)
+            model.generation_config = GenerationConfig.from_pretrained(source, **place)
         problems = {kind: sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys")}
         if any(problems.values()):
             listed = "; ".join(f"{len(keys)} {kind}: {keys[:5]}" for kind, keys in problems.items() if keys)

@@ -68,6 +68,14 @@ def test_a_projector_is_saved_alone_and_joined_to_the_same_model(parts, tmp_path
     torch.testing.assert_close(joined(**inputs).logits, model.eval()(**inputs).logits)
 
 
+def test_everything_of_a_projector_comes_from_its_own_subfolder(parts, tmp_path):
+    model = save(parts, tmp_path / "parts" / "ears")
+    model.generation_config.max_new_tokens = 7
+    model.generation_config.save_pretrained(tmp_path / "parts" / "ears")
+    joined = LsmForConditionalGeneration.from_pretrained(tmp_path / "parts", subfolder="ears")
+    assert equal(joined, model) and joined.generation_config.max_new_tokens == 7
+
+
 def test_a_joined_model_is_an_lsm_like_any_other(parts, tmp_path):
     model = save(parts, tmp_path / "parts" / "ears")
     joined = LsmForConditionalGeneration.from_pretrained(tmp_path / "parts" / "ears")
