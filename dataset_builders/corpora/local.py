@@ -36,10 +36,19 @@ class FileCorpus(Corpus):
 
     expected: str  # the format, for errors
 
-    def __init__(self, path: Path, split: str, columns: dict[str, str], normalizer: str, data_root: str | Path | None):
+    def __init__(
+        self,
+        path: Path,
+        split: str,
+        columns: dict[str, str],
+        normalizer: str,
+        data_root: str | Path | None,
+        name: str | None = None,
+    ):
         self.path = path
         self.data_root = Path(os.path.abspath(data_root or (path if path.is_dir() else path.parent)))
-        super().__init__(path.stem if path.is_file() else path.resolve().name, split, columns, normalizer)
+        name = name or (path.stem if path.is_file() else path.resolve().name)
+        super().__init__(name, split, columns, normalizer)
         lines = [line for _, line in itertools.islice(self.lines(0), FIRST_LINES)]
         names = list(dict.fromkeys(column for line in lines if isinstance(line, dict) for column in line))
         if not names:
@@ -120,8 +129,8 @@ class AudioFolder(FileCorpus):
     """
 
     expected = (
-        "metadata.jsonl, metadata.csv, *.trans.txt or a .txt beside each audio file; if its manifest has another name, "
-        "pass the path of the manifest"
+        "metadata.jsonl, metadata.csv, *.trans.txt, a .txt beside each audio file, or a manifest with the name of the "
+        "split, such as train.jsonl; if it has another name, pass the path of the manifest"
     )
 
     def lines(self, file: int) -> Iterator[tuple[str, dict | RefusedRowError]]:

@@ -4,7 +4,8 @@ A corpus is one of
 
 - the name of a preset (`PRESETS`), some of which are synthesised on the fly;
 - a manifest: a `.jsonl`, `.csv` or `.tsv` file with an audio file and its text in each line (for example of NeMo, of
-  Common Voice's releases or of the original project);
+  Common Voice's releases or of the original project), or a folder with such a file for each split, such as
+  `train.jsonl` and `test.jsonl`;
 - an audio folder: audio files with a `metadata.jsonl` or `metadata.csv`, with LibriSpeech's `*.trans.txt`, or each with
   a `.txt` of the same name;
 - a Hub id or a folder of Parquet files, which `load_dataset` opens.
@@ -172,7 +173,8 @@ def open_corpus(
     """Open one split of an ASR corpus, as a stream.
 
     Args:
-        corpus: a manifest, an audio folder, a folder or Hub id that `load_dataset` opens, or a preset's name.
+        corpus: a manifest, a folder of manifests, an audio folder, a folder or Hub id that `load_dataset` opens, or a
+            preset's name.
         split: split of the corpus, such as `train`. In an audio folder, this is a subfolder, if there is one of this
             name. Other audio folders and manifests have one split, which gets this name.
         config: configuration of the corpus, if it has several.
@@ -199,6 +201,9 @@ def open_corpus(
 
 def _open(name, split, preset: Preset, config, columns, normalizer, data_root, revision) -> Corpus:
     path, columns = Path(name), {**preset.columns, **columns}
+    manifests = [file for file in (path / (split + suffix) for suffix in MANIFESTS) if file.is_file()]
+    folder_name = path.resolve().name if manifests else None
+    path = manifests[0] if manifests else path
     if path.is_file():
         if path.suffix not in MANIFESTS:
             raise ValueError(
@@ -206,7 +211,7 @@ def _open(name, split, preset: Preset, config, columns, normalizer, data_root, r
             )
         if data_root is None and preset.audio_folder:
             data_root = path.parent / preset.audio_folder
-        return ManifestCorpus(path, split, columns, normalizer, data_root)
+        return ManifestCorpus(path, split, columns, normalizer, data_root, folder_name)
     if path.is_dir() and is_audio_folder(path):
         return AudioFolder(path, split, columns, normalizer, data_root)
     if path.is_dir():

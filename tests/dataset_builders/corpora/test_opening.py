@@ -190,12 +190,23 @@ def test_common_voice_has_no_home_on_the_hub():
         open_corpus("common_voice")
 
 
-def test_a_release_given_as_a_folder_says_what_to_name(tmp_path):
+def test_a_release_can_be_given_as_a_folder(tmp_path):
     folder = write(tmp_path / "en", {"clips/a.mp3": clip(1, "MP3"), "train.tsv": "path\tsentence\na.mp3\thello\n"})
-    with pytest.raises(
-        ValueError, match=r"en has no readable utterance .*no a.txt beside it.* manifest has another name, pass"
-    ):
-        open_corpus(folder, "train", preset="common_voice")
+    corpus = open_corpus(folder, "train", preset="common_voice")
+    assert spoken(corpus) == {"a": ("hello", clip(1, "MP3"))}
+    assert corpus.source == "en/train"
+    with pytest.raises(ValueError, match=r"en has no readable utterance .*no a.txt beside it.*the name of the split"):
+        open_corpus(folder, "dev", preset="common_voice")
+
+
+def test_a_folder_has_a_manifest_for_each_split_beside_its_audio(tmp_path):
+    lines = {split: json_lines({"audio": f"{split}/a.wav", "text": split}) for split in ("train", "dev")}
+    files = {f"{split}.jsonl": line for split, line in lines.items()} | {f"{split}/a.wav": clip(1) for split in lines}
+    write(tmp_path / "mine", files)
+    for split in lines:
+        corpus = open_corpus(tmp_path / "mine", split)
+        assert spoken(corpus) == {f"{split}/a": (split, clip(1))}
+        assert corpus.source == f"mine/{split}"
 
 
 # GigaSpeech
@@ -256,7 +267,7 @@ def test_audio_may_be_bytes_alone(tmp_path):
 
 def test_a_folder_of_json_lines_and_their_audio_elsewhere(tmp_path):
     lines = json_lines({"audio": "clips/a.wav", "text": "one"}, {"audio": str(tmp_path / "clips/b.wav"), "text": "two"})
-    write(tmp_path, {"lists/train.jsonl": lines, "clips/a.wav": clip(1), "clips/b.wav": clip(2)})
+    write(tmp_path, {"lists/rows.jsonl": lines, "clips/a.wav": clip(1), "clips/b.wav": clip(2)})
     corpus = open_corpus(tmp_path / "lists", data_root=tmp_path)
     assert isinstance(corpus, HubCorpus)
     assert spoken(corpus) == {"row 0": ("one", clip(1)), "row 1": ("two", clip(2))}
@@ -444,7 +455,7 @@ def test_a_manifest_without_a_line_that_can_be_read_is_refused_at_once(tmp_path,
 
 
 def test_json_lines_that_load_dataset_cannot_read_are_refused_at_once(tmp_path):
-    write(tmp_path, {"train.jsonl": "no JSON\n"})
+    write(tmp_path, {"rows.jsonl": "no JSON\n"})
     with pytest.raises(ValueError, match="the first rows cannot be read; expected Parquet, JSON Lines, CSV or audio"):
         open_corpus(tmp_path)
 
