@@ -402,19 +402,27 @@ class LsmModel(LsmPreTrainedModel):
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
+        **kwargs,
     ) -> LsmAudioOutput:
         """Return the speech embeddings of all chunks of a batch, with the output of the audio tower.
 
         Args:
-            input_features: `(chunks, mels, frames)` float, log-mel features at 100 frames per second.
-            input_features_mask: `(chunks, frames)`, 1 for real frames, right-padded; if absent, all frames are real.
+            input_features: `(chunks, mels, frames)` float, log-mel features at 100 frames per second. A row may also
+                have all chunks of a clip one after the other, as vLLM needs them.
+            input_features_mask: `(chunks, frames)`, 1 for real frames, right-padded, or a list of its rows; if absent,
+                all frames are real.
             audio_hidden_states: `(chunks, encoder_frames, d_audio)` float, the audio tower's output for these chunks,
                 instead of `input_features`.
+            kwargs: have no effect. Callers of transformers models also pass `return_dict`.
 
         Raises:
             ValueError: not exactly one of `input_features` and `audio_hidden_states` is given, it is empty, or the mask
                 does not fit it.
         """
+        if isinstance(input_features_mask, list):
+            input_features_mask = torch.stack(input_features_mask)
+        if input_features is not None and input_features.shape[-1] > 2 * self.config.audio_config.max_source_positions:
+            input_features, input_features_mask = self._cut_rows(input_features, input_features_mask)
         hidden_states, encoder_frames = self.encode_audio(input_features, input_features_mask, audio_hidden_states)
         return LsmAudioOutput(
             last_hidden_state=hidden_states,
@@ -447,6 +455,16 @@ class LsmModel(LsmPreTrainedModel):
                 f"frames, but the audio has {chunks} of up to {frames}."
             )
         return audio_hidden_states, encoder_frames
+
+    def _cut_rows(self, features: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cut rows with all chunks of a clip into a row for each chunk with real frames."""
+        most, (rows, mels, frames) = 2 * self.config.audio_config.max_source_positions, features.shape
+        padding = -frames % most
+        mask = nn.functional.pad(features.new_ones(rows, frames).long() if mask is None else mask, (0, padding))
+        mask = mask.reshape(-1, most)
+        features = nn.functional.pad(features, (0, padding)).reshape(rows, mels, -1, most).transpose(1, 2)
+        real = mask.any(dim=-1)
+        return features.reshape(-1, mels, most)[real], mask[real]
 
     def _num_audio_tokens(self, encoder_frames: list[int]) -> list[int]:
         return num_audio_tokens(encoder_frames, **self.config.windowing)
@@ -545,7 +563,8 @@ class LsmModel(LsmPreTrainedModel):
         [`LsmForConditionalGeneration.forward`]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        self._check_length(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, past_key_values)
+        if not _is_in_vllm(self.config):  # there, a row has the tokens of many prompts, whose lengths vLLM checks
+            self._check_length(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, past_key_values)
         if inputs_embeds is None:
             audio = (input_features, input_features_mask, audio_hidden_states, audio_embeds)
             inputs_embeds = self._embed(input_ids, past_key_values, *audio)
@@ -667,6 +686,11 @@ def _refuse_missing(source: str, missing) -> None:
         )
 
 
+def _is_in_vllm(config: LsmConfig) -> bool:
+    """Return whether vLLM's backend for transformers models runs the model, with its own attention."""
+    return config.text_config._attn_implementation == "vllm"
+
+
 class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
     """A large speech-text model: reads text and speech, writes text."""
 
@@ -680,6 +704,14 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}  # LLMs have different names for it
         self.post_init()
         self._no_split_modules = self.model._no_split_modules
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        """Create a model with random weights. vLLM's backend for transformers models asks `AutoModel` for the base
+        model, without a head, to which it adds its own; for all others, `AutoModel` is this class."""
+        if _is_in_vllm(config):
+            return LsmModel._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
 
     @classmethod
     def from_pretrained(

@@ -42,6 +42,7 @@ AUDIO_TOKEN = "<|audio|>"
 FILES = (str, os.PathLike, bytes, bytearray, memoryview)  # types of audio files, besides open files
 BREAK = "\u2060"  # word joiner
 TEXTS = ("content", "reasoning_content", "text")  # keys of texts in messages and their parts
+FEATURES = ("input_features", "input_features_mask")
 URL_TIMEOUT = 60  # seconds
 # The largest float sample, 24 dB above full scale: loud recordings and resampling stay far below it, and samples in
 # 16-bit scale are far above it, except silence.
@@ -445,7 +446,10 @@ class LsmProcessor(ProcessorMixin):
         if not texts:
             raise ValueError("The batch is empty; expected at least one prompt.")
         self._check_placeholders(texts, len(clips))
-        return super().__call__(text=texts, audio=clips or None, **kwargs)
+        inputs = super().__call__(text=texts, audio=clips or None, **kwargs)
+        if "text_replacement_offsets" in inputs and "input_features" in inputs:
+            inputs.update(self._rows_of_clips([len(clip) for clip in clips], *map(inputs.get, FEATURES)))
+        return inputs
 
     def _check_placeholders(self, texts: list[str], clips: int) -> None:
         placeholders = sum(text.count(self.audio_token) for text in texts)
@@ -513,6 +517,29 @@ class LsmProcessor(ProcessorMixin):
             features[row, :, :kept] = mel[:, :kept]
         mask = (np.arange(frames) < np.array(lengths)[:, None]).astype(np.int64)
         return {"input_features": features, "input_features_mask": mask}
+
+    def _rows_of_clips(self, num_samples: list[int], input_features, input_features_mask) -> dict[str, torch.Tensor]:
+        """Return the features with a row for each clip, which has its chunks one after the other. vLLM needs this; it
+        is recognised by `return_text_replacement_offsets`, with which it finds the clips in the prompt.
+
+        Args:
+            num_samples: numbers of samples of the clips.
+            input_features, input_features_mask: features with a row for each chunk.
+
+        Raises:
+            ValueError: the clips have different lengths, and some have several chunks. vLLM would use only the first
+                chunk of each clip.
+        """
+        chunks = [len(self.chunk_lengths(length)) for length in num_samples]
+        features, mask = torch.as_tensor(input_features), torch.as_tensor(input_features_mask)
+        if max(chunks) > 1 and len(set(num_samples)) > 1:
+            raise ValueError(
+                f"vLLM takes clips of more than {self.feature_extractor.chunk_length} s only if all clips of a prompt "
+                "have the same length: put each into a prompt of its own, or cut them."
+            )
+        rows, mels = len(num_samples), features.shape[1]
+        features = features.unflatten(0, (rows, -1)).transpose(1, 2).reshape(rows, mels, -1)
+        return {"input_features": features, "input_features_mask": mask.reshape(rows, -1)}
 
     def _process_audio(self, audio, **kwargs):
         if audio[0].dtype == object:
