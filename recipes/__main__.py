@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": ("recipes.evaluate", "measure what a speech LLM can do, and whether it follows and listens"),
     "bias": ("recipes.analyze_bias", "measure how answers depend on instruction and speech, layer by layer"),
     "chat": ("recipes.chat", "ask a checkpoint about a clip"),
+    "serve": ("recipes.serve", "serve an LSM to OpenAI's clients"),
     "study": ("recipes.study", "train and evaluate many settings, and compare them in a table"),
     "quickstart": ("recipes.quickstart", "run everything on the nano setting, in minutes"),
     "convert": ("recipes.convert_reference", "convert a checkpoint of the original code"),

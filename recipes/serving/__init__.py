@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server for an LSM: clips, requests, continuous batches, HTTP."""
