@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--vllm", help="Python interpreter of the environment with vLLM")
     parser.add_argument("--audio", default="assets/nano/example.wav", help="audio file of which the clips are made")
     parser.add_argument("--tokens", type=int, default=40, help="largest number of tokens of an answer")
-    parser.add_argument("--positions", type=int, default=1024, help="largest number of tokens of a prompt and its answer")
+    parser.add_argument(
+        "--positions", type=int, default=1024, help="largest number of tokens of a prompt and its answer"
+    )
     parser.add_argument("--answers", help=argparse.SUPPRESS)  # vLLM's own process writes them to this file
     args = parser.parse_args()
     import soundfile

@@ -19,7 +19,7 @@ FLOORS = [
     {"recipes.reporting"},
     {"recipes.listening"},
     {"recipes.evaluation"},
-    {"recipes.bias", "recipes.training"},
+    {"recipes.bias", "recipes.serving", "recipes.training"},
     {"recipes.studies"},
     {"recipes.nano"},
     {"recipes"},

@@ -16,7 +16,6 @@ import soundfile
 
 from processing_lsm import load_audio
 
-UNKNOWN = 2**62  # files without a length in their header seem to have more frames than this
 PORTS = {"http": 80, "https": 443}
 
 
@@ -143,12 +142,16 @@ def read_clip(content: bytes, limits: Limits, target_rate: int = 16_000) -> np.n
                 raise ValueError(f"The clip has {rate} Hz; expected {limits.rates[0]} to {limits.rates[1]} Hz.")
             if channels > limits.channels:
                 raise TooLargeError(f"The clip has {channels} channels; this server takes {limits.channels}.")
-            length = None if file.frames >= UNKNOWN else file.frames
-            samples = None if length is not None and length > most else file.read(most + 1, "float32", always_2d=True)
+            if file.frames > most:
+                raise TooLargeError(_too_long(file.frames / rate, limits))
+            samples = file.read(most + 1, "float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         reason = str(getattr(error, "error_string", error)).rstrip(".")
         raise ValueError(f"The clip cannot be read as audio: {reason}.") from error
-    if samples is None or len(samples) > most:
-        known = f"{length / rate:.0f} s" if length is not None else "more"
-        raise TooLargeError(f"The clip has {known}; this server takes clips of up to {limits.seconds:g} s.")
+    if len(samples) > most:  # more than its header says
+        raise TooLargeError(_too_long(len(samples) / rate, limits))
     return load_audio(samples, rate, target_rate)
+
+
+def _too_long(seconds: float, limits: Limits) -> str:
+    return f"The clip has {seconds:.0f} s; this server takes clips of up to {limits.seconds:g} s."

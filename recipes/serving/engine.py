@@ -4,6 +4,8 @@ The model answers whoever waits while others are being answered: after each step
 and its cache, and new prompts are read and join it, padded on the left. So an answer is that of its prompt alone.
 """
 
+import contextlib
+import ctypes
 import logging
 import threading
 import time
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 FEATURES = ("input_features", "input_features_mask")
 PREFILL_FRAMES = 12_000  # mel frames of the prompts that are read together, between two steps: 120 s of speech
 HALF_CHARACTER = "\ufffd"  # what a tokenizer decodes bytes to that the next token completes
+
+
+IDLE = 1.0  # seconds without a request after which memory is given back
 
 
 class BusyError(RuntimeError):
@@ -124,7 +129,9 @@ class _Batch:
         for layer, others in zip(self.cache.layers, other.cache.layers, strict=True):
             layer.keys = _cat(layer.keys, others.keys, length)
             layer.values = _cat(layer.values, others.values, length)
-        self.mask = torch.cat([nn.functional.pad(mask, (length - mask.shape[1], 0)) for mask in (self.mask, other.mask)])
+        self.mask = torch.cat(
+            [nn.functional.pad(mask, (length - mask.shape[1], 0)) for mask in (self.mask, other.mask)]
+        )
         self.jobs += other.jobs
 
     def keep(self, rows: list[int]) -> None:
@@ -147,6 +154,12 @@ def joins(cache: DynamicCache) -> bool:
 def _cat(first: torch.Tensor, second: torch.Tensor, length: int) -> torch.Tensor:
     padded = (nn.functional.pad(part, (0, 0, length - part.shape[2], 0)) for part in (first, second))
     return torch.cat(list(padded))
+
+
+def give_back_memory() -> None:
+    """Give free memory back to the system. glibc keeps it: hundreds of MB after clips of many lengths at once."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class Engine(threading.Thread):
@@ -207,24 +220,34 @@ class Engine(threading.Thread):
         self.join()
 
     def run(self) -> None:
+        used = False
         while True:
             with self.changed:
                 while not (self.waiting or self.batch or self.stopping):
-                    self.changed.wait()
+                    if not self.changed.wait(IDLE if used else None):
+                        give_back_memory()
+                        used = False
                 if self.stopping:
                     return
-                jobs = self._admitted()
+                jobs, used = self._admitted(), True
             began = time.monotonic()
-            for work, concerned in ((lambda: self._read(jobs), jobs), (self._write, None)):
-                try:
-                    work()
-                except Exception:  # the server must survive, and the clients be told
-                    logger.exception("the model failed")
-                    if concerned is None:
-                        concerned, self.batch = self.batch.jobs, None
-                    for job in concerned:
-                        job.emit(Event(finish="error", tokens=len(job.tokens)))
+            try:
+                self._read(jobs)
+            except Exception:
+                self._tell_failure(jobs)
+            try:
+                self._write()
+            except Exception:
+                failed, self.batch = self.batch.jobs, None
+                self._tell_failure(failed)
             self.seconds += time.monotonic() - began
+
+    @staticmethod
+    def _tell_failure(jobs: list[Job]) -> None:
+        """Log the error that is being handled, and tell the clients that there was one. The engine goes on."""
+        logger.exception("the model failed")
+        for job in jobs:
+            job.emit(Event(finish="error", tokens=len(job.tokens)))
 
     def _admitted(self) -> list[Job]:
         """Take the requests out of the queue that are read next."""

@@ -1,0 +1,303 @@
+"""The server as OpenAI's own client sees it, and as clients that behave badly do."""
+
+import base64
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import openai
+import pytest
+import soundfile
+import torch
+import uvicorn
+
+from language_models.generation import GREEDY, read_answers
+from modeling_lsm import LsmForConditionalGeneration
+from recipes.serving.api import Api
+from recipes.serving.clips import Limits
+from recipes.serving.engine import Engine
+
+LIMITS = Limits(body=2_000_000, seconds=40, clips=2, tokens=64, upload_seconds=0.7, answer_seconds=30)
+INSTRUCTION = "Transcribe the speech."
+
+
+class Server:
+    """An [`Api`] behind uvicorn, in a thread of its own."""
+
+    def __init__(self, api: Api):
+        self.api = api
+        self.uvicorn = uvicorn.Server(uvicorn.Config(api.app, port=0, log_level="error"))
+        self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        while not self.uvicorn.started:
+            time.sleep(0.01)
+        self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
+        return self
+
+    def __exit__(self, *_):
+        self.uvicorn.should_exit = True
+        self.thread.join()
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def post(self, body: bytes, path: str = "/v1/chat/completions", **headers) -> tuple[int, dict]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", path, body, {"content-type": "application/json", **headers})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+@pytest.fixture(scope="module")
+def engine(lsm_dir, processor):
+    engine = Engine(LsmForConditionalGeneration.from_pretrained(lsm_dir).eval(), processor.tokenizer, 4, 8)
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture(scope="module")
+def server(engine, processor):
+    with Server(Api(engine, processor, "tiny", INSTRUCTION, LIMITS)) as server:
+        yield server
+
+
+@pytest.fixture
+def wav(clip):
+    """`wav(seconds)` is a WAV file of noise, in base64."""
+
+    def make(seconds: float) -> str:
+        file = io.BytesIO()
+        soundfile.write(file, clip(seconds), 16_000, format="WAV", subtype="FLOAT")
+        return base64.b64encode(file.getvalue()).decode()
+
+    return make
+
+
+def question(data: str, instruction: str = "what is said?") -> list[dict]:
+    audio = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    return [{"role": "user", "content": [{"type": "text", "text": instruction}, audio]}]
+
+
+@torch.no_grad()
+def answer_alone(engine, processor, instruction: str, audio, tokens: int) -> str:
+    content = [{"type": "text", "text": instruction}, {"type": "audio", "audio": audio}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    output = engine.model.generate(**inputs, **GREEDY, max_new_tokens=tokens, pad_token_id=0)
+    return read_answers(processor.tokenizer, output[:, inputs["input_ids"].shape[1] :].tolist())[0]
+
+
+def test_an_answer_whole_and_streamed(server, engine, processor, wav, clip):
+    expected = answer_alone(engine, processor, "what is said?", clip(2), 9)
+    settings = {"model": "tiny", "messages": question(wav(2)), "max_tokens": 9}
+    whole = server.client().chat.completions.create(**settings)
+    assert whole.choices[0].message.content == expected
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == 9
+    chunks = list(
+        server.client().chat.completions.create(**settings, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage == whole.usage
+
+
+def test_a_data_uri_and_a_conversation_of_several_turns(server, wav):
+    messages = question(wav(1))
+    first = server.client().chat.completions.create(model="tiny", messages=messages, max_tokens=5)
+    uri = {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{wav(1)}"}}
+    same = [{"role": "user", "content": [messages[0]["content"][0], uri]}]
+    assert server.client().chat.completions.create(model="tiny", messages=same, max_tokens=5).choices == first.choices
+    more = [*messages, {"role": "assistant", "content": "hm"}, {"role": "user", "content": "and then?"}]
+    answer = server.client().chat.completions.create(model="tiny", messages=more, max_tokens=5)
+    assert answer.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+def test_a_transcription_whole_streamed_and_as_text(server, engine, processor, wav, clip):
+    expected = answer_alone(engine, processor, INSTRUCTION, clip(1), LIMITS.tokens)
+    file = ("clip.wav", base64.b64decode(wav(1)))
+    ask = server.client().audio.transcriptions.create
+    assert ask(model="tiny", file=file).text == expected
+    assert ask(model="tiny", file=file, response_format="text").strip() == expected
+    events = list(ask(model="tiny", file=file, stream=True))
+    assert events[-1].text == expected == "".join(event.delta for event in events[:-1])
+
+
+def test_models_health_and_metrics(server):
+    assert [model.id for model in server.client().models.list()] == ["tiny"]
+    assert server.client().models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="There is no model 'other'; this server has 'tiny'"):
+        server.client().models.retrieve("other")
+    for path, text in {"/health": "ok", "/metrics": 'lsm_requests_total{route="models",status="200"}'}.items():
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        connection.request("GET", path)
+        assert text in connection.getresponse().read().decode()
+
+
+@pytest.mark.parametrize(
+    "changes, status, message",
+    [
+        ({"model": "gpt-4o-audio"}, 404, "There is no model 'gpt-4o-audio'"),
+        ({"n": 2}, 400, "n=2 is not supported"),
+        ({"logprobs": True}, 400, "logprobs=true is not supported"),
+        ({"tools": [{"type": "function"}]}, 400, "tools=.* is not supported"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty=0.5 is not supported"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format=.* is not supported"),
+        ({"guided_regex": "a+"}, 400, "'guided_regex' is not supported"),
+        ({"max_tokens": 65}, 400, "'max_tokens' must be an integer from 1 to 64, got 65"),
+        ({"max_tokens": True}, 400, "'max_tokens' must be an integer"),
+        ({"temperature": -1}, 400, "'temperature' must be a number from 0 to 2, got -1"),
+        ({"top_p": "all"}, 400, "'top_p' must be a number"),
+        ({"seed": 2**70}, 400, "'seed' must be an integer of 64 bits"),
+        ({"stop": ["a"] * 5}, 400, "'stop' must be a text, or a list of up to 4 texts"),
+        ({"stream": "yes"}, 400, "'stream' must be true or false"),
+        ({"stream_options": {"x": 1}}, 400, "'stream_options' may have only 'include_usage'"),
+        ({"messages": []}, 400, "'messages' must be a list with at least one message"),
+        ({"messages": "hello"}, 400, "'messages' must be a list"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, r"messages\[0\] must have a role among"),
+        ({"messages": [{"role": "user"}]}, 400, r"messages\[0\].content must be a text or a list of parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "has the type 'image_url'"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "needs its data"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "http://a"}}]}]},
+            400,
+            "reads no URLs",
+        ),
+        ({"messages": question("aGVsbG8=")}, 400, "The clip cannot be read as audio"),
+        ({"messages": question("no base64")}, 400, r"messages\[0\].content\[1\]: The clip is not base64"),
+        ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "but the LLM has 2048 positions"),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_is_refused_by_name(server, wav, changes, status, message):
+    body = {"model": "tiny", "messages": question(wav(0.5)), "max_tokens": 3, **changes}
+    with pytest.raises(openai.APIStatusError, match=message) as refused:
+        server.client().post("/chat/completions", body=body, cast_to=object)
+    assert refused.value.status_code == status
+    assert refused.value.body["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
+def test_too_much_is_refused(server, wav):
+    part = question(wav(0.2))[0]["content"][1]
+    three = [{"role": "user", "content": [part] * 3}]
+    for messages, message in (
+        (three, "more than 2 clips"),
+        (question(wav(0.2) * 0 + _minutes()), "takes clips of up to 40 s"),
+    ):
+        with pytest.raises(openai.APIStatusError, match=message) as refused:
+            server.client().chat.completions.create(model="tiny", messages=messages)
+        assert refused.value.status_code == 413
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection.putrequest("POST", "/v1/chat/completions")
+    connection.putheader("content-length", str(10**10))  # nothing of it is read
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+
+
+def _minutes() -> str:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(8_000 * 120, np.int16), 8_000, format="FLAC")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_not_a_number_is_no_temperature(server):
+    status, content = server.post(b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}')
+    assert (status, content["error"]["param"]) == (400, "temperature")
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[1]", b'"text"', b"[" * 100_000])
+def test_bodies_that_are_no_json(server, body):
+    status, content = server.post(body)
+    assert status == 400
+    assert content["error"]["message"].startswith("The body")
+
+
+def test_a_form_needs_a_file(server):
+    assert server.post(b"{}", "/v1/audio/transcriptions")[0] == 400
+    form = b'--x\r\ncontent-disposition: form-data; name="file"\r\n\r\nhello\r\n--x--\r\n'
+    status, content = server.post(
+        form, "/v1/audio/transcriptions", **{"content-type": "multipart/form-data; boundary=x"}
+    )
+    assert (status, content["error"]["message"]) == (400, "'file' must be an audio file.")
+    assert server.post(b"nonsense", "/v1/audio/transcriptions", **{"content-type": "multipart/form-data"})[0] == 400
+    with pytest.raises(openai.BadRequestError, match="'language' is not supported"):
+        server.client().audio.transcriptions.create(model="tiny", file=("a.wav", b"x"), language="en")
+
+
+def test_an_upload_that_does_not_arrive_is_given_up(server):
+    with socket.create_connection(("127.0.0.1", server.port)) as half:
+        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")
+        assert half.recv(100).startswith(b"HTTP/1.1 408")
+    assert server.api.requests == 0
+
+
+def test_a_client_that_leaves_frees_its_place(server, engine, wav):
+    for stream in (True, False):
+        body = json.dumps({"messages": question(wav(1)), "max_tokens": 64, "stream": stream}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as leaving:
+            leaving.sendall(head + body)
+            until = time.monotonic() + 20
+            while not engine.running and time.monotonic() < until:
+                time.sleep(0.001)
+        while (engine.running or engine.waiting or server.api.requests) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not engine.running and not engine.waiting and not server.api.requests
+
+
+def test_an_answer_that_takes_too_long(engine, processor, wav):
+    with Server(Api(engine, processor, "tiny", INSTRUCTION, Limits(answer_seconds=0.05))) as server:
+        settings = {"model": "tiny", "messages": question(wav(30)), "max_tokens": 1000}
+        with pytest.raises(openai.APIStatusError, match="The answer took too long") as late:
+            server.client().chat.completions.create(**settings)
+        assert late.value.status_code == 504
+
+
+def test_a_full_server_says_so(engine, processor, wav):
+    with Server(Api(engine, processor, "tiny", INSTRUCTION, LIMITS)) as server:
+        server.api.requests = server.api.most_requests
+        with pytest.raises(openai.RateLimitError, match="12 requests are being served already"):
+            server.client().chat.completions.create(model="tiny", messages=question(wav(0.5)))
+
+
+def test_a_key_is_asked_for(engine, processor, wav):
+    with Server(Api(engine, processor, "tiny", INSTRUCTION, LIMITS, key="secret")) as server:
+        for key in ("other", "é", ""):
+            assert server.post(b"{}", authorization=f"Bearer {key}".encode())[0] == 401
+        with pytest.raises(openai.AuthenticationError, match="The API key is missing or wrong") as refused:
+            server.client("other").models.list()
+        assert "secret" not in str(refused.value)
+        assert server.client("secret").models.list().data
+
+
+def test_a_fault_of_the_server_is_logged_and_not_told(server, wav, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise KeyError("/home/someone/secret")
+
+    monkeypatch.setattr(server.api, "_inputs", fail)
+    with pytest.raises(openai.InternalServerError, match="The server failed; its log says why") as error:
+        server.client().chat.completions.create(model="tiny", messages=question(wav(0.5)))
+    assert "secret" not in str(error.value)
+    assert "/home/someone/secret" in caplog.text
+
+
+def test_a_failure_of_the_model_is_told_in_a_stream(server, engine, wav, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory at 0x7f")
+
+    monkeypatch.setattr(engine, "_choose", fail)
+    stream = server.client().chat.completions.create(model="tiny", messages=question(wav(0.5)), stream=True)
+    with pytest.raises(openai.APIError, match="The server failed"):
+        list(stream)

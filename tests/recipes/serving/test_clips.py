@@ -1,0 +1,144 @@
+"""What clients send is limited before it is decoded, and URLs lead nowhere private."""
+
+import base64
+import http.server
+import io
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+from recipes.serving import clips
+from recipes.serving.clips import Limits, TooLargeError, from_base64, from_url, read_clip
+
+
+def audio(seconds: float, rate: int = 16_000, channels: int = 1, format: str = "WAV") -> bytes:
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).normal(0, 0.1, (int(seconds * rate), channels))
+    soundfile.write(file, noise, rate, format=format)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
+@pytest.mark.parametrize("rate, channels", [(8_000, 1), (48_000, 2)])
+def test_clips_of_all_formats(format, rate, channels):
+    wave = read_clip(audio(1.5, rate, channels, format), Limits())
+    assert wave.dtype == np.float32 and wave.ndim == 1
+    assert len(wave) == pytest.approx(1.5 * 16_000, abs=1_600)  # mp3 pads
+
+
+def test_a_bomb_is_refused_without_decoding_it():
+    file = io.BytesIO()
+    with soundfile.SoundFile(file, "w", 8_000, 1, "PCM_16", format="FLAC") as out:
+        for _ in range(120):
+            out.write(np.zeros(60 * 8_000, np.int16))
+    content, began = file.getvalue(), time.process_time()
+    assert len(content) < 500_000
+    with pytest.raises(TooLargeError, match="has 7200 s; this server takes clips of up to 600 s"):
+        read_clip(content, Limits())
+    assert time.process_time() - began < 1  # decoding it takes several times as long
+
+
+def test_a_header_may_claim_years():
+    content = bytearray(audio(3, format="FLAC"))
+    total = int.from_bytes(content[21:26], "big") | (2**36 - 1)  # the bits before belong to other fields
+    content[21:26] = total.to_bytes(5, "big")
+    with pytest.raises(TooLargeError, match="has 4294967 s"):
+        read_clip(bytes(content), Limits())
+    with pytest.raises(TooLargeError, match="has 3 s; this server takes clips of up to 2.5 s"):
+        read_clip(audio(3), Limits(seconds=2.5))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "cannot be read as audio"),
+        (b"hello", "cannot be read as audio"),
+        (audio(1)[:30], "cannot be read as audio|no samples"),
+        (audio(0), "empty"),
+        (audio(1, 1_000), "has 1000 Hz; expected 4000 to 192000"),
+        (audio(1, channels=9), "has 9 channels"),
+    ],
+    ids=["nothing", "text", "cut", "empty", "slow", "channels"],
+)
+def test_clips_that_cannot_be_used(content, message):
+    with pytest.raises(ValueError, match=message):
+        read_clip(content, Limits())
+
+
+def test_base64_and_data_uris():
+    assert from_base64(base64.b64encode(b"hello").decode()) == b"hello"
+    assert from_url("data:audio/wav;base64,aGVsbG8=", Limits()) == b"hello"
+    for wrong in ("é", "a", None, 3, "****"):
+        with pytest.raises(ValueError, match="base64"):
+            from_base64(wrong)
+    for wrong in ("data:audio/wav,hello", "data:", 3, None):
+        with pytest.raises(ValueError, match="form data:audio/wav;base64|must be a string"):
+            from_url(wrong, Limits())
+
+
+def test_urls_are_read_only_where_they_are_allowed():
+    with pytest.raises(ValueError, match="reads no URLs: send the clip itself"):
+        from_url("https://example.org/a.wav", Limits())
+    for url in ("file:///etc/passwd", "ftp://example.org/a.wav", "/etc/passwd"):
+        with pytest.raises(ValueError, match="must begin with http"):
+            from_url(url, Limits(urls=True))
+
+
+@pytest.fixture
+def web(monkeypatch):
+    """A web server at this machine, with a file of 1 kB, one of 2 MB, and a redirect to the first."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(302 if self.path == "/moved" else 200)
+            self.send_header("location", f"http://127.0.0.1:{server.server_port}/small")
+            self.end_headers()
+            self.wfile.write(b"x" * (2_000_000 if self.path == "/large" else 1_000))
+
+        def log_message(self, *args):
+            pass
+
+    asked: list[str] = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "10.0.0.1", "169.254.169.254"]
+)
+def test_private_addresses_are_never_connected_to(web, host, monkeypatch):
+    url, asked = web
+    monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: pytest.fail("it connected"))
+    with pytest.raises(ValueError, match="The URL cannot be read: its address is private"):
+        from_url(f"http://{host}:{url.rpartition(':')[2]}/small", Limits(urls=True, upload_seconds=2))
+    assert not asked
+
+
+def test_a_public_address_may_not_lead_to_a_private_one(web, monkeypatch):
+    url, asked = web
+    connect, hosts = clips._connect, []
+
+    def connect_first(address, *args, **kwargs):  # as if the first address were public
+        hosts.append(address)
+        return socket.create_connection(address) if len(hosts) == 1 else connect(address, *args, **kwargs)
+
+    monkeypatch.setattr(clips, "_connect", connect_first)
+    with pytest.raises(ValueError, match="its address is private"):
+        from_url(f"{url}/moved", Limits(urls=True))
+    assert asked == ["/moved"]
+
+
+def test_files_behind_urls_are_limited(web, monkeypatch):
+    url, _ = web
+    monkeypatch.setattr(clips, "_connect", lambda address, *args, **kwargs: socket.create_connection(address))
+    limits = Limits(urls=True, body=1_000_000)
+    assert from_url(f"{url}/small", limits) == b"x" * 1_000
+    with pytest.raises(TooLargeError, match="more than 1000000 bytes"):
+        from_url(f"{url}/large", limits)
