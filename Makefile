@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart study test test-oldest lint types format docs clean
+.PHONY: quickstart study demo test test-oldest lint types format docs clean
 
 # $(call install,CONSTRAINTS) makes the environment that the target names. torch first and alone: what follows then finds
 # it installed and no CUDA build is resolved beside it.
@@ -26,6 +26,11 @@ quickstart: .venv
 # Hours; it goes on where it stopped, and runs/study/study.md is there after the first row.
 study: .venv
 	$(BIN)/python -m recipes.study --config recipes/configs/study.yaml --output runs/study
+
+# The page of demo/, at http://localhost:7860.
+demo: .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[demo]'
+	$(BIN)/python demo/app.py
 
 test: .venv lint types
 	$(BIN)/python -m pytest -n auto --dist loadfile

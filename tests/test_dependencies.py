@@ -129,6 +129,7 @@ def test_what_stands_under_an_extra_is_in_it():
         ("recipes/sft.py", "trl", "train"),
         ("recipes/quickstart.py", "datasets", "train"),
         ("dataset_builders/self_powered.py", "pyarrow", "data"),
+        ("demo/app.py", "gradio", "demo"),
     ],
 )
 def test_a_command_without_its_extra_says_which_it_takes(command, package, extra):

@@ -23,11 +23,11 @@ FLOORS = [
     {"recipes.studies"},
     {"recipes.nano"},
     {"recipes"},
-    {"benchmarks"},
+    {"benchmarks", "demo"},
 ]
 MODULES = sorted(
     file.relative_to(ROOT)
-    for name in FLOORS[1] | {"dataset_builders", "recipes", "benchmarks"}
+    for name in FLOORS[1] | {"dataset_builders", "recipes", "benchmarks", "demo"}
     for file in ROOT.glob(f"{name}/**/*.py")
 )
 
