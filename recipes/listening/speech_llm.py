@@ -42,6 +42,7 @@ class SpeechLLM:
     """
 
     hears = True
+    scores = True  # likelihoods, and the best of given answers
 
     def __init__(self, model, processor, name: str = "model"):
         self.model, self.processor, self.name = model.eval(), processor, name
@@ -385,6 +386,11 @@ def load(source: str | Path, dtype: str = "auto") -> SpeechLLM:
         make_room(model, processor.tokenizer)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return family(model, processor, Path(source).name if Path(source).exists() else str(source))
+
+
+def is_url(source: str | Path) -> bool:
+    """Return whether a model is behind a server."""
+    return str(source).startswith(("http://", "https://"))
 
 
 def template_settings_of(source: str | Path) -> dict | None:
