@@ -87,7 +87,7 @@ def main() -> None:
     if args.list:
         sys.exit(print(list_tasks(tasks)))
     if not ((args.model or args.endpoint) and args.tasks and args.output):
-        parser.error("--model (or --endpoint), --tasks and --output are needed; --list shows the tasks.")
+        parser.error("--model, --tasks and --output are needed; --list shows the tasks. --endpoint replaces --model.")
     if args.model and args.endpoint:
         parser.error(f"--model {args.model} and --endpoint {args.endpoint} exclude each other.")
     args.model = args.model or args.endpoint

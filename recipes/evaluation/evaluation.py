@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from dataset_builders.files import content_of, write_whole
 from dataset_builders.instructions import TRANSCRIPTION, Task, digest_of, load_pool
@@ -24,12 +24,8 @@ from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import Lsm, SpeechLLM, TextLLM, is_url, load, template_settings_of
 from recipes.listening.transcriber import Transcriber, load_recogniser
 
-if TYPE_CHECKING:
-    from recipes.listening.served_llm import ServedLLM
-
 logger = logging.getLogger(__name__)
 
-Model: TypeAlias = "SpeechLLM | Transcriber | ServedLLM"
 COMPARED_BY_NAME = ("checkpoints", "content")  # settings that are compared checkpoint by checkpoint
 CHUNK = 4  # batches between two writes
 
@@ -87,7 +83,7 @@ class Evaluation:
             self.chosen = self._without_base()
         self.paths = paths
         self._pools: dict[str | None, dict[str, Task]] = {}
-        self._open: tuple[str, Model] | None = None
+        self._open: tuple[str, SpeechLLM | Transcriber] | None = None
 
     def _without_base(self) -> list[System]:
         """Return the systems for an evaluation without `base`, in which the model itself is the text LLM. The label of
@@ -100,15 +96,13 @@ class Evaluation:
         named = [dataclasses.replace(s, label=label) if s.name == "text_llm" else s for s in self.chosen]
         return [system for system in named if self.systems or system.name != "model_reading"]
 
-    def llm(self, checkpoint: str) -> Model:
+    def llm(self, checkpoint: str) -> SpeechLLM | Transcriber:
         """Load a checkpoint and return it. Only the last one stays in memory."""
         path = str(self.paths[checkpoint])
         if self._open is None or self._open[0] != path:
             self._open = None
             if is_url(path):
-                from recipes.listening.served_llm import ServedLLM  # needs the extra `server`
-
-                self._open = (path, ServedLLM(path, **self.endpoint))
+                self._open = (path, _served(path, self.endpoint))
                 return self._open[1]
             llm = (load_recogniser if checkpoint == "asr" else load)(path, self.dtype)
             if self.store is not None and isinstance(llm, Lsm) and llm.hears:
@@ -205,28 +199,30 @@ class Evaluation:
 
         return answer(rows, respond, file, CHUNK * self.batch_size, f"{task.name}, {name}", measure)
 
-    def respond(self, llm: Model, system: System, rows: Sequence[Question]) -> Replies:
+    def respond(self, llm: SpeechLLM | Transcriber, system: System, rows: Sequence[Question]) -> Replies:
         """Return the free answers to all questions, and the constrained answers to closed questions."""
         settings = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens, "progress": False}
         store = self.store if system.slot == "audio" else None
         replies = llm.respond([row.as_row() for row in rows], system.slot, store, **settings)
         constrained: list[str | None] = [None] * len(rows)
         allowed = {place: answers for place, row in enumerate(rows) if (answers := allowed_answers(row))}
-        if allowed and self.constrained and not isinstance(llm, Transcriber) and llm.scores:
+        if allowed and self.constrained and not is_url(self.paths[system.checkpoint]):
             asked = [rows[place].as_row() for place in allowed]
             choices = llm.respond(asked, system.slot, store, allowed=list(allowed.values()), **settings)
             for place, reply in zip(allowed, choices, strict=True):
                 constrained[place] = reply.text
         return replies, constrained
 
-    def measure(self, llm: Model, system: System, rows: Sequence[Question], replies: list[Reply]) -> Likelihoods:
+    def measure(
+        self, llm: SpeechLLM | Transcriber, system: System, rows: Sequence[Question], replies: list[Reply]
+    ) -> Likelihoods:
         """Return the log-likelihoods of the text LLM's answers; `replies` are these answers if it is the system."""
         text_responses = [
             reply.text if system.name == "text_llm" else row.text_response
             for row, reply in zip(rows, replies, strict=True)
         ]
         asked = [row.as_row() | {"response": text} for row, text in zip(rows, text_responses, strict=True) if text]
-        if not asked or isinstance(llm, Transcriber) or not llm.scores:
+        if not asked or isinstance(llm, Transcriber) or is_url(self.paths[system.checkpoint]):
             return [(None, None)] * len(rows)
         store = self.store if system.slot == "audio" else None
         values = iter(llm.log_likelihoods(asked, system.slot, store, self.batch_size))
@@ -269,6 +265,12 @@ class Evaluation:
                 "--output."
             )
         write_whole(file, json.dumps(now, indent=1) + "\n")
+
+
+def _served(url: str, settings: Mapping[str, Any]) -> Any:
+    from recipes.listening.served_llm import ServedLLM  # only this needs the extra `server`
+
+    return ServedLLM(url, **settings)
 
 
 def _predictions(results: Mapping[tuple[str, str], SystemResult]) -> Iterator[dict]:

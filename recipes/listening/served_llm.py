@@ -38,7 +38,6 @@ class ServedLLM:
     """
 
     hears = True
-    scores = False
 
     def __init__(
         self,

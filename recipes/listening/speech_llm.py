@@ -42,7 +42,6 @@ class SpeechLLM:
     """
 
     hears = True
-    scores = True  # likelihoods, and the best of given answers
 
     def __init__(self, model, processor, name: str = "model"):
         self.model, self.processor, self.name = model.eval(), processor, name
