@@ -42,6 +42,7 @@ with extra("train"):
     from recipes.training.checkpoints import contents_of
     from recipes.training.command_line import parse
     from recipes.training.models import check_model, compose_base, load_model
+    from recipes.training.processes import leave_processes
     from recipes.training.rows import load_rows
 
 
@@ -131,7 +132,7 @@ def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
     run(*parse(AlignArguments, LsmTrainingArguments, ModelConfig))
-    PartialState().destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":
