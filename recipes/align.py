@@ -33,7 +33,7 @@ with extra("train"):
     from dataset_builders.corpora.corpus import FEATURES, Corpus
     from dataset_builders.corpora.opening import open_corpus
     from dataset_builders.files import read_lines
-    from recipes.listening.features import store_features
+    from recipes.listening.features import store_features, warn_of_language
     from recipes.reporting.model_card import base_models_of
     from recipes.reporting.training_card import write_trained_card
     from recipes.training.alignment import FOLDER, STEPS, align, needs_alignment, validation_rows
@@ -42,6 +42,7 @@ with extra("train"):
     from recipes.training.checkpoints import contents_of
     from recipes.training.command_line import parse
     from recipes.training.models import check_model, compose_base, load_model
+    from recipes.training.processes import leave_processes
     from recipes.training.rows import load_rows
 
 
@@ -98,6 +99,8 @@ def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_
         model_args.model_name_or_path = compose_base(script_args, training_args, model_args)
     model, processor = load_model(script_args, model_args)
     needs_alignment(model, training_args)
+    if (corpus := opened_corpus(script_args)) is not None:
+        warn_of_language(model.config, script_args.corpus, corpus.language)
     with PartialState().main_process_first():
         clips = load_clips(script_args, training_args.seed)
         store, clips = store_features(script_args.audio_feature_store, clips, model, processor)
@@ -109,7 +112,7 @@ def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_
         store=store,
         validation=validation_rows(script_args, store),
         validation_steps=script_args.following_steps,
-        identity=contents_of(script_args, model_args, opened_corpus(script_args)),
+        identity=contents_of(script_args, model_args, corpus),
         main_process=main_process,
     )
     if main_process:
@@ -131,7 +134,7 @@ def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
     run(*parse(AlignArguments, LsmTrainingArguments, ModelConfig))
-    PartialState().destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m recipes.evaluate --model runs/quickstart/checkpoint --base runs/quickstart/base --tasks nano \
         --vanilla runs/quickstart/training/vanilla --output runs/evaluation
     python -m recipes.evaluate --model Qwen/Qwen2-Audio-7B-Instruct --tasks librispeech_clean --output runs/qwen2_audio
+    python -m recipes.evaluate --endpoint http://localhost:8000/v1 --tasks librispeech_clean --output runs/served
     python -m recipes.evaluate --list
 
 `--model` is an LSM or another speech LLM of transformers. `--tasks` are names or groups of `evaluation/tasks.yaml`, and
@@ -52,6 +53,11 @@ def parse_overrides(entries: Sequence[str]) -> dict[str, dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id of a speech LLM")
+    parser.add_argument("--endpoint", help="instead of --model: URL of an OpenAI-compatible server with a speech LLM")
+    parser.add_argument("--endpoint-model", help="name of the model at the endpoint, if it has several")
+    parser.add_argument(
+        "--instruction-first", action="store_true", help="send the endpoint the instruction before the clip"
+    )
     parser.add_argument("--tasks", nargs="+", help="names of tasks, or of their groups; --list shows them")
     parser.add_argument("--output", help="folder of answers, results and report")
     parser.add_argument("--base", help="the text LLM that the model was composed of")
@@ -80,8 +86,11 @@ def main() -> None:
     tasks = load_tasks(more=args.task_file)
     if args.list:
         sys.exit(print(list_tasks(tasks)))
-    if not (args.model and args.tasks and args.output):
-        parser.error("--model, --tasks and --output are needed; --list shows the tasks.")
+    if not ((args.model or args.endpoint) and args.tasks and args.output):
+        parser.error("--model, --tasks and --output are needed; --list shows the tasks. --endpoint replaces --model.")
+    if args.model and args.endpoint:
+        parser.error(f"--model {args.model} and --endpoint {args.endpoint} exclude each other.")
+    args.model = args.model or args.endpoint
     for name, settings in parse_overrides(args.data).items():
         tasks |= {task.name: override(task, settings) for task in choose_tasks([name], tasks)}
     checkpoints = ("model", "base", "vanilla", "paper", "asr")
@@ -98,6 +107,7 @@ def main() -> None:
         seed=args.seed,
         dtype=args.dtype,
         store=AudioFeatureStore(args.audio_feature_store) if args.audio_feature_store else None,
+        endpoint={"name": args.endpoint_model, "instruction_first": args.instruction_first},
     )
     print(tables.markdown(run.run()))
 

@@ -47,6 +47,7 @@ with extra("train"):
         load_teacher,
     )
     from recipes.training.preflight import preflight
+    from recipes.training.processes import leave_processes
     from recipes.training.rows import RowSizes, check_response_tasks, count_tasks, load_rows, stream_rows
     from recipes.training.trainer import LsmTrainer
 
@@ -154,7 +155,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO)
     arguments = parse(LsmScriptArguments, LsmTrainingArguments, ModelConfig)
     code = preflight(*arguments) if arguments[0].preflight else train(*arguments)
-    PartialState().destroy_process_group()
+    leave_processes()
     sys.exit(code)
 
 

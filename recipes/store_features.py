@@ -16,7 +16,7 @@ with extra("data"):
     from dataset_builders.corpora.opening import open_corpus
     from language_models.checkpoints import load_processor, open_model
     from modeling_lsm import LsmForConditionalGeneration
-    from recipes.listening.features import AudioFeatureStore, audio_key, refuse_other_clips
+    from recipes.listening.features import AudioFeatureStore, audio_key, refuse_other_clips, warn_of_language
 
 
 def main() -> None:
@@ -33,6 +33,8 @@ def main() -> None:
     def clips():
         return (utterance["audio"] for split in args.splits for utterance in open_corpus(args.corpus, split))
 
+    for split in args.splits:
+        warn_of_language(model.config, args.corpus, open_corpus(args.corpus, split).language)
     there = Path(args.output).exists()
     store = AudioFeatureStore.build(args.output, model, load_processor(args.model), clips(), args.batch_size)
     if there:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("language_models", "dataset_builders", "recipes")
 OURS = {*PACKAGES, *(path.stem for path in ROOT.glob("*_lsm.py"))}
 FILES = sorted([*ROOT.glob("*_lsm.py"), *(file for name in PACKAGES for file in ROOT.glob(f"{name}/**/*.py"))])
-NAMED = {"mistral_common"}  # its absence is an error that names it
+NAMED = {"mistral_common", "sounddevice"}  # their absence is an error that names them
 DISTRIBUTIONS = packages_distributions()
 # Those that run on a plain installation; all others say which extra they take.
 PLAIN = ("recipes.__main__", "recipes.chat", "recipes.compose", "recipes.convert_reference", "recipes.nano.train_llm")

@@ -194,7 +194,7 @@ def open_corpus(
         opened: Corpus = pkgutil.resolve_name(used.speaker)(split)
     else:
         opened = _open(name, split, used, config, columns or {}, normalizer or used.normalizer, data_root, revision)
-    opened.license, opened.language = used.license, used.language
+    opened.license, opened.language = used.license, used.language or opened.language
     opened.name = corpus_name or opened.origin
     return opened
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dataset_builders.files import content_of, write_whole
 from dataset_builders.instructions import TRANSCRIPTION, Task, digest_of, load_pool
@@ -20,7 +21,7 @@ from recipes.evaluation.rows import Answer, Question
 from recipes.evaluation.systems import SYSTEMS, System, shuffle_clips, swap_instructions, transcription_rows
 from recipes.evaluation.tasks import EvaluationTask
 from recipes.listening.features import AudioFeatureStore
-from recipes.listening.speech_llm import Lsm, SpeechLLM, TextLLM, load, template_settings_of
+from recipes.listening.speech_llm import Lsm, SpeechLLM, TextLLM, is_url, load, template_settings_of
 from recipes.listening.transcriber import Transcriber, load_recogniser
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ class Evaluation:
 
     Args:
         output: folder of the evaluation.
-        checkpoints: folders or Hub ids by name: `model`, and optionally `base`, `vanilla`, `paper` and `asr`.
+        checkpoints: folders, Hub ids or URLs of servers by name: `model`, and optionally `base`, `vanilla`, `paper` and
+            `asr`.
         tasks: the tasks whose questions are asked.
         systems: names of the systems that answer; by default all that have a checkpoint.
         limit: largest number of utterances per task, for all tasks or by task name.
@@ -46,6 +48,7 @@ class Evaluation:
         seed: seed of everything that is drawn.
         dtype: data type of the models; `"auto"` is that of each checkpoint.
         store: stored audio features of the LSM.
+        endpoint: settings of [`ServedLLM`] for checkpoints that are URLs of servers.
 
     Raises:
         ValueError: a system is unknown or has no checkpoint, or `control_limit` is below 1.
@@ -63,6 +66,7 @@ class Evaluation:
     seed: int = 0
     dtype: str = "auto"
     store: AudioFeatureStore | None = None
+    endpoint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         self.output = Path(self.output)
@@ -97,11 +101,15 @@ class Evaluation:
         path = str(self.paths[checkpoint])
         if self._open is None or self._open[0] != path:
             self._open = None
+            if is_url(path):
+                self._open = (path, _served(path, self.endpoint))
+                return self._open[1]
             llm = (load_recogniser if checkpoint == "asr" else load)(path, self.dtype)
             if self.store is not None and isinstance(llm, Lsm) and llm.hears:
                 self.store.check(llm.model)
             if isinstance(llm, TextLLM):
-                llm.processor = text_processor(path, template_settings_of(self.paths["model"]))
+                model = self.paths["model"]
+                llm.processor = text_processor(path, None if is_url(model) else template_settings_of(model))
             self._open = (path, llm)
         return self._open[1]
 
@@ -198,7 +206,7 @@ class Evaluation:
         replies = llm.respond([row.as_row() for row in rows], system.slot, store, **settings)
         constrained: list[str | None] = [None] * len(rows)
         allowed = {place: answers for place, row in enumerate(rows) if (answers := allowed_answers(row))}
-        if allowed and self.constrained:
+        if allowed and self.constrained and not is_url(self.paths[system.checkpoint]):
             asked = [rows[place].as_row() for place in allowed]
             choices = llm.respond(asked, system.slot, store, allowed=list(allowed.values()), **settings)
             for place, reply in zip(allowed, choices, strict=True):
@@ -214,7 +222,7 @@ class Evaluation:
             for row, reply in zip(rows, replies, strict=True)
         ]
         asked = [row.as_row() | {"response": text} for row, text in zip(rows, text_responses, strict=True) if text]
-        if not asked or isinstance(llm, Transcriber):
+        if not asked or isinstance(llm, Transcriber) or is_url(self.paths[system.checkpoint]):
             return [(None, None)] * len(rows)
         store = self.store if system.slot == "audio" else None
         values = iter(llm.log_likelihoods(asked, system.slot, store, self.batch_size))
@@ -257,6 +265,12 @@ class Evaluation:
                 "--output."
             )
         write_whole(file, json.dumps(now, indent=1) + "\n")
+
+
+def _served(url: str, settings: Mapping[str, Any]) -> Any:
+    from recipes.listening.served_llm import ServedLLM  # only this needs the extra `server`
+
+    return ServedLLM(url, **settings)
 
 
 def _predictions(results: Mapping[tuple[str, str], SystemResult]) -> Iterator[dict]:

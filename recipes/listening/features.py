@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-from configuration_lsm import num_encoder_frames
+from configuration_lsm import LsmConfig, num_encoder_frames
 from dataset_builders.corpora.audio import decode
 from dataset_builders.files import append_lines, differences, partial_of, read_lines
 from processing_lsm import LsmProcessor, load_audio
@@ -244,6 +245,20 @@ def store_features(folder: str | None, dataset, model, processor) -> tuple[Audio
     dataset = dataset.map(lambda row: {"audio_key": row["audio"] and audio_key(row["audio"])}, remove_columns="audio")
     refuse_other_clips(store, (key for key in dataset["audio_key"] if key is not None), "--audio_feature_store")
     return store, dataset
+
+
+def warn_of_language(config: LsmConfig, corpus: str, language: str | None) -> None:
+    """Log a warning if a corpus is in a language (ISO 639) that the encoder does not know. Whisper checkpoints whose
+    names end with `.en` know only English."""
+    name = (config.sources or {}).get("audio", {}).get("model", "")
+    if language is None or not (language != "en" if name.endswith(".en") else language not in LANGUAGES):
+        return
+    logger.warning(
+        "%s is in %r, a language that the encoder %s does not know; take another Whisper, or expect many errors.",
+        corpus,
+        language,
+        name or "(unknown)",
+    )
 
 
 def refuse_other_clips(store: AudioFeatureStore, keys: Iterable[str], option: str) -> None:

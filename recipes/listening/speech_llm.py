@@ -387,6 +387,11 @@ def load(source: str | Path, dtype: str = "auto") -> SpeechLLM:
     return family(model, processor, Path(source).name if Path(source).exists() else str(source))
 
 
+def is_url(source: str | Path) -> bool:
+    """Return whether a model is behind a server."""
+    return str(source).startswith(("http://", "https://"))
+
+
 def template_settings_of(source: str | Path) -> dict | None:
     """Return the template settings of an LSM, for a text LLM that is compared with it; None for other checkpoints."""
     if load_config(source, trust_remote_code=True).model_type != "lsm":

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from language_models.generation import GREEDY, read_answers
 from modeling_lsm import LsmForConditionalGeneration
+from recipes.listening.features import SHAPES
 
 logger = logging.getLogger(__name__)
 
@@ -299,11 +300,13 @@ class Engine(threading.Thread):
 
     def _speech(self, jobs: list[Job]) -> torch.Tensor | None:
         """Return the speech embeddings of the prompts. Each is encoded alone, because padding short clips to the length
-        of long ones costs more than a batch saves."""
+        of long ones costs more than a batch saves. Few lengths are few kernels that oneDNN keeps in memory."""
         heard = []
         for job in jobs:
             if "input_features" in job.inputs:
-                audio = {name: job.inputs[name].to(self.model.device) for name in FEATURES}
+                padding = -job.inputs["input_features"].shape[-1] % SHAPES
+                audio = {name: nn.functional.pad(job.inputs[name], (0, padding)) for name in FEATURES}
+                audio = {name: value.to(self.model.device) for name, value in audio.items()}
                 heard.append(self.model.get_audio_features(**audio).pooler_output)
         return torch.cat(heard) if heard else None
 

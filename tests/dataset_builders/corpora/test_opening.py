@@ -74,6 +74,13 @@ def test_the_description_of_a_corpus_is_json(tmp_path):
     }
 
 
+@pytest.mark.parametrize("languages, expected", [(("de", "de"), "de"), (("de", "fr"), None), (("German",) * 2, None)])
+def test_a_manifest_may_name_its_language(tmp_path, languages, expected):
+    lines = json_lines(*({"audio": "a.wav", "text": "hallo", "language": language} for language in languages))
+    corpus = open_corpus(write(tmp_path, {"asr.jsonl": lines, "a.wav": clip(0)}) / "asr.jsonl")
+    assert corpus.describe()["language"] == expected
+
+
 def test_a_corpus_can_get_another_name(tmp_path):
     """Otherwise, the rows of two files with the same name would look the same."""
     folder = write(tmp_path / "en", {"train.jsonl": '{"audio": "a.wav", "text": "hello"}', "a.wav": clip(0)})

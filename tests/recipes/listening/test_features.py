@@ -9,11 +9,12 @@ import soundfile
 import torch
 from corpus_files import write
 
+from configuration_lsm import LsmConfig
 from dataset_builders.corpora.opening import load_corpus
 from recipes import store_features
 from recipes.listening import features as audio_features
 from recipes.listening.collator import SpeechResponseCollator
-from recipes.listening.features import AudioFeatureStore, audio_key
+from recipes.listening.features import AudioFeatureStore, audio_key, warn_of_language
 from recipes.listening.speech_llm import Lsm
 
 
@@ -225,3 +226,19 @@ def test_a_corpus_is_stored_by_one_command(lsm_dir, corpus_dir, store, tmp_path,
     monkeypatch.setattr("sys.argv", ["store_features", *map(str, [*arguments, "--corpus", tmp_path / "other"])])
     with pytest.raises(ValueError, match=r"was built for other clips: it lacks 1 of 1. .* name another --output"):
         store_features.main()
+
+
+@pytest.mark.parametrize(
+    "encoder, language, known",
+    [
+        ("openai/whisper-base", "de", True),
+        ("openai/whisper-base", "got", False),
+        ("openai/whisper-tiny.en", "en", True),
+        ("openai/whisper-tiny.en", "de", False),
+        ("openai/whisper-tiny.en", None, True),
+    ],
+)
+def test_a_language_that_the_encoder_does_not_know(encoder, language, known, caplog):
+    source = {"model": encoder, "revision": "main", "content": "sha256:0"}
+    warn_of_language(LsmConfig(sources={"audio": source, "text": source}), "my corpus", language)
+    assert [record.args[:3] for record in caplog.records] == ([] if known else [("my corpus", language, encoder)])

@@ -68,3 +68,27 @@ def test_two_processes_go_on_where_they_were_stopped(launch, losses, tmp_path):
         (stopped / name).write_bytes((whole / name).read_bytes())
     launch(2, **options, output_dir=str(stopped))
     assert losses(stopped) == pytest.approx(losses(whole), rel=1e-5)
+
+
+# Writes the names of the threads of a process when Python begins to shut down.
+AT_EXIT = """
+import atexit, os
+from pathlib import Path
+
+def write():
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    Path(__file__).with_name(f"{os.environ['RANK']}.threads").write_text(" ".join(names))
+
+if "RANK" in os.environ:
+    atexit.register(write)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc has the names of the threads")
+def test_no_thread_of_the_group_runs_while_python_shuts_down(launch, tmp_path, monkeypatch):
+    """It would abort the process every few runs."""
+    (tmp_path / "sitecustomize.py").write_text(AT_EXIT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    launch(2, max_steps=1, per_device_train_batch_size=2, output_dir=str(tmp_path / "out"))
+    for rank in range(2):
+        assert "gloo" not in (tmp_path / f"{rank}.threads").read_text()
