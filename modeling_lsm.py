@@ -402,7 +402,7 @@ class LsmModel(LsmPreTrainedModel):
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
-        **kwargs,
+        return_dict: bool | None = None,
     ) -> LsmAudioOutput:
         """Return the speech embeddings of all chunks of a batch, with the output of the audio tower.
 
@@ -413,7 +413,7 @@ class LsmModel(LsmPreTrainedModel):
                 all frames are real.
             audio_hidden_states: `(chunks, encoder_frames, d_audio)` float, the audio tower's output for these chunks,
                 instead of `input_features`.
-            kwargs: have no effect. Callers of transformers models also pass `return_dict`.
+            return_dict: has no effect; vLLM passes it to all models.
 
         Raises:
             ValueError: not exactly one of `input_features` and `audio_hidden_states` is given, it is empty, or the mask

@@ -56,8 +56,8 @@ class FileCorpus(Corpus):
             trouble = lines[0] if lines else "it is empty"
             raise ValueError(f"{path} has no readable utterance ({trouble}); expected {self.expected}.")
         self.columns = choose_columns(names, columns, str(path))
-        languages = {line.get("language") for line in lines if isinstance(line, dict)}
-        if len(languages) == 1 and re.fullmatch("[a-z]{2,3}", str(language := languages.pop())):
+        languages = {str(line.get("language")) for line in lines if isinstance(line, dict)}
+        if len(languages) == 1 and re.fullmatch("[a-z]{2,3}", language := languages.pop()):
             self.language = language
 
     @cached_property

@@ -237,6 +237,7 @@ class Evaluation:
             # A checkpoint whose content cannot be read is identified by its path.
             "content": {name: content_of(path) or str(path) for name, path in self.paths.items()},
             **{name: getattr(self, name) for name in names},
+            **({"endpoint": dict(self.endpoint)} if any(map(is_url, self.paths.values())) else {}),
         }
 
     def _check_folder(self) -> None:

@@ -20,15 +20,13 @@ from transformers.cache_utils import DynamicLayer
 
 from language_models.generation import GREEDY, read_answers
 from modeling_lsm import LsmForConditionalGeneration
+from processing_lsm import FEATURES
 from recipes.listening.features import SHAPES
 
 logger = logging.getLogger(__name__)
 
-FEATURES = ("input_features", "input_features_mask")
 PREFILL_FRAMES = 12_000  # mel frames of the prompts that are read together, between two steps: 120 s of speech
 HALF_CHARACTER = "\ufffd"  # what a tokenizer decodes bytes to that the next token completes
-
-
 IDLE = 1.0  # seconds without a request after which memory is given back
 
 
@@ -58,6 +56,9 @@ class Job:
         top_p: only the most probable tokens with this total probability are drawn.
         seed: of the random numbers; None for other numbers each time.
         stop: texts at whose first occurrence the answer ends; it does not contain them.
+        cancelled: whether the client has left.
+        tokens: the tokens that were written so far.
+        written: the text that was emitted so far.
     """
 
     inputs: BatchFeature
@@ -85,9 +86,7 @@ class Job:
         return 0 if features is None else features.shape[0] * features.shape[-1]
 
     def choose(self, logits: torch.Tensor) -> int:
-        """Return the next token, given its logits `(vocabulary,)` float32."""
-        if self.temperature == 0:
-            return int(logits.argmax())
+        """Draw the next token, given its logits `(vocabulary,)` float32."""
         scores = TemperatureLogitsWarper(self.temperature)(None, logits[None])
         if self.top_p < 1:
             scores = TopPLogitsWarper(self.top_p)(None, scores)
@@ -104,7 +103,7 @@ class Job:
         if stop is not None:
             text = text[:stop]
         elif finish is None:  # the end of what is known may still change
-            text = text[: len(text) - max(map(len, self.stop), default=0)] if self.stop else text
+            text = text[: max(0, len(text) - max(map(len, self.stop), default=0))]
             text = "" if text.endswith(HALF_CHARACTER) else text
         new = text.removeprefix(self.written) if text.startswith(self.written) else ""
         self.written += new
@@ -115,7 +114,7 @@ class Job:
 
 @dataclass(eq=False)
 class _Batch:
-    """The rows that are being answered: their jobs, cache and mask `(rows, length)` int64, and next tokens."""
+    """The rows that are being answered: their jobs, their cache, and its mask `(rows, length)` int64."""
 
     jobs: list[Job]
     cache: DynamicCache

@@ -74,7 +74,9 @@ def test_the_description_of_a_corpus_is_json(tmp_path):
     }
 
 
-@pytest.mark.parametrize("languages, expected", [(("de", "de"), "de"), (("de", "fr"), None), (("German",) * 2, None)])
+@pytest.mark.parametrize(
+    "languages, expected", [(("de", "de"), "de"), (("de", "fr"), None), (("German",) * 2, None), ((["de"],) * 2, None)]
+)
 def test_a_manifest_may_name_its_language(tmp_path, languages, expected):
     lines = json_lines(*({"audio": "a.wav", "text": "hallo", "language": language} for language in languages))
     corpus = open_corpus(write(tmp_path, {"asr.jsonl": lines, "a.wav": clip(0)}) / "asr.jsonl")

@@ -45,6 +45,13 @@ def test_an_endpoint_gives_the_answers_of_its_checkpoint(server, evaluated, lsm_
     assert len(served) > 6
 
 
+def test_answers_of_another_order_are_not_reused(server, evaluated):
+    url = f"http://127.0.0.1:{server.port}/v1"
+    evaluated("order", "--endpoint", url)
+    with pytest.raises(ValueError, match="holds answers with another endpoint"):
+        evaluated("order", "--endpoint", url, "--instruction-first")
+
+
 def test_endpoints_that_cannot_be_used(server, evaluated, lsm_dir, capsys):
     url = f"http://127.0.0.1:{server.port}/v1"
     with pytest.raises(ValueError, match=r"serves \['tiny'\] and not 'other'; name one of them with --endpoint-model"):

@@ -89,6 +89,15 @@ def test_an_answer_ends_before_a_stop_text_also_if_it_is_streamed(engine, served
     assert text == whole[: whole.index(stop)]
 
 
+def test_nothing_of_a_stop_text_is_emitted_before_it_is_whole(processor, ask):
+    """Also where the answer is still shorter than the stop text, which it begins with."""
+    job, tokenizer = ask(1, max_tokens=100, stop=["abcdef"]), processor.tokenizer
+    tokens = tokenizer("abcdef", add_special_tokens=False).input_ids
+    assert len(tokens) > 3
+    assert [job.take(token, tokenizer, []) for token in tokens] == [False] * (len(tokens) - 1) + [True]
+    assert read(job)[:2] == ("", "stop")
+
+
 def test_a_seed_draws_the_same_again_and_another_one_something_else(engine, ask):
     engine.start()
     jobs = [ask(2, temperature=1.5, top_p=0.99, seed=seed) for seed in (1, 2, 1)]
