@@ -241,10 +241,10 @@ class LsmReader(nn.Module):
         """Express speech in the LLM's input embeddings, as LegoSLM does (arXiv 2505.11352).
 
         A speech token becomes the mean of its `pieces_per_token` nearest embeddings, weighted by their probabilities. A
-        blank, or a repetition of the token before, becomes the mean of all embeddings plus its own direction times a
-        learned gate. The gate is initially 0 and can grow if there is something to learn that is not expressed in
-        words. In each chunk, the words come before the blanks, so that the LLM gets them next to each other, as in a
-        text.
+        blank, or a repetition of the token before, becomes zeros plus its own direction times a learned gate, which is
+        initially 0 and can grow if there is something to learn that is not expressed in words. Zeros disturb an LLM
+        less than any text-like vector (`docs/real.md`). In each chunk, the words come before the blanks, so that the
+        LLM gets them next to each other, as in a text.
 
         Args:
             speech: `(total_tokens, hidden)` float.
@@ -255,7 +255,7 @@ class LsmReader(nn.Module):
         Returns:
             `(total_tokens, hidden)`.
         """
-        ids, mean = self._search(speech, embeddings)
+        ids = self._search(speech, embeddings)
         pieces = embeddings(ids).to(speech)  # dtype and device: with a device map, the LLM may be elsewhere
         probabilities = self.logits(speech, pieces).softmax(-1)
         chunk = torch.arange(len(num_tokens)).repeat_interleave(torch.tensor(num_tokens)).to(speech.device)
@@ -267,26 +267,22 @@ class LsmReader(nn.Module):
         is_blank = blank[:, 0] > 0.5
         # Blanks get no words, because LLMs normalise their input, which would amplify even improbable words.
         words = (probabilities[:, None, 1:] @ pieces.to(probabilities))[:, 0].masked_fill(is_blank[:, None], 0.0)
-        output = words + blank * (mean + self.gate * nn.functional.normalize(speech, dim=-1))
+        output = words + blank * self.gate * nn.functional.normalize(speech, dim=-1)
         return output[(2 * chunk + is_blank).argsort(stable=True)].to(speech.dtype)
 
     @torch.no_grad()
-    def _search(self, speech: torch.Tensor, embeddings: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the ids `(tokens, pieces_per_token)` of the embeddings with the largest cosines with each token, and
-        the mean `(hidden,)` of all embeddings."""
+    def _search(self, speech: torch.Tensor, embeddings: Callable) -> torch.Tensor:
+        """Return the ids `(tokens, pieces_per_token)` of the embeddings with the largest cosines with each token."""
         speech, device = nn.functional.normalize(speech, dim=-1), speech.device
         never = torch.tensor(self.config.non_text_token_ids, dtype=torch.long, device=device)
         scores, ids = speech.new_empty(len(speech), 0), torch.empty(len(speech), 0, dtype=torch.long, device=device)
-        vocabulary, total = self.config.text_config.vocab_size, 0.0
-        for chunk in torch.arange(vocabulary, device=device).split(VOCABULARY_CHUNK):
-            vectors = embeddings(chunk).to(speech)
-            total = total + vectors.sum(0, dtype=torch.promote_types(vectors.dtype, torch.float32))
-            cosines = speech @ nn.functional.normalize(vectors, dim=-1).T
+        for chunk in torch.arange(self.config.text_config.vocab_size, device=device).split(VOCABULARY_CHUNK):
+            cosines = speech @ nn.functional.normalize(embeddings(chunk).to(speech), dim=-1).T
             cosines = cosines.masked_fill(torch.isin(chunk, never), -torch.inf)
             scores, ids = torch.cat([scores, cosines], 1), torch.cat([ids, chunk.expand(len(speech), -1)], 1)
             scores, kept = scores.topk(min(self.config.pieces_per_token, scores.shape[1]))
             ids = ids.gather(1, kept)
-        return ids, total / vocabulary
+        return ids
 
 
 class LsmProjector(LsmPreTrainedModel):

@@ -52,31 +52,31 @@ def test_words_become_the_llms_embeddings_and_blanks_say_nothing(embeddings):
     reader, said = make_reader(), near(embeddings.weight[[3, 9, 5]])
     found = reader(torch.cat([said, near(reader.blank[None], 2.0)]), embeddings, [4])
     torch.testing.assert_close(found[:3], embeddings.weight[[3, 9, 5]], atol=0.05, rtol=0)
-    torch.testing.assert_close(found[3], embeddings.weight.mean(0), atol=0.05, rtol=0)
+    assert found[3].abs().max() < 0.01
 
 
 def test_a_piece_that_the_token_before_has_too_is_said_once(embeddings):
     """As CTC decodes: it was heard in two windows. With a blank between, it was said twice, and so in another chunk."""
-    reader, mean = make_reader(), embeddings.weight.mean(0)
+    reader = make_reader()
     heard = near(embeddings.weight[[3, 3, 3, 9]])
     output = reader(heard, embeddings, [4])
     torch.testing.assert_close(output[:2], embeddings.weight[[3, 9]], atol=0.05, rtol=0)
-    torch.testing.assert_close(output[2:], mean.expand(2, -1), atol=0.05, rtol=0)
+    assert not output[2:].any()
     twice = torch.cat([heard[:1], near(reader.blank[None]), heard[:1]])
     torch.testing.assert_close(reader(twice, embeddings, [3])[:2], embeddings.weight[[3, 3]], atol=0.05, rtol=0)
     torch.testing.assert_close(reader(heard[:2], embeddings, [1, 1]), embeddings.weight[[3, 3]], atol=0.05, rtol=0)
 
 
 def test_the_gate_lets_a_blank_through_and_no_word_with_it(embeddings):
-    reader, mean = make_reader(), embeddings.weight.mean(0)
+    reader = make_reader()
     unsure = torch.nn.functional.normalize(0.8 * near(reader.blank) + 0.6 * near(embeddings.weight[3]), dim=0)[None]
-    pieces = embeddings(reader._search(unsure, embeddings)[0])
+    pieces = embeddings(reader._search(unsure, embeddings))
     blank = reader.logits(unsure, pieces).softmax(-1)[0, 0]
     assert 0.5 < blank < 1
-    torch.testing.assert_close(reader(unsure, embeddings, [1])[0] / blank, mean, atol=0.02, rtol=0)
+    assert not reader(unsure, embeddings, [1]).any()
     with torch.no_grad():
         reader.gate.fill_(0.5)
-    torch.testing.assert_close(reader(unsure, embeddings, [1])[0] / blank, mean + 0.5 * unsure[0], atol=0.02, rtol=0)
+    torch.testing.assert_close(reader(unsure, embeddings, [1])[0] / blank, 0.5 * unsure[0], atol=0.02, rtol=0)
 
 
 def test_the_words_of_each_chunk_come_first_in_their_order(embeddings):
@@ -90,23 +90,20 @@ def test_the_words_of_each_chunk_come_first_in_their_order(embeddings):
 
 def test_speech_is_never_read_as_what_is_no_text(embeddings):
     reader = make_reader()
-    found = reader._search(near(embeddings.weight[[7, 3]]), embeddings)[0]
+    found = reader._search(near(embeddings.weight[[7, 3]]), embeddings)
     assert not set(found.flatten().tolist()) & set(NEVER) and found[1, 0] == 3
     assert found.shape == (2, 3)
 
 
 def test_a_vocabulary_is_searched_in_parts(embeddings, monkeypatch):
     reader, speech = make_reader(), torch.randn(6, WIDTH)
-    ids, mean = reader._search(speech, embeddings)
+    ids = reader._search(speech, embeddings)
     cosines = torch.nn.functional.normalize(speech) @ torch.nn.functional.normalize(embeddings.weight).T
     cosines[:, NEVER] = -torch.inf
     assert torch.equal(ids, cosines.topk(3).indices)
-    torch.testing.assert_close(mean, embeddings.weight.mean(0))
     monkeypatch.setattr(modeling_lsm, "VOCABULARY_CHUNK", 7)
-    again, same_mean = reader._search(speech, embeddings)
-    assert torch.equal(again, ids)
-    torch.testing.assert_close(same_mean, mean)
-    assert make_reader(pieces_per_token=99)._search(speech, embeddings)[0].shape == (6, VOCABULARY)
+    assert torch.equal(reader._search(speech, embeddings), ids)
+    assert make_reader(pieces_per_token=99)._search(speech, embeddings).shape == (6, VOCABULARY)
 
 
 def test_the_scaling_of_embeddings_is_in_the_words():

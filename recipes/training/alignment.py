@@ -5,6 +5,7 @@ with the LLM's embeddings of the pieces; only the blank is new. Speech then lies
 listen in a fraction of the steps. The LLM itself is not run, so a step is cheap enough for one CPU core.
 """
 
+import collections
 import itertools
 import logging
 import math
@@ -23,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from configuration_lsm import num_audio_tokens
 from dataset_builders.corpora.opening import load_corpus
 from dataset_builders.files import append_lines
-from language_models.tokenizers import non_text_token_ids
+from language_models.tokenizers import merges_of, non_text_token_ids
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
 from recipes.evaluation.metrics import error_rate
@@ -180,7 +181,31 @@ def speech_tokens_needed(pieces: Sequence[int]) -> int:
     return len(pieces) + sum(a == b for a, b in itertools.pairwise(pieces))
 
 
-def alignment_rows(dataset: Dataset, processor: LsmProcessor, embeddings: int) -> Dataset:
+def spell_rare_pieces(
+    rows: Sequence[Sequence[int]], merges: dict[int, tuple[int, int]], min_count: int
+) -> list[list[int]]:
+    """Replace pieces that occur fewer than `min_count` times in all rows by the pieces that BPE merged into them, and
+    these again, until all are frequent or cannot be divided. An LLM has so many pieces that most occur hardly ever in
+    an ASR corpus, so they cannot be learned, but their parts can (`docs/real.md`).
+
+    Args:
+        rows: ids of each transcript.
+        merges: see [`merges_of`].
+        min_count: least number of occurrences of a piece that is kept.
+    """
+    counts = collections.Counter(itertools.chain.from_iterable(rows))
+    spelling: dict[int, list[int]] = {}
+    for piece, parts in reversed(merges.items()):
+        if 0 < counts[piece] < min_count:
+            spelling[piece] = list(parts)
+            for part in parts:
+                counts[part] += counts[piece]
+    for piece in reversed(spelling):  # short pieces first
+        spelling[piece] = [id for part in spelling[piece] for id in spelling.get(part, [part])]
+    return [[id for piece in row for id in spelling.get(piece, [piece])] for row in rows]
+
+
+def alignment_rows(dataset: Dataset, processor: LsmProcessor, embeddings: int, min_count: int = 0) -> Dataset:
     """Return the clips of a set, each once, with the `pieces` of their transcripts and their `speech_tokens`.
 
     Clips that cannot be aligned are left out; the log says how many and why.
@@ -190,6 +215,7 @@ def alignment_rows(dataset: Dataset, processor: LsmProcessor, embeddings: int) -
             clip.
         processor: the LSM's processor.
         embeddings: number of embeddings of the LLM.
+        min_count: see [`spell_rare_pieces`]. A clip that is too short for its spelled transcript keeps its pieces.
 
     Raises:
         ValueError: no clip is left.
@@ -209,7 +235,11 @@ def alignment_rows(dataset: Dataset, processor: LsmProcessor, embeddings: int) -
         return {"pieces": pieces, "speech_tokens": [processor.num_audio_tokens([length])[0] for length in samples]}
 
     dataset = dataset.map(measure, batched=True, desc="measuring clips")
-    pairs = list(zip(dataset["pieces"], dataset["speech_tokens"], strict=True))
+    tokens, whole = dataset["speech_tokens"][:], dataset["pieces"][:]
+    spelled = zip(whole, spell_rare_pieces(whole, merges_of(processor.tokenizer), min_count), tokens, strict=True)
+    pieces = [rare if speech_tokens_needed(rare) <= most else common for common, rare, most in spelled]
+    dataset = dataset.remove_columns("pieces").add_column("pieces", pieces)
+    pairs = list(zip(pieces, tokens, strict=True))
     fit = [row for row, (pieces, tokens) in enumerate(pairs) if pieces and speech_tokens_needed(pieces) <= tokens]
     empty = sum(not pieces for pieces, _ in pairs)
     if crowded := len(pairs) - len(fit) - empty:
@@ -234,11 +264,11 @@ class AlignmentCollator(SpeechResponseCollator):
     """Rows of [`alignment_rows`] → the arguments of [`AlignmentModel.forward`].
 
     Args:
-        counts: `(vocabulary,)` float, weights for drawing ids besides the batch's own; 0 for ids without text.
+        weights: `(vocabulary,)` float, for drawing ids besides the batch's own; see [`piece_weights`].
         others: number of ids to draw. The draw depends only on the batch, so that a resumed training draws the same.
     """
 
-    counts: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    weights: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     others: int = OTHER_PIECES
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -254,12 +284,12 @@ class AlignmentCollator(SpeechResponseCollator):
         }
 
     def _draw(self, own: torch.Tensor, seed: int) -> torch.Tensor:
-        counts = self.counts.clone()
-        counts[own] = 0
-        drawn = min(self.others, int((counts > 0).sum()))
+        weights = self.weights.clone()
+        weights[own] = 0
+        drawn = min(self.others, int((weights > 0).sum()))
         if not drawn:
             return own[:0]
-        return torch.multinomial(counts, drawn, generator=torch.Generator().manual_seed(seed))
+        return torch.multinomial(weights, drawn, generator=torch.Generator().manual_seed(seed))
 
 
 class AlignmentTrainer(WholeCheckpoints, Trainer):
@@ -351,12 +381,14 @@ def validation_rows(args, store: AudioFeatureStore | None) -> Dataset | None:
     return dataset.map(lambda row: {"audio_key": audio_key(row["audio"])}, remove_columns="audio")
 
 
-def piece_counts(rows: Dataset, pieces: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Return how often each id occurs in the transcripts, plus one, `(vocabulary,)` float; 0 for ids without text."""
-    counts = torch.zeros(vocabulary)
-    counts[pieces] = 1.0
+def piece_weights(rows: Dataset, pieces: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Return the weights with which the other pieces of a step are drawn, `(vocabulary,)` float: half by their share in
+    the transcripts, half alike, because the reader must also learn not to choose pieces that no transcript has; 0 for
+    ids without text."""
     occurrences = np.bincount([id for ids in rows["pieces"] for id in ids], minlength=vocabulary)
-    return counts + torch.from_numpy(occurrences).float()
+    weights = torch.from_numpy(occurrences / occurrences.sum()).float()
+    weights[pieces] += 1 / len(pieces)
+    return weights
 
 
 def needs_alignment(model: LsmForConditionalGeneration, args) -> bool:
@@ -416,12 +448,12 @@ def align(
     settings = alignment_arguments(args)
     resume = "false" if (args.resume_from_checkpoint or "").lower() == "false" else None
     embeddings = model.get_input_embeddings().weight.shape[0]
-    rows = alignment_rows(dataset, processor, embeddings)
+    rows = alignment_rows(dataset, processor, embeddings, args.align_min_count)
     clips = {"clips": zlib.crc32(repr((rows["pieces"][:], rows["speech_tokens"][:])).encode())}
     made_of = settings_of(settings) | (identity or {}) | clips
     checkpoint = find_checkpoint(settings.output_dir, made_of, resume, main_process)
     pieces = text_pieces(processor, embeddings)
-    collator = AlignmentCollator(processor, store, counts=piece_counts(rows, pieces, embeddings))
+    collator = AlignmentCollator(processor, store, weights=piece_weights(rows, pieces, embeddings))
     if model.device != settings.device:  # weights in 4 bits are already there and cannot be moved
         model.to(settings.device)
     aligned = AlignmentModel(model, pieces)

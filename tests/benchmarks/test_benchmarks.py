@@ -1,10 +1,13 @@
 """The benchmarks of builds run on very few rows."""
 
+from types import SimpleNamespace
+
 import pytest
 from datasets import Audio, Dataset, load_dataset
 
 from benchmarks.build_memory import peak_memory
 from benchmarks.real_size import measure as measure_real_size
+from benchmarks.responders import measure as measure_responders
 from benchmarks.self_powered import measure
 
 
@@ -31,3 +34,14 @@ def test_the_stages_of_a_real_size_are_measured_against_what_is_slower(lsm_dir, 
         assert {ratio > 0 for ratios in stage["ratios"].values() for ratio in ratios} == {True}, name
     assert found["stages"]["building"]["same"] == 3
     assert set(found["stages"]["training"]["of_matrix_rate"]) == {"fast", "sdpa"}
+
+
+def test_responders_are_compared_with_the_first_one_on_the_same_rows():
+    answers = {"here": ["yes", "no", "no", "ten"], "server": ["yes", "no", "yes", "nine"]}
+    responders = {
+        name: SimpleNamespace(respond=lambda rows, texts=texts: [SimpleNamespace(text=texts[row]) for row in rows])
+        for name, texts in answers.items()
+    }
+    found = measure_responders(responders, [0, 1, 2, 3], turns=2)
+    assert [found["here"]["same"], found["server"]["same"]] == [1.0, 0.5]
+    assert all(len(one["turns"]) == 2 and one["rows_per_second"] > 0 for one in found.values())

@@ -19,6 +19,7 @@ from datasets import Audio, Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from dataset_builders.files import read_lines
+from language_models.tokenizers import merges_of
 from recipes import align as command
 from recipes.listening.speech_llm import Lsm
 from recipes.training.alignment import (
@@ -30,8 +31,9 @@ from recipes.training.alignment import (
     alignment_rows,
     ctc_loss,
     needs_alignment,
-    piece_counts,
+    piece_weights,
     speech_tokens_needed,
+    spell_rare_pieces,
     text_pieces,
 )
 from recipes.training.checkpoints import last_checkpoint
@@ -156,7 +158,7 @@ def test_windows_are_cut_elsewhere_and_clips_keep_their_tokens(small_lsm, proces
     dataset = alignment_rows(
         concatenate_datasets([clips_of(SAID[:2], 1.2), clips_of(["so be it"], 32.0)]), processor, 300
     )
-    batch = AlignmentCollator(processor, counts=torch.ones(300))(list(dataset))
+    batch = AlignmentCollator(processor, weights=torch.ones(300))(list(dataset))
     audio = {name: value for name, value in batch.items() if name.startswith("input_features")}
     assert batch["chunks"].tolist() == [1, 1, 2]
     with torch.no_grad():
@@ -201,6 +203,34 @@ def test_no_piece_is_a_special_token(processor):
     assert not pieces & special and len(pieces) == len(processor.tokenizer) - len(special)
 
 
+def test_rare_pieces_are_spelled_with_those_that_bpe_merged():
+    merges = {10: (1, 2), 11: (10, 3), 12: (11, 4), 13: (5, 5)}  # 12 is ((1 2) 3) 4
+    rows = [[12, 10], [10, 13], [13, 6]]
+    assert spell_rare_pieces(rows, merges, 2) == [[10, 3, 4, 10], [10, 13], [13, 6]]  # 10 is now three times there
+    assert spell_rare_pieces(rows, merges, 4) == [[1, 2, 3, 4, 1, 2], [1, 2, 5, 5], [5, 5, 6]]  # 6 has no parts
+    assert spell_rare_pieces(rows, merges, 0) == spell_rare_pieces(rows, {}, 9) == rows
+
+
+def test_the_merges_of_a_tokenizer_spell_what_its_pieces_do(processor):
+    tokenizer = processor.tokenizer
+    merges = merges_of(tokenizer)
+    assert merges
+    for piece, (left, right) in merges.items():
+        assert tokenizer.decode([piece]) == tokenizer.decode([left, right])
+        assert all(part not in merges or list(merges).index(part) < list(merges).index(piece) for part in (left, right))
+
+
+def test_rare_words_are_spelled_where_the_clip_has_room(processor):
+    said = ["nothing is asked", "the speech says what is asked, so be it"]
+    spelled = [alignment_rows(clips_of(said, seconds), processor, 300, min_count=9)["pieces"] for seconds in (4.0, 0.8)]
+    whole = Slot(processor).pieces(said)
+    for long, short, pieces in zip(*spelled, whole, strict=True):
+        assert processor.tokenizer.decode(long) == processor.tokenizer.decode(pieces)
+        assert len(long) > len(pieces)
+        assert short in (long, pieces)
+    assert spelled[1][1] == whole[1]  # no room
+
+
 def test_two_pieces_that_are_the_same_need_a_blank_between_them():
     assert speech_tokens_needed([4, 4, 5, 4]) == 5
     assert speech_tokens_needed([4]) == 1
@@ -219,9 +249,12 @@ def test_clips_that_cannot_be_aligned_are_counted_and_said(processor, caplog):
 def test_a_step_chooses_among_its_own_pieces_and_others_of_the_set(processor, clips):
     rows = alignment_rows(clips, processor, 300)
     pieces = text_pieces(processor, 300)
-    counts = piece_counts(rows, pieces, 300)
-    assert counts[pieces].min() == 1 and counts.sum() == len(pieces) + sum(map(len, rows["pieces"]))
-    collate = AlignmentCollator(processor, counts=counts, others=20)
+    weights = piece_weights(rows, pieces, 300)
+    never = weights[pieces].min().item()  # the weight of a piece that no transcript has
+    assert never == pytest.approx(1 / len(pieces)) and weights.sum().item() == pytest.approx(2)
+    said = [id for ids in rows["pieces"] for id in ids]
+    assert weights[said[0]].item() == pytest.approx(never + said.count(said[0]) / len(said))
+    collate = AlignmentCollator(processor, weights=weights, others=20)
     batch = collate(list(rows.select([0, 1])))
     own = batch["labels"].unique() - 1
     assert own.tolist() == list(range(len(own))) and len(batch["pieces"]) == len(own) + 20
@@ -237,7 +270,7 @@ def test_a_step_chooses_among_its_own_pieces_and_others_of_the_set(processor, cl
 
 def test_a_small_vocabulary_is_chosen_from_as_a_whole(processor, clips):
     rows, pieces = alignment_rows(clips, processor, 300), text_pieces(processor, 300)
-    batch = AlignmentCollator(processor, counts=piece_counts(rows, pieces, 300))(list(rows))
+    batch = AlignmentCollator(processor, weights=piece_weights(rows, pieces, 300))(list(rows))
     assert sorted(batch["pieces"].tolist()) == pieces.tolist()
 
 
