@@ -6,9 +6,11 @@ import pytest
 from datasets import Audio, Dataset, load_dataset
 
 from benchmarks.build_memory import peak_memory
+from benchmarks.imperfect_reading import measure as measure_imperfect_reading
 from benchmarks.real_size import measure as measure_real_size
 from benchmarks.responders import measure as measure_responders
 from benchmarks.self_powered import measure
+from dataset_builders.responders.local import LocalResponder
 
 
 def test_building_is_measured_against_a_plain_loop():
@@ -45,3 +47,14 @@ def test_responders_are_compared_with_the_first_one_on_the_same_rows():
     found = measure_responders(responders, [0, 1, 2, 3], turns=2)
     assert [found["here"]["same"], found["server"]["same"]] == [1.0, 0.5]
     assert all(len(one["turns"]) == 2 and one["rows_per_second"] > 0 for one in found.values())
+
+
+def test_a_reading_without_fault_costs_nothing_and_wrong_words_do():
+    said = ["the cat saw the small bird", "a dog and a cat ran home", "the bird saw a dog"]
+    rows = [{"instruction": "Reply.", "transcript": transcript, "duration": 0.0} for transcript in said]
+    found = measure_imperfect_reading(LocalResponder("assets/nano/llm", 6), rows, said)
+    for blank in ("zeros", "mean", "space"):  # a clip of no length has no blanks
+        assert found[blank]["lost"] == pytest.approx(0, abs=1e-4)
+        assert found[blank]["chrf"] == 100
+    assert found["spelled 30"]["lost"] != pytest.approx(0, abs=1e-4)
+    assert found["wrong 35%"]["chrf"] < 100
