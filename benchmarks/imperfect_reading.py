@@ -1,13 +1,11 @@
 """Measure what each imperfection of a perfect listener would cost a text LLM: what bounds an LSM with this LLM.
 
-    python -m benchmarks.imperfect_reading --llm LLM --corpus CORPUS --split test --pieces-of train --rows 48
+    python -m benchmarks.imperfect_reading --llm LLM --corpus CORPUS --split test --rows 48
 
 The LLM answers an instruction about each transcript. Then it gets the same transcripts in other ways:
 
 - `zeros`, `mean`, `space`: all words are right, and blanks follow them up to 6.25 speech tokens per second, as the
   reader gives them. A blank is a vector of zeros, the mean of all embeddings, or the embedding of a space.
-- `spelled N`: word pieces that occur less than N times in the transcripts of `--pieces-of` are spelled with shorter
-  ones, as the alignment learns them.
 - `wrong P %`: this share of the words is another word of the split.
 
 `lost` is the log-likelihood that its own answers lose, in nats per token, and `chrf` compares its new answers with
@@ -29,14 +27,11 @@ from dataset_builders.corpora.opening import open_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, Draw, load_pool
 from dataset_builders.responders.local import LocalResponder
 from language_models.generation import GREEDY, read_answers
-from language_models.tokenizers import merges_of
 from recipes.listening.collator import render_prompt
-from recipes.training.alignment import MARK, Slot, spell_rare_pieces
+from recipes.training.alignment import MARK, Slot
 
 TOKENS_PER_SECOND = 6.25
-LEAST_COUNTS = (3, 10, 30)
 WRONG = (0.1, 0.2, 0.35)
-MOST_KNOWN = 50_000  # transcripts; the nano corpus has no end
 
 
 class Reader:
@@ -96,7 +91,7 @@ class Reader:
         return read_answers(self.tokenizer, answers)
 
 
-def ways(reader: Reader, slot: Slot, known: list[list[int]]) -> dict[str, list[torch.Tensor]]:
+def ways(reader: Reader, slot: Slot) -> dict[str, list[torch.Tensor]]:
     """Return the transcripts as embeddings `(pieces, hidden)`, given in each way."""
     transcripts, table = [row["transcript"] for row in reader.rows], reader.embeddings
     pieces = slot.pieces(transcripts)
@@ -114,9 +109,6 @@ def ways(reader: Reader, slot: Slot, known: list[list[int]]) -> dict[str, list[t
         found[name] = [
             torch.cat([table[ids], blank.expand(length, -1)]) for ids, length in zip(pieces, lengths, strict=True)
         ]
-    for least in LEAST_COUNTS:
-        spelled = spell_rare_pieces(known + pieces, merges_of(reader.tokenizer), least)[len(known) :]
-        found[f"spelled {least}"] = [table[ids] for ids in spelled]
     words = [word for transcript in transcripts for word in transcript.split()]
     for share in WRONG:
         draw = random.Random(0)
@@ -128,10 +120,10 @@ def ways(reader: Reader, slot: Slot, known: list[list[int]]) -> dict[str, list[t
     return found
 
 
-def measure(responder: LocalResponder, rows: list[dict], known: list[str]) -> dict[str, dict[str, float]]:
+def measure(responder: LocalResponder, rows: list[dict]) -> dict[str, dict[str, float]]:
     """Return `lost` and `chrf` of each way."""
     reader, slot = Reader(responder, rows), Slot(responder.processor)
-    given = ways(reader, slot, slot.pieces(known))
+    given = ways(reader, slot)
     right = reader.prompts(given.pop("as text"))
     answers = reader.answers(right)
     likelihood, texts, result = reader.likelihood(right, answers), reader.texts(answers), {}
@@ -149,7 +141,6 @@ def main() -> None:
     parser.add_argument("--llm", required=True, help="folder or Hub id of the LLM, or of an LSM with it")
     parser.add_argument("--corpus", required=True, help="ASR corpus whose transcripts are read")
     parser.add_argument("--split", default="test", help="split of the corpus that is asked about")
-    parser.add_argument("--pieces-of", default="train", help="split whose transcripts the alignment has")
     parser.add_argument("--rows", type=int, default=48, help="number of transcripts")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="longest answer, in tokens")
     parser.add_argument("--dtype", default="bfloat16", help="data type of the LLM")
@@ -158,9 +149,8 @@ def main() -> None:
     rows = list(itertools.islice(open_corpus(args.corpus, args.split), args.rows))
     draw = Draw(load_pool(), dict.fromkeys(SELF_POWERED_TASKS, 1.0))
     asked = [row | {"instruction": draw.of(row["id"])[0][1]} for row in rows]
-    known = [row["transcript"] for row in itertools.islice(open_corpus(args.corpus, args.pieces_of), MOST_KNOWN)]
     responder = LocalResponder(args.llm, args.max_new_tokens, dtype=args.dtype)
-    found = measure(responder, asked, known)
+    found = measure(responder, asked)
     print(json.dumps({"machine": describe(torch.device("cpu")), "rows": len(rows), **found}, indent=2))
 
 

@@ -62,19 +62,6 @@ def non_text_token_ids(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> l
     return [id for id in range(embeddings) if id not in text]
 
 
-def merges_of(tokenizer: PreTrainedTokenizerBase) -> dict[int, tuple[int, int]]:
-    """Return the ids of the two parts of each piece that BPE merges, in the order of the merges, so that the parts of a
-    piece come before it; empty for tokenizers without merges."""
-    if not tokenizer.is_fast:
-        return {}
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges, ids = {}, model.get("vocab")
-    for merge in model.get("merges") or ():
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        merges.setdefault(ids[left + right], (ids[left], ids[right]))
-    return merges
-
-
 def speech_processor(
     feature_extractor: WhisperFeatureExtractor,
     tokenizer: PreTrainedTokenizerBase,

@@ -5,7 +5,6 @@ with the LLM's embeddings of the pieces; only the blank is new. Speech then lies
 listen in a fraction of the steps. The LLM itself is not run, so a step is cheap enough for one CPU core.
 """
 
-import collections
 import itertools
 import logging
 import math
@@ -24,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from configuration_lsm import num_audio_tokens
 from dataset_builders.corpora.opening import load_corpus
 from dataset_builders.files import append_lines
-from language_models.tokenizers import merges_of, non_text_token_ids
+from language_models.tokenizers import non_text_token_ids
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
 from recipes.evaluation.metrics import error_rate
@@ -181,31 +180,7 @@ def speech_tokens_needed(pieces: Sequence[int]) -> int:
     return len(pieces) + sum(a == b for a, b in itertools.pairwise(pieces))
 
 
-def spell_rare_pieces(
-    rows: Sequence[Sequence[int]], merges: dict[int, tuple[int, int]], min_count: int
-) -> list[list[int]]:
-    """Replace pieces that occur fewer than `min_count` times in all rows by the pieces that BPE merged into them, and
-    these again, until all are frequent or cannot be divided. An LLM has so many pieces that most occur hardly ever in
-    an ASR corpus, so they cannot be learned, but their parts can (`docs/real.md`).
-
-    Args:
-        rows: ids of each transcript.
-        merges: see [`merges_of`].
-        min_count: least number of occurrences of a piece that is kept.
-    """
-    counts = collections.Counter(itertools.chain.from_iterable(rows))
-    spelling: dict[int, list[int]] = {}
-    for piece, parts in reversed(merges.items()):
-        if 0 < counts[piece] < min_count:
-            spelling[piece] = list(parts)
-            for part in parts:
-                counts[part] += counts[piece]
-    for piece in reversed(spelling):  # short pieces first
-        spelling[piece] = [id for part in spelling[piece] for id in spelling.get(part, [part])]
-    return [[id for piece in row for id in spelling.get(piece, [piece])] for row in rows]
-
-
-def alignment_rows(dataset: Dataset, processor: LsmProcessor, embeddings: int, min_count: int = 0) -> Dataset:
+def alignment_rows(dataset: Dataset, processor: LsmProcessor, embeddings: int) -> Dataset:
     """Return the clips of a set, each once, with the `pieces` of their transcripts and their `speech_tokens`.
 
     Clips that cannot be aligned are left out; the log says how many and why.
@@ -215,7 +190,6 @@ def alignment_rows(dataset: Dataset, processor: LsmProcessor, embeddings: int, m
             clip.
         processor: the LSM's processor.
         embeddings: number of embeddings of the LLM.
-        min_count: see [`spell_rare_pieces`]. A clip that is too short for its spelled transcript keeps its pieces.
 
     Raises:
         ValueError: no clip is left.
@@ -235,11 +209,7 @@ def alignment_rows(dataset: Dataset, processor: LsmProcessor, embeddings: int, m
         return {"pieces": pieces, "speech_tokens": [processor.num_audio_tokens([length])[0] for length in samples]}
 
     dataset = dataset.map(measure, batched=True, desc="measuring clips")
-    tokens, whole = dataset["speech_tokens"][:], dataset["pieces"][:]
-    spelled = zip(whole, spell_rare_pieces(whole, merges_of(processor.tokenizer), min_count), tokens, strict=True)
-    pieces = [rare if speech_tokens_needed(rare) <= most else common for common, rare, most in spelled]
-    dataset = dataset.remove_columns("pieces").add_column("pieces", pieces)
-    pairs = list(zip(pieces, tokens, strict=True))
+    pairs = list(zip(dataset["pieces"], dataset["speech_tokens"], strict=True))
     fit = [row for row, (pieces, tokens) in enumerate(pairs) if pieces and speech_tokens_needed(pieces) <= tokens]
     empty = sum(not pieces for pieces, _ in pairs)
     if crowded := len(pairs) - len(fit) - empty:
@@ -448,7 +418,7 @@ def align(
     settings = alignment_arguments(args)
     resume = "false" if (args.resume_from_checkpoint or "").lower() == "false" else None
     embeddings = model.get_input_embeddings().weight.shape[0]
-    rows = alignment_rows(dataset, processor, embeddings, args.align_min_count)
+    rows = alignment_rows(dataset, processor, embeddings)
     clips = {"clips": zlib.crc32(repr((rows["pieces"][:], rows["speech_tokens"][:])).encode())}
     made_of = settings_of(settings) | (identity or {}) | clips
     checkpoint = find_checkpoint(settings.output_dir, made_of, resume, main_process)

@@ -171,13 +171,6 @@ class LsmTrainingArguments(SFTConfig):
     )
     align_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the alignment."})
     align_batch_size: int = field(default=16, metadata={"help": "Clips on each device in a step of the alignment."})
-    align_min_count: int = field(
-        default=3,
-        metadata={
-            "help": "The alignment spells word pieces that occur less often in the transcripts with shorter ones, "
-            "which it can learn; 0 keeps all."
-        },
-    )
     global_batch_size: int | None = field(
         default=None,
         metadata={"help": "Rows of one step on all devices together; it sets `gradient_accumulation_steps`."},
@@ -201,7 +194,7 @@ class LsmTrainingArguments(SFTConfig):
         refuse_without_effect(self)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"--objective {self.objective!r} is unknown; expected one of {', '.join(OBJECTIVES)}.")
-        for name, least in {"align_steps": 0, "align_batch_size": 1, "align_min_count": 0}.items():
+        for name, least in {"align_steps": 0, "align_batch_size": 1}.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"--{name} {value} must be {least} or more.")
         if not self.temperature > 0:

@@ -19,7 +19,6 @@ from datasets import Audio, Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from dataset_builders.files import read_lines
-from language_models.tokenizers import merges_of
 from recipes import align as command
 from recipes.listening.speech_llm import Lsm
 from recipes.training.alignment import (
@@ -33,7 +32,6 @@ from recipes.training.alignment import (
     needs_alignment,
     piece_weights,
     speech_tokens_needed,
-    spell_rare_pieces,
     text_pieces,
 )
 from recipes.training.checkpoints import last_checkpoint
@@ -201,34 +199,6 @@ def test_no_piece_is_a_special_token(processor):
     pieces = set(text_pieces(processor, 300).tolist())
     special = {*processor.tokenizer.all_special_ids, processor.audio_token_id}
     assert not pieces & special and len(pieces) == len(processor.tokenizer) - len(special)
-
-
-def test_rare_pieces_are_spelled_with_those_that_bpe_merged():
-    merges = {10: (1, 2), 11: (10, 3), 12: (11, 4), 13: (5, 5)}  # 12 is ((1 2) 3) 4
-    rows = [[12, 10], [10, 13], [13, 6]]
-    assert spell_rare_pieces(rows, merges, 2) == [[10, 3, 4, 10], [10, 13], [13, 6]]  # 10 is now three times there
-    assert spell_rare_pieces(rows, merges, 4) == [[1, 2, 3, 4, 1, 2], [1, 2, 5, 5], [5, 5, 6]]  # 6 has no parts
-    assert spell_rare_pieces(rows, merges, 0) == spell_rare_pieces(rows, {}, 9) == rows
-
-
-def test_the_merges_of_a_tokenizer_spell_what_its_pieces_do(processor):
-    tokenizer = processor.tokenizer
-    merges = merges_of(tokenizer)
-    assert merges
-    for piece, (left, right) in merges.items():
-        assert tokenizer.decode([piece]) == tokenizer.decode([left, right])
-        assert all(part not in merges or list(merges).index(part) < list(merges).index(piece) for part in (left, right))
-
-
-def test_rare_words_are_spelled_where_the_clip_has_room(processor):
-    said = ["nothing is asked", "the speech says what is asked, so be it"]
-    spelled = [alignment_rows(clips_of(said, seconds), processor, 300, min_count=9)["pieces"] for seconds in (4.0, 0.8)]
-    whole = Slot(processor).pieces(said)
-    for long, short, pieces in zip(*spelled, whole, strict=True):
-        assert processor.tokenizer.decode(long) == processor.tokenizer.decode(pieces)
-        assert len(long) > len(pieces)
-        assert short in (long, pieces)
-    assert spelled[1][1] == whole[1]  # no room
 
 
 def test_two_pieces_that_are_the_same_need_a_blank_between_them():
