@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="number of measurements")
     parser.add_argument("--dtype", default="bfloat16", help="data type of the LLM here")
     parser.add_argument("--servers", nargs="*", default=[], metavar="NAME=URL", help="servers that run the LLM")
+    parser.add_argument("--prompt-format", default="tokens", help="tokens; or text, if a server takes no tokens")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     draw = Draw(load_pool(), dict.fromkeys(SELF_POWERED_TASKS, 1.0))
@@ -65,7 +66,9 @@ def main() -> None:
     requests = [Request(row["instruction"], row["transcript"], row["task"]) for row in rows[: args.rows]]
     responders: dict[str, Responder] = {"here": LocalResponder(args.llm, args.max_new_tokens, dtype=args.dtype)}
     for name, url in (server.split("=", 1) for server in args.servers):
-        responders[name] = ServerResponder(args.llm, url, max_new_tokens=args.max_new_tokens)
+        responders[name] = ServerResponder(
+            args.llm, url, max_new_tokens=args.max_new_tokens, prompt_format=args.prompt_format
+        )
     print(json.dumps({"machine": describe(torch.device("cpu")), **measure(responders, requests, args.turns)}, indent=2))
 
 
