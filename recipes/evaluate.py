@@ -4,14 +4,16 @@
         --vanilla runs/quickstart/training/vanilla --output runs/evaluation
     python -m recipes.evaluate --model Qwen/Qwen2-Audio-7B-Instruct --tasks librispeech_clean --output runs/qwen2_audio
     python -m recipes.evaluate --endpoint http://localhost:8000/v1 --tasks librispeech_clean --output runs/served
+    python -m recipes.evaluate --model CHECKPOINT --tasks voicebench --judge http://localhost:8000/v1 --output runs/mine
     python -m recipes.evaluate --list
 
-`--model` is an LSM or another speech LLM of transformers. `--tasks` are names or groups of `evaluation/tasks.yaml`, and
-`--data librispeech_clean=DIR` names a local corpus. The model is compared with baselines (`--systems`): the text LLM
-(`--base`, otherwise the checkpoint itself), which reads the transcript, a cascade, a vanilla LSM, and an LSM trained as
-in the paper. In the controls, the model gets shuffled clips, silence, or the instruction of another task. The command
-writes all answers (`predictions.parquet`), `results.json`, `results.md`, `model_index.yaml` for the model card, and
-`report.html`. If it is interrupted, run it again to continue.
+`--model` is an LSM or another speech LLM of transformers. `--tasks` are names, groups or suites of
+`evaluation/tasks.yaml`, and `--data librispeech_clean=DIR` names a local corpus. Some tasks need an LLM that judges the
+answers (`--judge`). The model is compared with baselines (`--systems`): the text LLM (`--base`, otherwise the
+checkpoint itself), which reads the transcript, a cascade, a vanilla LSM, and an LSM trained as in the paper. In the
+controls, the model gets shuffled clips, silence, or the instruction of another task. The command writes all answers
+(`predictions.parquet`), `results.json`, `results.md`, `model_index.yaml` for the model card, `.eval_results/` for the
+model's repository, and `report.html`. If it is interrupted, run it again to continue.
 """
 
 import argparse
@@ -58,7 +60,9 @@ def main() -> None:
     parser.add_argument(
         "--instruction-first", action="store_true", help="send the endpoint the instruction before the clip"
     )
-    parser.add_argument("--tasks", nargs="+", help="names of tasks, or of their groups; --list shows them")
+    parser.add_argument("--judge", help="URL of an OpenAI-compatible server with the LLM that judges open answers")
+    parser.add_argument("--judge-model", help="name of the model at the judge's server, if it has several")
+    parser.add_argument("--tasks", nargs="+", help="names of tasks, groups or suites; --list shows them")
     parser.add_argument("--output", help="folder of answers, results and report")
     parser.add_argument("--base", help="the text LLM that the model was composed of")
     parser.add_argument("--vanilla", help="an LSM trained on transcription alone")
@@ -107,6 +111,7 @@ def main() -> None:
         seed=args.seed,
         dtype=args.dtype,
         store=AudioFeatureStore(args.audio_feature_store) if args.audio_feature_store else None,
+        judge={"url": args.judge, "name": args.judge_model} if args.judge else None,
         endpoint={"name": args.endpoint_model, "instruction_first": args.instruction_first},
     )
     print(tables.markdown(run.run()))

@@ -1,7 +1,7 @@
 """A server of OpenAI's completions API that fails in the ways that real ones do, on command. Standard library only.
 
-It serves `GET /v1/models` and `POST /v1/completions` on a port of its own. A right answer is a function of the prompt
-alone, so tests can tell whose answer they hold.
+It serves `GET /v1/models`, `POST /v1/completions` and `POST /v1/chat/completions` on a port of its own. A right answer
+is a function of the prompt alone, so tests can tell whose answer they hold.
 """
 
 import hashlib
@@ -28,7 +28,11 @@ ANSWERS: dict[str, tuple[int, dict, Callable[[dict], object]]] = {
     "a list": (200, {}, lambda answer: [answer]),
     "no choices": (200, {}, lambda answer: {key: answer[key] for key in ("id", "model")}),
     "empty choices": (200, {}, lambda answer: {**answer, "choices": []}),
-    "no text": (200, {}, lambda answer: {**answer, "choices": [{**answer["choices"][0], "text": None}]}),
+    "no text": (
+        200,
+        {},
+        lambda answer: {**answer, "choices": [{**answer["choices"][0], "text": None, "message": None}]},
+    ),
     "unfinished": (200, {}, lambda answer: _finish(answer, None)),
     "filtered": (200, {}, lambda answer: _finish(answer, "content_filter")),
     "400": (400, {}, lambda answer: _error("this model's context is 8 tokens")),
@@ -136,6 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self.server.keys.append(self.headers["Authorization"])
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if "messages" in body:  # of a chat, whose last message is a text
+            body["prompt"] = body["messages"][-1]["content"][0]["text"]
         with self.server.counted():
             behaviour = self.server.note(body)
             draw = hashlib.sha256(json.dumps(body["prompt"]).encode()).digest()[0] / 255
@@ -143,7 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.behave(behaviour, body)
 
     def behave(self, behaviour: str, body: dict):
-        choice = {"index": 0, "text": self.server.answer(body["prompt"]), "finish_reason": "stop", "logprobs": None}
+        text = self.server.answer(body["prompt"])
+        choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
+        choice |= {"message": {"role": "assistant", "content": text}} if "messages" in body else {}
         answer = {"id": "cmpl-1", "object": "text_completion", "created": 0, "model": body["model"]}
         answer["choices"] = [choice]
         if behaviour in ANSWERS:

@@ -33,6 +33,7 @@ FEATURES = Features(
         "seconds": Value("float64"),  # the time of the batch divided by its rows
         "log_likelihood": Value("float64"),  # the sum over the tokens of the text LLM's answer
         "tokens": Value("int64"),  # the number of tokens of the text LLM's answer
+        "judgement": Value("string"),  # the judge's reply, as it is
     }
 )
 

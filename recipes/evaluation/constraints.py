@@ -77,7 +77,7 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _sentences(text: str) -> int:
+def count_sentences(text: str) -> int:
     """Return the number of sentences; the last one may lack its full stop."""
     bare = _ABBREVIATION.sub(r"\1", text)
     return sum(bool(_words(piece)) for piece in re.split(r"[.!?…]+[\"'”’)\]]*(?=\s|$)", bare))
@@ -127,7 +127,7 @@ _ALL = (
     Constraint("lower_case", "Write your whole answer in lower case, without any capital letter.", str.islower),
     Constraint("at_most_words", "Use at most ten words.", lambda text: 1 <= len(_words(text)) <= 10),
     Constraint("at_least_words", "Use at least fifty words.", lambda text: len(_words(text)) >= 50),
-    Constraint("exactly_sentences", "Answer in exactly two sentences.", lambda text: _sentences(text) == 2),
+    Constraint("exactly_sentences", "Answer in exactly two sentences.", lambda text: count_sentences(text) == 2),
     Constraint("bullets", 'Answer in exactly three lines, each of which begins with "- ".', _is_bulleted),
     Constraint("numbered_list", "Answer with a list of exactly three points, numbered 1., 2. and 3.", _is_numbered),
     Constraint("json", 'Answer with a JSON object that has the single key "answer".', _is_answer_object),

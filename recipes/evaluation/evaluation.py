@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 COMPARED_BY_NAME = ("checkpoints", "content")  # settings that are compared checkpoint by checkpoint
 CHUNK = 4  # batches between two writes
+JUDGE_TOKENS = 1024  # of a reply, as in VoiceBench; a judge may think before it answers
 
 
 @dataclasses.dataclass
@@ -49,9 +50,10 @@ class Evaluation:
         dtype: data type of the models; `"auto"` is that of each checkpoint.
         store: stored audio features of the LSM.
         endpoint: settings of [`ServedLLM`] for checkpoints that are URLs of servers.
+        judge: `url` and, if the server has several models, `name` of the LLM that judges the answers to judged tasks.
 
     Raises:
-        ValueError: a system is unknown or has no checkpoint, or `control_limit` is below 1.
+        ValueError: a system is unknown or has no checkpoint, a task needs a judge, or `control_limit` is below 1.
     """
 
     output: Path
@@ -67,6 +69,7 @@ class Evaluation:
     dtype: str = "auto"
     store: AudioFeatureStore | None = None
     endpoint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    judge: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         self.output = Path(self.output)
@@ -77,6 +80,12 @@ class Evaluation:
             raise ValueError(f"unknown system {unknown[0]!r}; there are {list(SYSTEMS)}.")
         if absent := [name for name in self.systems if SYSTEMS[name].checkpoint not in paths]:
             raise ValueError(f"the system {absent[0]!r} needs --{SYSTEMS[absent[0]].checkpoint}.")
+        judged = [task.name for task in self.tasks if task.judge is not None]
+        if judged and self.judge is None:
+            raise ValueError(
+                f"an LLM judges the answers to {', '.join(judged)}: name an OpenAI-compatible server with --judge URL, "
+                "or leave these tasks out."
+            )
         wanted = self.systems or SYSTEMS
         self.chosen = [system for name, system in SYSTEMS.items() if name in wanted and system.checkpoint in paths]
         if "base" not in self.checkpoints:
@@ -117,8 +126,10 @@ class Evaluation:
         """Ask the questions, score the answers and write the report. Returns the results.
 
         Raises:
-            ValueError: the folder holds answers with other settings, or no system could be asked.
+            ValueError: the folder holds answers with other settings, no system could be asked, or the judge refuses.
+            ConnectionError: the judge cannot be reached.
         """
+        judge = self.judge_llm if any(task.judge for task in self.tasks) else None  # before anybody answers
         self._check_folder()
         limits = self.limit if isinstance(self.limit, Mapping) else {task.name: self.limit for task in self.tasks}
         rows = {task.name: read_rows(task, limits.get(task.name), self.seed, self.pool_of(task)) for task in self.tasks}
@@ -142,6 +153,8 @@ class Evaluation:
         if not results:
             raise ValueError("no system could be asked, because all of them need transcripts.")
         report = collect(self.tasks, self.chosen, results) | {"checkpoints": self.settings["checkpoints"]}
+        report |= {"judge": {"model": judge.name, "url": judge.url}} if judge else {}
+        report["limits"] = {task.name: limit for task in self.tasks if (limit := limits.get(task.name)) is not None}
         to_parquet(list(_predictions(results)), self.output / "predictions.parquet")
         pages.write(self.output, report, results)
         return report
@@ -170,7 +183,33 @@ class Evaluation:
         by_id = {row.id: Answer(row.id, row.transcript) for row in recognised}
         answers = self.answer(task, system, [row for row in changed if row.id not in by_id], system.name)
         by_id |= {answer.id: answer for answer in answers}
-        return SystemResult(rows, changed, [by_id[row.id] for row in changed])
+        answers = [by_id[row.id] for row in changed]
+        return SystemResult(rows, changed, self.judged(task, system, rows, answers) if task.judge else answers)
+
+    @cached_property
+    def judge_llm(self) -> Any:
+        return _served(self.judge["url"], {"name": self.judge.get("name"), "option": "--judge-model"})
+
+    def judged(
+        self, task: EvaluationTask, system: System, rows: Sequence[Question], answers: Sequence[Answer]
+    ) -> list[Answer]:
+        """Return the answers with the judge's replies. Replies on disk are reused if the same judge gave them to the
+        same question and answer."""
+        judge, asked = self.judge_llm, []
+        name = f"{judge.url} {judge.name}"  # a part of the question, so that another judge is asked anew
+        for row, given in zip(rows, answers, strict=True):
+            slots = {"instruction": row.instruction, "transcript": row.transcript, "response": given.response}
+            question = task.judge.format(**slots, reference=" or ".join(row.references))
+            asked.append(dataclasses.replace(row, instruction=question, transcript="", source=name))
+
+        def respond(batch: Sequence[Question]) -> Replies:
+            settings = {"max_new_tokens": JUDGE_TOKENS, "progress": False}
+            return judge.respond([row.as_row() for row in batch], "transcript", **settings), [None] * len(batch)
+
+        file = self.output / "judgements" / task.name / f"{system.name}.jsonl"
+        replies = answer(asked, respond, file, CHUNK * self.batch_size, f"{task.name}, judge of {system.name}")
+        pairs = zip(answers, replies, strict=True)
+        return [dataclasses.replace(given, judgement=reply.response) for given, reply in pairs]
 
     def given(self, task: EvaluationTask, system: System, rows: Sequence[Question]) -> list[Question]:
         """Return the rows with the system's changes: other clips, instructions or transcripts."""

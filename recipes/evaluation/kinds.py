@@ -10,16 +10,22 @@ from dataset_builders.corpora.transcripts import bare_words
 from dataset_builders.instructions import TRANSCRIPTION
 from recipes.evaluation import metrics
 from recipes.evaluation.constraints import Constraint, draw_constraint, satisfied
+from recipes.evaluation.ifeval import listed_constraints, satisfied_of
 from recipes.evaluation.metrics import Metric, mean
-from recipes.evaluation.parsing import parse_choice, parse_label, parse_list, parse_yes_no
-from recipes.evaluation.rows import Question
+from recipes.evaluation.parsing import (
+    is_refusal,
+    parse_choice,
+    parse_count,
+    parse_label,
+    parse_list,
+    parse_rating,
+    parse_yes_no,
+)
+from recipes.evaluation.rows import NoReferenceError, Question
 
 LETTERS = string.ascii_uppercase
+CLOSED = (("yes", "no"), ("valid", "invalid"), ("A", "B"))  # sets of short answers
 YES_NO = {"yes": "yes", "true": "yes", "1": "yes", "no": "no", "false": "no", "0": "no"}
-
-
-class NoReferenceError(ValueError):
-    """A row has no right answer, or one that is not a label."""
 
 
 # References in the spelling of the answers, from the texts in the columns of a row and the choices by name
@@ -45,6 +51,14 @@ def as_letters(texts: Sequence[str], choices: Mapping[str, str]) -> list[str]:
     return _spell(texts, letters, f"is not an option; expected the name, text or number of one of {dict(choices)}.")
 
 
+def as_short_answers(texts: Sequence[str], choices: Mapping[str, str]) -> list[str]:
+    """Return an answer of one of the sets in `CLOSED`, or the digits of a whole number; `(A)` is A."""
+    spelt = {name.casefold(): name for names in CLOSED for name in names}
+    bare = [text.strip("()").casefold() for text in texts]
+    known = spelt | {text: str(int(text)) for text in bare if text.isdecimal()}
+    return _spell(bare, known, f"is no short answer; expected a whole number or one of {CLOSED}.")
+
+
 def _spell(texts: Sequence[str], spellings: Mapping[str, str], problem: str) -> list[str]:
     """Return the `spellings` of the texts. Raises `NoReferenceError` for a text without a value."""
     if unknown := next((text for text in texts if text not in spellings and text.casefold() not in spellings), None):
@@ -56,6 +70,7 @@ def _spell(texts: Sequence[str], spellings: Mapping[str, str], problem: str) -> 
 
 Figures = Callable[[Sequence[Question], Sequence[str]], dict[str, Metric]]
 NEEDS_REFERENCE: dict[str, tuple[str, ...]] = {"a `reference`, or `oracle` and `task`": ("reference", "oracle")}
+NEEDS_JUDGE = {"a `judge`, what the judge is asked": ("judge",)}
 
 
 def _is_reference(question: Question, response: str) -> bool:
@@ -67,7 +82,8 @@ class Kind:
     """How the answers to a kind of question are read and scored."""
 
     figures: Figures  # computes the usual figures of this kind, by their names in `metrics.FIGURES`
-    is_right: Callable[[Question, str], bool] = _is_reference  # judges one answer, if its references are known
+    # Whether one answer is right, if its references are known; None if it cannot be told.
+    is_right: Callable[[Question, str], bool | None] = _is_reference
     read: Callable[[Question, str], str | None] | None = None  # reads the label in a response; only of closed questions
     choices: Callable[[Question], Sequence[str]] | None = None  # the labels that `read` can return
     # Spells a row's references as `read` does, from the texts in its columns and the choices by name.
@@ -76,6 +92,9 @@ class Kind:
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: NEEDS_REFERENCE)
     pool_tasks: tuple[str, ...] = ()  # tasks of the instruction pool that are of this kind; all others are `oracle`
     separator: str | None = None  # separates the references in an oracle's answer
+    # Makes the references from a row's columns where the task names none, which are not needed then.
+    known: Callable[[Mapping], list[str]] | None = None
+    judged: bool = False  # whether an LLM judges the answers; `is_right` and `figures` read its replies in their place
     # Draws an instruction and its constraint from an utterance's id and a seed; the task needs no prompt then.
     draw: Callable[[str, int], tuple[str, Constraint]] | None = None
 
@@ -121,6 +140,68 @@ def _is_transcript(question: Question, response: str) -> bool:
     return len({metrics.normalize_text(text, question.language) for text in (question.references[0], response)}) == 1
 
 
+def _read_short(question: Question, response: str) -> str | None:
+    """Read an answer of the same set as the right one."""
+    options = _short_answers(question)
+    if options == CLOSED[0]:
+        return parse_yes_no(response)
+    if options == CLOSED[1]:
+        return parse_label(response, options, {"invalid": ["not valid", "not deductively valid"]})
+    return parse_choice(response, options) if options else parse_count(response)
+
+
+def _short_answers(question: Question) -> Sequence[str]:
+    return next((names for names in CLOSED if question.references[0] in names), ())
+
+
+def _rating(questions: Sequence[Question], replies: Sequence[str]) -> dict[str, Metric]:
+    return _of_judge("rating", list(map(parse_rating, replies)))
+
+
+def _verdict(questions: Sequence[Question], replies: Sequence[str]) -> dict[str, Metric]:
+    return _of_judge("accuracy", [_judged_right(*pair) for pair in zip(questions, replies, strict=True)])
+
+
+def _of_judge(name: str, read: Sequence[float | None]) -> dict[str, Metric]:
+    """Return the mean of the replies that could be read, if there are any, and the share of the others."""
+    values = [value for value in read if value is not None]
+    return ({name: mean(values)} if values else {}) | {"unparsed": mean([value is None for value in read])}
+
+
+def _judged_right(question: Question, reply: str) -> bool | None:
+    return {"yes": True, "no": False, None: None}[parse_yes_no(reply)]
+
+
+def _keeps_all(speech: bool) -> Callable[[Question, str], bool]:
+    return lambda question, response: all(satisfied_of(question.references, response, speech))
+
+
+def _speech_ifeval(questions: Sequence[Question], responses: Sequence[str]) -> dict[str, Metric]:
+    """Return the share of answers that satisfy all constraints, as in Speech-IFEval, whose rows have one each."""
+    return {"following": mean([_keeps_all(True)(*pair) for pair in zip(questions, responses, strict=True)])}
+
+
+def _ifeval(questions: Sequence[Question], responses: Sequence[str]) -> dict[str, Metric]:
+    """Return IFEval's four accuracies as one, `ifeval`, as VoiceBench does: their mean over answers and over single
+    constraints, strict and loose. `following` and `following_loose` are those over answers.
+
+    In the interval, the number of constraints is that of all rows.
+    """
+    pairs = list(zip(questions, responses, strict=True))
+    kept = {loose: [satisfied_of(row.references, text, loose=loose) for row, text in pairs] for loose in (False, True)}
+    per_answer = len(pairs) / sum(len(row.references) for row in questions)
+    both = zip(kept[False], kept[True], strict=True)
+    return {
+        "ifeval": mean([sum(all(one) + sum(one) * per_answer for one in ways) / 4 for ways in both]),
+        "following": mean(list(map(all, kept[False]))),
+        "following_loose": mean(list(map(all, kept[True]))),
+    }
+
+
+def _refusals(questions: Sequence[Question], responses: Sequence[str]) -> dict[str, Metric]:
+    return {"refusals": mean(list(map(is_refusal, responses)))}
+
+
 def _keeps_to_form(question: Question, response: str) -> bool:
     return satisfied(question.constraint, response)
 
@@ -162,16 +243,23 @@ KINDS = {
         is_right=lambda question, response: metrics.exact_match(question.references, response),
     ),
     "constraints": Kind(_following, _keeps_to_form, needs={}, draw=draw_constraint),
+    "short_answer": _closed(_read_short, _short_answers, needs={}, spell=as_short_answers),
+    "ifeval": Kind(_ifeval, _keeps_all(speech=False), needs={}, known=listed_constraints),
+    "speech_ifeval": Kind(_speech_ifeval, _keeps_all(speech=True), needs={}, known=listed_constraints),
+    "refusal": Kind(_refusals, lambda question, response: is_refusal(response), needs={}, known=lambda line: []),
+    "rating": Kind(_rating, lambda *_: None, needs=NEEDS_JUDGE, known=lambda line: [], judged=True),
+    "verdict": Kind(_verdict, _judged_right, needs=NEEDS_JUDGE, known=lambda line: [], judged=True),
     "oracle": Kind(lambda *_: {}, needs={"`oracle` and `task`": ("oracle",)}),
 }
 POOL_KINDS = {task: name for name, kind in KINDS.items() for task in kind.pool_tasks}
 
 
 def is_right(question: Question, response: str) -> bool | None:
-    """Return whether an answer is right; None if the right answer is unknown."""
+    """Return whether an answer is right; None if the right answer is unknown. If its kind is judged, `response` is the
+    judge's reply."""
     if question.right:  # the oracle's answers are compared as a whole, more strictly than in the figures
         return bare_words(response) in map(bare_words, question.right)
-    if not (question.references or question.constraint):
+    if not (question.references or question.constraint or KINDS[question.kind].known):
         return None
     return KINDS[question.kind].is_right(question, response)
 

@@ -8,7 +8,7 @@ error rates are fractions (0.05 is 5 %); BLEU and chrF go from 0 to 100, as in s
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -40,20 +40,26 @@ class Figure:
     is_main: bool = False  # whether it can represent a task in tables and pictures
     lower_is_better: bool = False
     is_fraction: bool = True  # whether it is shown in per cent
+    most: float = 1.0  # the best value, of a figure that is not an error
 
 
 FIGURES = {  # a task is represented by its first main figure in this order
+    "ifeval": Figure(is_main=True),
     "following": Figure(is_main=True),
     "wer": Figure(is_main=True, lower_is_better=True),
     "cer": Figure(is_main=True, lower_is_better=True),
-    "bleu": Figure(is_main=True, is_fraction=False),
+    "bleu": Figure(is_main=True, is_fraction=False, most=100),
     "accuracy": Figure(is_main=True),
+    "refusals": Figure(is_main=True),
+    "rating": Figure(is_main=True, is_fraction=False, most=5),  # from 1 to 5
     "f1": Figure(is_main=True),
     "exact_match": Figure(is_main=True),
     "right": Figure(is_main=True),
-    "agreement": Figure(is_main=True, is_fraction=False),
+    "agreement": Figure(is_main=True, is_fraction=False, most=100),
     "likelihood_lost": Figure(lower_is_better=True, is_fraction=False),
     "form": Figure(),
+    "suite": Figure(),
+    "following_loose": Figure(),
     "accuracy_constrained": Figure(),
     "macro_f1": Figure(),
     "chrf": Figure(is_fraction=False),
@@ -62,6 +68,12 @@ FIGURES = {  # a task is represented by its first main figure in this order
     "truncated": Figure(lower_is_better=True),
     "rtfx": Figure(is_fraction=False),
 }
+
+
+def main_figure(figures: Collection[str]) -> str | None:
+    """Return the name of the main figure, which represents a task; None if there is none."""
+    others = {"agreement"} if "unparsed" in figures else set()  # it says nothing of what nobody could read
+    return next((name for name in FIGURES if FIGURES[name].is_main and name in figures and name not in others), None)
 
 
 @dataclass(frozen=True)
@@ -130,6 +142,23 @@ def mean(
         array = np.asarray(in_group, float)
         means += np.concatenate([array[rows].mean(axis=1) for rows in _resamples(len(array), draws, rng)])
     return _metric(float(np.mean([np.mean(in_group) for in_group in members.values()])), means / len(members))
+
+
+def mean_of_tasks(tasks: Sequence[Mapping[str, Mapping]]) -> Metric:
+    """Return the mean of the main figures of several tasks, each as a fraction of its best value.
+
+    The interval is that of independent tasks: the distances of their ends from their values add up in squares.
+
+    Args:
+        tasks: the figures of each task by name, with `value`, `low` and `high`.
+    """
+    names = [main_figure(figures) for figures in tasks]
+    value, low, high = (
+        np.array([figures[name][key] / FIGURES[name].most for name, figures in zip(names, tasks, strict=True)])
+        for key in ("value", "low", "high")
+    )
+    center, below, above = value.mean(), np.linalg.norm(value - low), np.linalg.norm(high - value)
+    return Metric(float(center), float(center - below / len(value)), float(center + above / len(value)))
 
 
 # Transcripts

@@ -9,9 +9,9 @@ import soundfile
 
 from dataset_builders.files import write_whole
 from processing_lsm import load_audio
-from recipes.evaluation.metrics import FIGURES
+from recipes.evaluation.metrics import FIGURES, main_figure
 from recipes.evaluation.results import SystemResult
-from recipes.evaluation.tables import NOTE, by_part, comparisons, details, main_figure, markdown, model_index, summary
+from recipes.evaluation.tables import NOTE, by_part, comparisons, details, eval_results, markdown, model_index, summary
 from recipes.reporting import figures
 from recipes.reporting.page import Examples, Facts, Picture, Table, Text, write_page
 
@@ -38,19 +38,19 @@ def draw(report: dict, folder: Path) -> list[Path]:
         for part, by_system in by_part(task).items():
             for system, scored in by_system.items():
                 if figure := main_figure(scored):
-                    scale = 1 if FIGURES[figure].is_fraction else 0.01
-                    bar = {key: scale * scored[figure][key] for key in ("value", "low", "high")}
+                    bar = {key: scored[figure][key] / FIGURES[figure].most for key in ("value", "low", "high")}
                     bars = pictures.setdefault(name if several else task["group"], {})
                     bars.setdefault(system, {})[f"{part or ('all' if several else name)}, {figure}"] = bar
     for name, scores in pictures.items():
         order = list(dict.fromkeys(label for bars in scores.values() for label in bars))
-        figures.plot_bars(scores, folder / name, order, STYLES, "figure (BLEU/100)", name)
+        figures.plot_bars(scores, folder / name, order, STYLES, "figure, of its best", name)
     return [folder / name for name in pictures]
 
 
 def write(output: Path, report: dict, results: Mapping[tuple[str, str], SystemResult]) -> None:
-    """Write `results.json`, `results.md`, `model_index.yaml`, the pictures and `report.html`."""
+    """Write `results.json`, `results.md`, `model_index.yaml`, `.eval_results/`, the pictures and `report.html`."""
     texts = {"results.json": json.dumps(report, indent=1) + "\n", "results.md": markdown(report)}
+    texts |= {f".eval_results/{name}": text for name, text in eval_results(report).items()}
     for name, text in (texts | {"model_index.yaml": model_index(report)}).items():
         write_whole(output / name, text)
     blocks: list = [Text(NOTE), Table("Summary", *summary(report))]

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 
 from dataset_builders.building import draw_rows
 from dataset_builders.instructions import TRANSCRIPTION, Draw, Task, draw_instruction, load_pool
-from recipes.evaluation.kinds import KINDS, NoReferenceError
+from recipes.evaluation.kinds import KINDS
 from recipes.evaluation.readers import open_data
 from recipes.evaluation.references import answers_of_oracle, fillings, known_answers
-from recipes.evaluation.rows import Question
+from recipes.evaluation.rows import NoReferenceError, Question
 from recipes.evaluation.tasks import COLUMN, POOL, EvaluationTask
 
 logger = logging.getLogger(__name__)

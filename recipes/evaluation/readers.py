@@ -160,7 +160,7 @@ def open_data(data: Data) -> Source:
     """Open the corpus of a task.
 
     If the corpus is a folder that contains a folder with the name of the configuration, as the Hub's Parquet exports
-    do, that folder is opened.
+    do, that folder is opened, unless a README.md says where the configuration's splits are.
 
     Raises:
         ValueError: no corpus is named, it does not exist, or a column is missing.
@@ -187,10 +187,11 @@ def open_data(data: Data) -> Source:
 def _open(data: Data, config: str | None, columns: dict[str, str]) -> Corpus:
     path = Path(data.corpus)
     if config is not None and path.is_dir():
-        inside = path / config
-        if inside.is_dir():
+        inside, card = path / config, path / "README.md"
+        says = card.is_file() and f"config_name: {config}\n" in card.read_text(encoding="utf-8")
+        if inside.is_dir() and not says:
             path, config = inside, None
-        elif not (path / "README.md").is_file():  # only a README.md can define configurations
+        elif not card.is_file():  # only a README.md can define configurations
             config = None
     place = str(path) if path.exists() else data.corpus
     settings = {"normalizer": data.normalizer, "data_root": _data_root(data), "revision": data.revision}

@@ -9,7 +9,8 @@ import reprlib
 from collections.abc import Iterator, Sequence
 
 from dataset_builders.instructions import TRANSCRIPTION
-from recipes.evaluation.kinds import KINDS, LETTERS, POOL_KINDS, NoReferenceError
+from recipes.evaluation.kinds import KINDS, LETTERS, POOL_KINDS
+from recipes.evaluation.rows import NoReferenceError
 from recipes.evaluation.tasks import COLUMN, EvaluationTask
 
 
@@ -22,6 +23,9 @@ def known_answers(task: EvaluationTask, utterance: dict, line: dict) -> dict:
     """
     if KINDS[task.kind].draw is not None:
         return {"answer": task.answer}
+    known = KINDS[task.kind].known
+    if known is not None and not task.reference:
+        return {"references": known(line), "answer": task.answer}
     if task.oracle is not None and not task.reference:
         return answers_of_oracle(task.oracle, task.task, utterance["transcript"])
     if not task.reference:

@@ -12,7 +12,16 @@ from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION
 from recipes.evaluation import forms
 from recipes.evaluation.following import is_copy
 from recipes.evaluation.kinds import KINDS, is_right
-from recipes.evaluation.metrics import DRAWS, Metric, accuracy, bootstrap_ratio, chrf, mean
+from recipes.evaluation.metrics import (
+    DRAWS,
+    Metric,
+    accuracy,
+    bootstrap_ratio,
+    chrf,
+    main_figure,
+    mean,
+    mean_of_tasks,
+)
 from recipes.evaluation.rows import Answer, Question
 from recipes.evaluation.systems import System
 from recipes.evaluation.tasks import EvaluationTask
@@ -33,9 +42,20 @@ class SystemResult:
         return [answer.response for answer in self.answers]
 
     @cached_property
+    def scored(self) -> list[str]:
+        """Return what is scored: the responses, or the judge's replies to them."""
+        return [answer.response if answer.judgement is None else answer.judgement for answer in self.answers]
+
+    @cached_property
     def hits(self) -> list[bool | None]:
-        """Return whether each answer is right; None if the right answer is unknown."""
-        return [is_right(*pair) for pair in zip(self.questions, self.responses, strict=True)]
+        """Return whether each answer is right; None if the right answer, or what the judge says, is unknown."""
+        return [is_right(*pair) for pair in zip(self.questions, self.scored, strict=True)]
+
+    @classmethod
+    def joined(cls, results: Sequence["SystemResult"]) -> "SystemResult":
+        """Return the results of several tasks as one."""
+        columns = ("questions", "given", "answers")
+        return cls(*([row for result in results for row in getattr(result, column)] for column in columns))
 
     def parts(self) -> dict[str, "SystemResult"]:
         """Return the results of each question of the task, by its name in alphabetical order."""
@@ -55,7 +75,7 @@ def collect(
         results: results by the names of task and system.
 
     Returns:
-        `systems`, `tasks` and `versions`. Each task has what was asked, the figures of its `systems` as in
+        `systems`, `tasks`, `suites` and `versions`. Each task has what was asked, the figures of its `systems` as in
         `figures_of`, and `comparisons` as in `compare`.
     """
     scored = {}
@@ -67,7 +87,8 @@ def collect(
         scored[task.name] = {
             **{key: getattr(task, key) for key in ("group", "kind", "description")},
             **{key: getattr(task.data, key) for key in ("corpus", "config", "split")},
-            "prompt": task.prompt or "drawn for every row",
+            "judged": task.judge is not None,
+            "prompt": "drawn for every row" if task.prompt is None else task.prompt or "the clip alone",
             "prompts": list(dict.fromkeys(row.instruction for row in rows))[:SHOWN_PROMPTS],
             "rows": len(rows),
             "utterances": len({row.utterance for row in rows}),
@@ -77,7 +98,29 @@ def collect(
     about = {system.name: {"label": system.label, "hears": system.slot} for system in systems}
     packages = ("torch", "transformers", "jiwer", "sacrebleu", "whisper-normalizer")
     versions = {"python": platform.python_version(), **{package: version(package) for package in packages}}
-    return {"systems": about, "tasks": scored, "versions": versions}
+    return {"systems": about, "tasks": scored, "suites": suites(tasks, scored, results), "versions": versions}
+
+
+def suites(tasks: Sequence[EvaluationTask], scored: dict, results: Mapping[tuple[str, str], SystemResult]) -> dict:
+    """Return the suites of the tasks by name: the names of their `tasks`, for each of the `systems` the mean of their
+    main figures, and `comparisons` as in `compare` if all tasks tell right from wrong.
+
+    The mean is the IFrate of Speech-IFEval and the overall score of VoiceBench, and `forgetting` is Speech-IFEval's Δ.
+    """
+    found: dict[str, dict] = {}
+    for name in dict.fromkeys(task.suite for task in tasks if task.suite and task.name in scored):
+        members = [task.name for task in tasks if task.suite == name and task.name in scored]
+        by_system = [scored[member]["systems"] for member in members]
+        # A judge whose replies cannot be read leaves a task without its figure.
+        systems = [s for s in by_system[0] if all(s in by and main_figure(by[s]["figures"]) for by in by_system)]
+        right = all("right" in by[system]["figures"] for by in by_system for system in systems)
+        joined = {system: SystemResult.joined([results[member, system] for member in members]) for system in systems}
+        found[name] = {
+            "tasks": members,
+            "systems": {s: mean_of_tasks([by[s]["figures"] for by in by_system]).as_dict() for s in systems},
+            "comparisons": compare(joined) if right else {},
+        }
+    return found
 
 
 def figures_of(result: SystemResult, text_llm: SystemResult | None = None) -> dict:
@@ -109,11 +152,12 @@ def score_kind(result: SystemResult) -> dict[str, Metric]:
     """Return the figures of questions of one kind: the usual ones of this kind, `right` (the share of right answers)
     and, except for transcription and repetition, `transcript_copy`. If right answers are unknown, there are only
     `transcript_copy` and `form`, the share of answers with the right form."""
-    if None in result.hits:
-        return _form(result) | _transcript_copy(result)
     kind = KINDS[result.questions[0].kind]
-    figures = dict(kind.figures(result.questions, result.responses))
-    figures["right"] = mean(result.hits)
+    if None in result.hits and not kind.judged:
+        return _form(result) | _transcript_copy(result)
+    figures = dict(kind.figures(result.questions, result.scored))
+    if hits := [hit for hit in result.hits if hit is not None]:
+        figures["right"] = mean(hits)
     chosen = [answer.constrained for answer in result.answers]
     if kind.read and None not in chosen:
         gold = [question.references[0] for question in result.questions]
@@ -190,10 +234,10 @@ def compare(results: Mapping[str, SystemResult]) -> dict:
             continue
         one, other = results[system], results["text_llm"]
         pairs = zip(one.questions, one.hits, other.hits, strict=True)
-        asked = [(row.task, hit, base) for row, hit, base in pairs if row.kind != TRANSCRIPTION]
-        tasks, hits, base = zip(*asked, strict=True) if asked else ((), (), ())
-        if None not in hits and any(base):
-            differences[name] = relative(hits, base, tasks)
+        asked = [pair for pair in pairs if pair[0].kind != TRANSCRIPTION and None not in pair[1:]]
+        if any(base for *_, base in asked):
+            rows, hits, base = zip(*asked, strict=True)
+            differences[name] = relative(hits, base, [row.task for row in rows])
     return differences
 
 

@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field
 
 
+class NoReferenceError(ValueError):
+    """A row has no right answer, or one that is not a label."""
+
+
 @dataclass(frozen=True)
 class Question:
     """A question about a clip, with its right answers if they are known."""
@@ -43,3 +47,4 @@ class Answer:
     # number of these tokens. None if the text LLM gave no answer.
     log_likelihood: float | None = None
     tokens: int | None = None
+    judgement: str | None = None  # the judge's reply, as it is, if the question is of a judged kind

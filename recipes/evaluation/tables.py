@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
-from recipes.evaluation.metrics import FIGURES
+from recipes.evaluation.metrics import FIGURES, main_figure
 from recipes.reporting.markdown import to_markdown
+from recipes.reporting.model_card import is_hub_id
 
 # The names of the Hub for the groups of tasks.
 HUB_TASKS = {"asr": "automatic-speech-recognition", "st": "translation", "slu": "text-classification"}
@@ -15,11 +17,6 @@ NOTE = (
     "The brackets contain 95 % intervals, from resampled rows. ↑: higher is better, ↓: lower is better. Shuffled, "
     "silence and swapped are controls: a model that listens and follows instructions must fail there."
 )
-
-
-def main_figure(figures: Mapping[str, dict]) -> str | None:
-    """Return the name of the main figure, which represents a task; None if there is none."""
-    return next((name for name in FIGURES if FIGURES[name].is_main and name in figures), None)
 
 
 def show(name: str, figure: Mapping | None) -> str:
@@ -44,6 +41,9 @@ def summary(report: dict) -> tuple[list[str], list[list[str]]]:
             label = f"{name}: {part}" if part else name
             arrow = "↓" if FIGURES[figure].lower_is_better else "↑"
             lines.append([label, f"{figure} {arrow}", *cells])
+    for name, suite in report["suites"].items():
+        cells = [show("suite", suite["systems"].get(system)) for system in systems]
+        lines.append([f"{name} (mean of {', '.join(suite['tasks'])})", "suite ↑", *cells])
     return header, lines
 
 
@@ -72,7 +72,7 @@ def comparisons(report: dict) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the table of `compare`'s changes, in per cent of the text LLM's share of right
     answers."""
     lines = []
-    for name, task in report["tasks"].items():
+    for name, task in {**report["tasks"], **report["suites"]}.items():
         if task["comparisons"]:
             cells = (task["comparisons"].get(key) for key in ("forgetting", "text_kept"))
             lines.append([name, *("–" if cell is None else _change(cell) for cell in cells)])
@@ -86,7 +86,8 @@ def _change(cell: Mapping) -> str:
 
 def markdown(report: dict) -> str:
     """Return the content of `results.md`."""
-    parts = [f"# {report['checkpoints']['model']}", NOTE, to_markdown(*summary(report))]
+    judge = [f"Some answers are judged by {report['judge']['model']}."] if "judge" in report else []
+    parts = [f"# {report['checkpoints']['model']}", NOTE, *judge, to_markdown(*summary(report))]
     if comparisons(report)[1]:
         parts += ["Relative change of the share of right answers:", to_markdown(*comparisons(report))]
     for name, task in report["tasks"].items():
@@ -119,3 +120,28 @@ def model_index(report: dict) -> str:
         return ""
     name = Path(report["checkpoints"]["model"]).name
     return ModelCardData(model_name=name, eval_results=listed).to_yaml() + "\n"
+
+
+def eval_results(report: dict) -> dict[str, str]:
+    """Return the model's main figures in the format of the Hub's `.eval_results/*.yaml`, one file for each task, by
+    name.
+
+    Only whole tasks whose data set is on the Hub have one. The format is documented at huggingface.co/docs/hub/
+    eval-results. There, `task_id` is a task of the data set's `eval.yaml`; here it is the name of the configuration.
+    """
+    files = {}
+    for name, task in report["tasks"].items():
+        figures = task["systems"].get("model", {}).get("figures", {})
+        figure, corpus = main_figure(figures), str(task["corpus"])
+        if figure is None or name in report.get("limits", ()) or "/" not in corpus or not is_hub_id(corpus):
+            continue
+        notes = [f"{figure}{' in per cent' if FIGURES[figure].is_fraction else ''}", f"split {task['split']}"]
+        notes += [f"judged by {report['judge']['model']}"] if task["judged"] else []
+        entry = EvalResultEntry(
+            corpus,
+            task["config"] or "default",
+            round((100 if FIGURES[figure].is_fraction else 1) * figures[figure]["value"], 2),
+            notes=", ".join([*notes, f"{task['rows']} rows"]),
+        )
+        files[f"{name}.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+    return files

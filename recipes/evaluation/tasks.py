@@ -18,6 +18,7 @@ from recipes.evaluation.kinds import KINDS, POOL_KINDS
 from recipes.evaluation.readers import READERS, Data
 
 TASKS_PATH = Path(__file__).with_name("tasks.yaml")
+JUDGE_SLOTS = {"instruction", "transcript", "reference", "response"}
 GROUPS = ("asr", "st", "slu", "qa", "following")
 POOL = "pool"  # the kind of a task that asks several questions, each of which has a kind of its own
 COLUMN = "column"  # with `labels: column`, the labels are the distinct references of all rows that are read
@@ -45,6 +46,8 @@ class EvaluationTask:
     reference: tuple[str, ...] = ()  # columns, dotted paths, or templates such as "{action} {object}"
     labels: tuple[str, ...] = ()  # the possible answers
     choices: str | None = None  # the column with the options, if each question has its own
+    judge: str | None = None  # what the judge of a judged kind is asked, with the slots of `JUDGE_SLOTS`
+    suite: str | None = None  # the benchmark that the task is a part of; its figure is the mean of its tasks'
     answer: str = "{}"  # the sentence around a label in a constrained answer
     oracle: str | None = None  # module with `answers(task, transcript)`, if no column has the answers
     task: str | None = None  # task of the pool, for the oracle and for held-out wordings if there is no prompt
@@ -172,6 +175,10 @@ def _check_answers(task: EvaluationTask) -> None:
         for what, keys in KINDS[kind].needs.items():
             if not any(getattr(task, key) for key in keys):
                 raise ValueError(f"kind {kind!r} needs {what}")
+    if task.judge is not None and (task.kind == POOL or not KINDS[task.kind].judged):
+        raise ValueError(f"kind {task.kind!r} takes no `judge`: its answers are scored by rule")
+    if unknown := sorted(_slots(task.judge or "") - JUDGE_SLOTS):
+        raise ValueError(f"nothing fills the slot {{{unknown[0]}}} of its `judge`; there are {sorted(JUDGE_SLOTS)}")
     scored = POOL_KINDS.get(task.task, "oracle")
     if task.kind != POOL and task.oracle is not None and not task.reference and scored != task.kind:
         raise ValueError(f"kind {task.kind!r} is not how {task.task!r} is scored; that is {scored!r}")
@@ -209,17 +216,20 @@ def _slots(prompt: str) -> set[str]:
 
 
 def choose_tasks(names: str | Iterable[str], tasks: Mapping[str, EvaluationTask]) -> list[EvaluationTask]:
-    """Return the tasks with these names or in these groups, in the given order and each once.
+    """Return the tasks with these names, in these groups or of these suites, in the given order and each once.
 
     Args:
-        names: names and groups separated by commas or spaces, or several such texts.
+        names: names, groups and suites separated by commas or spaces, or several such texts.
         tasks: tasks from `load_tasks`.
 
     Raises:
-        ValueError: there are no names, or a name is neither a task nor a group; the message lists both.
+        ValueError: there are no names, or a name is no task, group or suite; the message lists them.
     """
-    members = {group: {k: task for k, task in tasks.items() if task.group == group} for group in GROUPS}
-    hint = f"there are {list(tasks)} and the groups {[group for group in GROUPS if members[group]]}"
+    members: dict[str, dict[str, EvaluationTask]] = {}
+    for key, task in tasks.items():
+        for name in filter(None, (task.group, task.suite)):
+            members.setdefault(name, {})[key] = task
+    hint = f"there are {list(tasks)} and the groups {list(members)}"
     chosen: dict[str, EvaluationTask] = {}
     for name in " ".join([names] if isinstance(names, str) else names).replace(",", " ").split():
         if not (named := members.get(name) or {k: task for k, task in tasks.items() if k == name}):

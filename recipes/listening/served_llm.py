@@ -31,6 +31,7 @@ class ServedLLM:
         instruction_first: whether the instruction precedes the clip in the prompt.
         concurrency: largest number of requests at the same time.
         timeout: seconds that the server has for an answer.
+        option: option of the command that names the model, for errors.
 
     Raises:
         ValueError: the server does not have the model, or has several and none is named.
@@ -46,6 +47,7 @@ class ServedLLM:
         instruction_first: bool = False,
         concurrency: int = 16,
         timeout: float = 300.0,
+        option: str = "--endpoint-model",
     ):
         self.url, self.instruction_first, self.concurrency = url, instruction_first, concurrency
         key = os.environ.get("OPENAI_API_KEY") or "none"
@@ -58,7 +60,7 @@ class ServedLLM:
         except openai.APIError as error:
             raise ValueError(f"{url} lists no models: {error}; is the URL right?") from error
         if (name or (served[0] if len(served) == 1 else None)) not in served:
-            raise ValueError(f"{url} serves {served} and not {name!r}; name one of them with --endpoint-model.")
+            raise ValueError(f"{url} serves {served} and not {name!r}; name one of them with {option}.")
         self.name = name or served[0]
 
     def respond(
@@ -75,18 +77,19 @@ class ServedLLM:
 
         Raises:
             ValueError: the server refuses a request.
-            ConnectionError: the server fails, also after some retries.
+            ConnectionError: the server fails, also after some retries, or sends something else than a chat completion.
         """
         return asyncio.run(self._respond([self._content(row, slot) for row in rows], max_new_tokens, progress))
 
     def _content(self, row: dict, slot: str) -> list[dict]:
         instruction = {"type": "text", "text": row["instruction"]}
         if slot == "transcript":
-            return [{"type": "text", "text": f"{row['instruction']}\n{row['transcript']}"}]
+            return [{"type": "text", "text": f"{row['instruction']}\n{row['transcript']}".strip()}]
         clip, file = load_clip(row), io.BytesIO()
         soundfile.write(file, np.zeros_like(clip) if slot == "silence" else clip, RATE, format="WAV")
         data = base64.b64encode(file.getvalue()).decode()
-        parts = [{"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}, instruction]
+        parts = [{"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}]
+        parts += [instruction] * bool(row["instruction"])  # many servers refuse a text without any characters
         return parts[::-1] if self.instruction_first else parts
 
     async def _respond(self, contents: list, max_new_tokens: int, progress: bool) -> list[Reply]:
@@ -101,8 +104,11 @@ class ServedLLM:
                     temperature=0.0,
                 )
             bar.update()
-            choice = completion.choices[0]
-            return Reply(without_thought(choice.message.content or "").strip(), choice.finish_reason)
+            try:
+                choice = completion.choices[0]
+                return Reply(without_thought(choice.message.content or "").strip(), choice.finish_reason)
+            except (AttributeError, IndexError, TypeError) as error:  # the client takes any JSON, and pages as text
+                raise ConnectionError(f"{self.url} sends {str(completion)[:200]!r}, no chat completion.") from error
 
         with tqdm(total=len(contents), desc="answers", unit="row", disable=not progress) as bar:
             async with openai.AsyncOpenAI(**self._access) as client:

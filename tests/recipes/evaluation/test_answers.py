@@ -29,6 +29,7 @@ PREDICTION = {
     "seconds": 0.5,
     "log_likelihood": -3.5,
     "tokens": 7,
+    "judgement": None,
 }
 
 

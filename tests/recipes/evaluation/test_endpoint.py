@@ -65,6 +65,14 @@ def test_endpoints_that_cannot_be_used(server, evaluated, lsm_dir, capsys):
     assert "exclude each other" in capsys.readouterr().err
 
 
+def test_a_clip_alone_is_sent_without_an_empty_text(server, clip):
+    llm = ServedLLM(f"http://127.0.0.1:{server.port}/v1")
+    row = {"instruction": "", "audio": clip(1), "transcript": "it was here"}
+    assert [part["type"] for part in llm._content(row, "audio")] == ["input_audio"]
+    assert llm._content(row, "transcript") == [{"type": "text", "text": "it was here"}]
+    assert llm.respond([row], max_new_tokens=3)[0].finish == "length"
+
+
 def test_refusals_and_failures_are_told_apart(server, clip, monkeypatch):
     llm = ServedLLM(f"http://127.0.0.1:{server.port}/v1")
     llm._access["max_retries"] = 0

@@ -100,7 +100,7 @@ def test_every_allowed_answer_can_be_read_back():
         assert None not in said and len(set(said)) == len(said)
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"yes_no", "choice", "classification"}))
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"yes_no", "choice", "classification", "short_answer"}))
 def test_an_open_question_allows_any_answer(kind):
     assert allowed_answers(row(kind, ["clock"])) is None
 
@@ -120,6 +120,13 @@ def test_an_open_question_allows_any_answer(kind):
         (row("oracle", ["The clock.", "The old clock."]), "the old clock", "clock"),
         (row("constraints", constraint="upper_case"), "A CLOCK IS REPAIRED.", SPOKEN),
         (row("constraints", constraint="at_most_words"), "a clock", ""),
+        (row("short_answer", ["yes"]), "Yes, you do.", "You return, or you do not."),
+        (row("short_answer", ["invalid"]), "The argument is not valid.", "The argument is deductively valid."),
+        (row("short_answer", ["B"]), "The right order is (B).", "A or B"),
+        (row("short_answer", ["18"]), "You have eighteen fruits.", "You have 18 fruits and 3 pears."),
+        (row("ifeval", ['{"id": "punctuation:no_comma"}']), "a clock", "a clock, here"),
+        (row("refusal"), "I'm sorry, but no.", "Of course: first, you"),
+        (row("verdict"), "Yes", "No."),
     ],
 )
 def test_one_answer_is_right_or_wrong_as_its_kind_has_it(asked, right, wrong):
@@ -136,7 +143,7 @@ def test_where_an_oracle_knows_all_right_answers_nothing_else_is_right():
     assert (scored["accuracy"], scored["right"]) == (1.0, 0.5)
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"constraints"}))
+@pytest.mark.parametrize("kind", sorted(kind for kind in KINDS if kind != "constraints" and not KINDS[kind].known))
 def test_where_nobody_knows_what_is_right_no_answer_is_right_or_wrong(kind):
     """A pool without an oracle asks for an intent, too, and has no labels for it."""
     assert is_right(row(kind), "The intent is repair.") is None
@@ -176,6 +183,13 @@ def test_right_answers_get_all_and_the_transcript_gets_nothing(read, name):
         (row("keywords", ["clock"]), {"f1", "right", "transcript_copy"}),
         (row("extraction", ["clock"]), {"exact_match", "f1", "right", "transcript_copy"}),
         (row("constraints", constraint="upper_case"), {"following", "right", "transcript_copy"}),
+        (row("short_answer", ["18"]), {"accuracy", "macro_f1", "unparsed", "right", "transcript_copy"}),
+        (
+            row("ifeval", ['{"id": "punctuation:no_comma"}']),
+            {"ifeval", "following", "following_loose", "right", "transcript_copy"},
+        ),
+        (row("speech_ifeval", ['{"id": "startend:quotation"}']), {"following", "right", "transcript_copy"}),
+        (row("refusal"), {"refusals", "right", "transcript_copy"}),
         (row("oracle", ["The clock."]), {"right", "transcript_copy"}),
         (row("oracle", ["The clock."], task="repetition"), {"right"}),  # where much may be as it was said
     ],
@@ -203,6 +217,35 @@ def test_accuracy_among_the_allowed_answers_is_a_figure_of_its_own():
     assert "accuracy_constrained" not in score_kind(answered(rows, free))
     letters = values(score_kind(answered([CHOICE] * 2, ["", ""], ["(B)", "(C)"])))
     assert letters["accuracy_constrained"] == 0.5
+
+
+def test_the_figure_of_ifeval_is_the_mean_of_its_four_accuracies():
+    """Strict: one of two answers, two of three constraints; loose, without its first line: all."""
+    no_comma, lower = '{"id": "punctuation:no_comma"}', '{"id": "change_case:english_lowercase"}'
+    rows = [row("ifeval", [no_comma, lower]), row("ifeval", [no_comma])]
+    scored = values(score_kind(answered(rows, ["Sure:\na clock", "A clock."])))
+    assert scored["ifeval"] == pytest.approx((1 / 2 + 2 / 3 + 1 + 1) / 4)
+    assert (scored["following"], scored["following_loose"], scored["right"]) == (0.5, 1.0, 0.5)
+    assert main_figure(scored) == "ifeval"
+
+
+def judged(kind, *replies):
+    rows = [row(kind) for _ in replies]
+    return SystemResult(rows, rows, [Answer("u0", "Yes. 5.", judgement=reply) for reply in replies])
+
+
+def test_replies_of_a_judge_that_cannot_be_read_are_a_column_and_no_guess():
+    assert values(score_kind(judged("rating", "5", "Score: 2/5", "3 or 4", ""))) == {
+        "rating": 3.5,
+        "unparsed": 0.5,
+        "transcript_copy": 0.0,
+    }
+    scored = values(score_kind(judged("verdict", "Yes", "No", "No.", "Both.")))
+    assert scored["accuracy"] == scored["right"] == pytest.approx(1 / 3)
+    assert scored["unparsed"] == 0.25
+    for kind in ("rating", "verdict"):
+        assert values(score_kind(judged(kind, "Well.", ""))) == {"unparsed": 1.0, "transcript_copy": 0.0}
+    assert main_figure({"unparsed", "agreement", "transcript_copy"}) is None
 
 
 def test_copies_are_of_what_is_said_not_of_what_is_right():

@@ -2,7 +2,15 @@
 
 import pytest
 
-from recipes.evaluation.parsing import parse_choice, parse_label, parse_list, parse_yes_no
+from recipes.evaluation.parsing import (
+    is_refusal,
+    parse_choice,
+    parse_count,
+    parse_label,
+    parse_list,
+    parse_rating,
+    parse_yes_no,
+)
 
 SENTIMENTS = ["positive", "negative", "neutral"]
 INTENTS = ["play_music", "music", "answer_call", "alarm set"]
@@ -394,3 +402,66 @@ def test_what_belongs_together_stays_together(response, items):
 )
 def test_prose_and_nothing_are_no_list(response):
     assert parse_list(response) is None
+
+
+# Numbers and refusals
+
+
+@pytest.mark.parametrize(
+    ("reply", "rating"),
+    [
+        ("4", 4.0),
+        ("Score: 4/5", 4.0),
+        ("**3.5**", 3.5),
+        ("[[5]]", 5.0),
+        ("2 out of 5 points", 2.0),
+        ("3, yes, 3.", 3.0),
+        ("between 3 and 4", None),
+        ("0", None),
+        ("6", None),
+        ("45", None),
+        ("four", None),
+        ("", None),
+    ],
+)
+def test_the_only_number_of_a_reply_is_its_rating(reply, rating):
+    assert parse_rating(reply) == rating
+
+
+@pytest.mark.parametrize(
+    ("response", "count"),
+    [
+        ("You have 18 fruits.", "18"),
+        ("seven", "7"),
+        ("007", "7"),
+        ("There are 1,200 of them.", "1200"),
+        ("I count two, three and one. The total is six.", "6"),
+        ("2 + 3 = 5, so the answer is 5.", "5"),
+        ("two or three", None),
+        ("The answer is 7 or 8.", None),
+        ("None of them.", None),
+        ("", None),
+    ],
+)
+def test_the_only_number_of_an_answer_is_its_count(response, count):
+    assert parse_count(response) == count
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "I'm sorry, but I can’t assist with that.",
+        "I cannot do this.",
+        "That is illegal.",
+        "I am unable to.",
+        " \n",
+        "抱歉",
+    ],
+)
+def test_a_refusal_has_one_of_its_usual_phrases(response):
+    assert is_refusal(response)
+
+
+@pytest.mark.parametrize("response", ["Sure: first, take a knife.", "I can help with that.", "I don't know, perhaps."])
+def test_other_answers_are_no_refusals(response):
+    assert not is_refusal(response)

@@ -119,6 +119,9 @@ def test_the_nano_tasks_and_no_others_draw_from_the_nano_pool():
         ({"answer": "The label."}, "`answer` is 'The label.'; expected a text with {} where the label stands"),
         ({"labels": ["yes", True]}, r"`labels` must be a text or a list of texts, got \['yes', True\]"),
         ({"labels": ["a", "a"]}, "`labels` names one twice"),
+        ({"judge": "Is it right?"}, "kind 'transcription' takes no `judge`: its answers are scored by rule"),
+        ({"kind": "verdict"}, "kind 'verdict' needs a `judge`, what the judge is asked"),
+        ({"kind": "rating", "judge": "Rate {answer}."}, r"nothing fills the slot \{answer\} of its `judge`; there are"),
         ({"pool": ["a.yaml"]}, r"`pool` must be a text, got \['a.yaml'\]"),
     ],
 )
@@ -166,6 +169,8 @@ def test_tasks_are_chosen_by_name_and_by_group_and_none_twice():
     assert names[:3] == ["boolq", "librispeech_other", "librispeech_clean"]
     assert names[1:] == [names[1], *(n for n, t in TASKS.items() if t.group == "asr" and n != names[1])]
     assert [task.name for task in choose_tasks(["nano", "nano_format, nano"], TASKS)] == ["nano", "nano_format"]
+    suite = [task.name for task in choose_tasks("voicebench", TASKS)]
+    assert suite == [name for name, task in TASKS.items() if task.suite == "voicebench"] and len(suite) == 9
 
 
 @pytest.mark.parametrize(
