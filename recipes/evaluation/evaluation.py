@@ -188,7 +188,8 @@ class Evaluation:
 
     @cached_property
     def judge_llm(self) -> Any:
-        return _served(self.judge["url"], {"name": self.judge.get("name"), "option": "--judge-model"})
+        settings = {"option": "--judge-model", "key": "JUDGE_API_KEY"}  # no server gets the key of another
+        return _served(self.judge["url"], {"name": self.judge.get("name"), **settings})
 
     def judged(
         self, task: EvaluationTask, system: System, rows: Sequence[Question], answers: Sequence[Answer]

@@ -32,6 +32,7 @@ class ServedLLM:
         concurrency: largest number of requests at the same time.
         timeout: seconds that the server has for an answer.
         option: option of the command that names the model, for errors.
+        key: environment variable with the server's key.
 
     Raises:
         ValueError: the server does not have the model, or has several and none is named.
@@ -48,10 +49,10 @@ class ServedLLM:
         concurrency: int = 16,
         timeout: float = 300.0,
         option: str = "--endpoint-model",
+        key: str = "OPENAI_API_KEY",
     ):
         self.url, self.instruction_first, self.concurrency = url, instruction_first, concurrency
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        self._access = {"base_url": url, "api_key": key, "timeout": timeout, "max_retries": 4}
+        self._access = {"base_url": url, "api_key": os.environ.get(key) or "none", "timeout": timeout, "max_retries": 4}
         try:
             with openai.OpenAI(**self._access) as client:
                 served = [model.id for model in client.models.list()]

@@ -184,7 +184,8 @@ def speaker(monkeypatch):
     monkeypatch.setattr(Speaker, "asked", 0)
     monkeypatch.setattr(evaluation_module, "load", Speaker)
     monkeypatch.setattr(evaluation_module.pages, "draw", lambda *_: [])
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
 
 
 def judged_by(answer, behaviours=(), models=("judge",)):
