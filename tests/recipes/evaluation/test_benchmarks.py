@@ -251,13 +251,19 @@ def test_verdicts_are_reused_from_the_same_judge_alone(evaluation, tmp_path):
 
 
 def test_a_judge_that_stops_midway_goes_on_where_it_stopped(evaluation, tmp_path):
-    with judged_by(rating, ["ok"] * 4 + ["400"] * 2) as server:
+    stops = [True]
+    first_chunk = PROMPTS[:4]
+
+    def behaviour(number, body):
+        return "400" if stops and not any(prompt in body["prompt"] for prompt in first_chunk) else "ok"
+
+    with judged_by(rating, behaviour) as server:
         with pytest.raises(ValueError, match="refuses a request"):
             evaluation(server)
         assert not (tmp_path / "out" / "results.json").exists()
-        seen = len(server.bodies)
+        stops.clear()
         found = evaluation(server)
-    assert len(server.bodies) == seen + 2  # a chunk of four was written
+    assert all(sum(prompt in body["prompt"] for body in server.bodies) == 1 for prompt in first_chunk)
     assert found["tasks"]["alpacaeval"]["systems"]["model"]["rows"] == Speaker.asked == 6
 
 
