@@ -6,6 +6,7 @@ and its cache, and new prompts are read and join it, padded on the left. So an a
 
 import contextlib
 import ctypes
+import gc
 import logging
 import threading
 import time
@@ -157,7 +158,9 @@ def _cat(first: torch.Tensor, second: torch.Tensor, length: int) -> torch.Tensor
 
 
 def give_back_memory() -> None:
-    """Give free memory back to the system. glibc keeps it: hundreds of MB after clips of many lengths at once."""
+    """Give free memory back to the system: what garbage still holds, and what glibc keeps, which is hundreds of MB
+    after clips of many lengths at once."""
+    gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

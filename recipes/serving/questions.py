@@ -41,14 +41,14 @@ class Question:
 
     Args:
         messages: messages as in transformers; audio parts have no clips, which are in `files`.
-        files: bytes of the clips' files, in the order of the audio parts.
+        files: bytes or URLs of the clips' files, in the order of the audio parts.
         settings: `max_tokens`, `temperature`, `top_p`, `seed` and `stop`.
         stream: whether the answer is sent in parts.
         usage: whether a stream ends with the numbers of tokens.
     """
 
     messages: list[dict]
-    files: list[bytes] = field(default_factory=list)
+    files: list[bytes | str] = field(default_factory=list)
     settings: dict = field(default_factory=dict)
     stream: bool = False
     usage: bool = False
@@ -83,7 +83,7 @@ def read_chat(body: dict, limits: Limits) -> Question:
     messages = values.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RequestError("'messages' must be a list with at least one message.", "messages")
-    files: list[bytes] = []
+    files: list[bytes | str] = []
     checked = [_message(message, files, limits, f"messages[{place}]") for place, message in enumerate(messages)]
     options = values.get("stream_options") or {}
     if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
@@ -120,7 +120,7 @@ def read_transcription(form: dict, file: bytes, instruction: str, limits: Limits
     return Question(messages, [file], _settings(numbers, limits), stream=stream)
 
 
-def _message(message: object, files: list[bytes], limits: Limits, where: str) -> dict:
+def _message(message: object, files: list[bytes | str], limits: Limits, where: str) -> dict:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise RequestError(f"{where} must have a role among {', '.join(ROLES)}.", where)
     for name in ("tool_calls", "function_call", "audio"):
@@ -137,7 +137,7 @@ def _message(message: object, files: list[bytes], limits: Limits, where: str) ->
     return {"role": ROLES[message["role"]], "content": parts}
 
 
-def _part(part: object, files: list[bytes], limits: Limits, where: str) -> dict:
+def _part(part: object, files: list[bytes | str], limits: Limits, where: str) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     value = part.get(kind) if isinstance(kind, str) else None
     if kind == "text" and isinstance(value, str):

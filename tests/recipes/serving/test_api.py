@@ -1,11 +1,16 @@
 """The server as OpenAI's own client sees it, and as clients that behave badly do."""
 
+import asyncio
 import base64
+import gc
 import http.client
 import io
 import json
 import socket
+import threading
 import time
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import openai
@@ -16,9 +21,11 @@ from api_server import Server
 
 from language_models.generation import GREEDY, read_answers
 from modeling_lsm import LsmForConditionalGeneration
+from recipes.serving import api, downloads
 from recipes.serving.api import Api
 from recipes.serving.clips import Limits
 from recipes.serving.engine import Engine
+from recipes.serving.questions import RequestError, read_chat
 
 LIMITS = Limits(body=2_000_000, seconds=40, clips=2, tokens=64, upload_seconds=0.7, answer_seconds=30)
 INSTRUCTION = "Transcribe the speech."
@@ -213,18 +220,141 @@ def test_an_upload_that_does_not_arrive_is_given_up(server):
     assert server.api.requests == 0
 
 
-def test_a_client_that_leaves_frees_its_place(server, engine, wav):
-    for stream in (True, False):
-        body = json.dumps({"messages": question(wav(1)), "max_tokens": 64, "stream": stream}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-        with socket.create_connection(("127.0.0.1", server.port)) as leaving:
-            leaving.sendall(head + body)
-            until = time.monotonic() + 20
-            while not engine.running and time.monotonic() < until:
-                time.sleep(0.001)
-        while (engine.running or engine.waiting or server.api.requests) and time.monotonic() < until:
-            time.sleep(0.01)
-        assert not engine.running and not engine.waiting and not server.api.requests
+@pytest.fixture
+def gate(server, monkeypatch):
+    """Decoding waits at a gate: `gate.entered` is set when a clip is there, and `gate.open` lets all go on."""
+    inputs, gate = server.api._inputs, SimpleNamespace(entered=threading.Event(), open=threading.Event())
+
+    def wait(*args):
+        gate.entered.set()
+        gate.open.wait(20)
+        return inputs(*args)
+
+    monkeypatch.setattr(server.api, "_inputs", wait)
+    yield gate
+    gate.open.set()
+
+
+def send(server, body: dict) -> socket.socket:
+    """Send a request, and return its connection."""
+    content = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(content)}\r\n\r\n".encode()
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.sendall(head + content)
+    return connection
+
+
+def wait_for(condition) -> bool:
+    until = time.monotonic() + 20
+    while not (met := condition()) and time.monotonic() < until:
+        time.sleep(0.005)
+    return met
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(server, engine, wav, stream):
+    with send(server, {"messages": question(wav(1)), "max_tokens": 64, "stream": stream}):
+        assert wait_for(lambda: engine.running)
+    assert wait_for(lambda: not engine.running and not engine.waiting and not server.api.requests)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_while_its_clip_is_decoded_frees_its_place(server, engine, wav, gate, stream, monkeypatch):
+    submitted = []
+    monkeypatch.setattr(engine, "submit", submitted.append)
+    body = {"messages": question(wav(1)), "max_tokens": 64, "stream": stream}
+    with send(server, body), send(server, body), send(server, body):  # the last one waits for a decoder
+        assert gate.entered.wait(20) and wait_for(lambda: server.api.requests == 3)
+    assert wait_for(lambda: not server.api.requests)
+    gate.open.set()
+    server.api.workers.submit(int).result(20)  # what was decoded is there by now
+    assert not submitted
+
+
+def test_a_stream_that_is_left_before_its_first_event_frees_its_place(engine, processor, wav):
+    """The server knows that the client has left when the answer begins, so that none of its events is asked for."""
+    served, submitted = Api(engine, processor, "tiny", INSTRUCTION, LIMITS), []
+    body = json.dumps({"messages": question(wav(0.5)), "max_tokens": 64, "stream": True}).encode()
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+
+    async def ask():
+        arrived = asyncio.Queue()
+        arrived.put_nowait({"type": "http.request", "body": body})
+        submit = engine.submit
+
+        def submit_and_leave(job):
+            submit(job)
+            submitted.append(job)
+            arrived.put_nowait({"type": "http.disconnect"})
+            arrived.put_nowait({"type": "http.disconnect"})
+
+        async def send(message):
+            await asyncio.sleep(0)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "submit", submit_and_leave)
+            await served.app({**scope, "app": served.app}, arrived.get, send)
+
+    asyncio.run(ask())
+    assert [job.cancelled for job in submitted] == [True]
+    assert wait_for(lambda: not engine.running and not engine.waiting)
+
+
+def test_what_a_request_held_is_freed_with_it(server, engine, wav, monkeypatch):
+    """Its clips and its body, without a collection, which may be minutes away. An error knows the frames that have
+    them."""
+    kept, submit = [], engine.submit
+
+    def submit_and_keep(job):
+        kept.append(weakref.ref(job))
+        submit(job)
+
+    def refuse(files, limits):
+        error = RequestError("refused")
+        kept.append(weakref.ref(error))
+        raise error
+
+    monkeypatch.setattr(engine, "submit", submit_and_keep)
+    monkeypatch.setattr(
+        api, "read_chat", lambda body, limits: refuse(body, limits) if "n" in body else read_chat(body, limits)
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        for stream in (True, False):
+            body = {"messages": question(wav(1)), "max_tokens": 3, "stream": stream}
+            with send(server, body) as connection:
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+                assert wait_for(lambda: not engine.running and not server.api.requests)
+        assert server.post(b'{"n": 1}')[0] == 400
+        assert len(kept) == 3 and wait_for(lambda: not any(held() for held in kept))
+    finally:
+        gc.enable()
+
+
+def test_slow_urls_hold_nobody_else_up(engine, processor, wav, monkeypatch):
+    async def connected_to(host, port):
+        return host, port
+
+    monkeypatch.setattr(downloads, "_connected_to", connected_to)
+    limits = Limits(urls=True, upload_seconds=5)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as slow,  # it takes connections, and says nothing
+        Server(Api(engine, processor, "tiny", INSTRUCTION, limits)) as server,
+    ):
+        url = {"type": "audio_url", "audio_url": {"url": f"http://127.0.0.1:{slow.getsockname()[1]}/"}}
+        clients = [send(server, {"messages": [{"role": "user", "content": [url]}]}) for _ in range(3)]
+        slow.settimeout(20)
+        asked = [slow.accept()[0] for _ in clients]
+        assert all(connection.recv(1_000).startswith(b"GET / HTTP") for connection in asked)
+        assert server.client().chat.completions.create(model="tiny", messages=question(wav(0.5)), max_tokens=2).choices
+        assert server.api.requests == 3
+        clients[0].close()  # who leaves gives the download up
+        asked[0].settimeout(20)
+        assert asked[0].recv(1) == b""
+        for connection in (*clients, *asked):
+            connection.close()
+        assert wait_for(lambda: not server.api.requests)
 
 
 def test_an_answer_that_takes_too_long(engine, processor, wav):
