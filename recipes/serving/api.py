@@ -76,6 +76,8 @@ class Api:
         self.engine, self.processor, self.name, self.instruction = engine, processor, name, instruction
         self.limits, self.key, self.started = limits, key, int(time.time())
         self.metrics, self.workers = Metrics(engine), ThreadPoolExecutor(DECODERS, "clips")
+        self.positions = num_positions(engine.model.config.text_config)
+        self.longest = max(map(len, processor.tokenizer.get_vocab()))  # characters of a token
         self.downloads = asyncio.Semaphore(DOWNLOADS)
         self.requests, self.most_requests = 0, engine.max_waiting + engine.max_batch
         routes = [
@@ -213,6 +215,7 @@ class Api:
             if not isinstance(file := form.get("file"), UploadFile):
                 raise RequestError("'file' must be an audio file.", "file")
             texts = {name: value for name, value in form.items() if isinstance(value, str)}
+            "".join([*texts, *texts.values()]).encode("utf-8")  # the form's charset may bring half characters
             return texts, await file.read()
 
     async def _while_there(self, request: Request, work: Coroutine[None, None, Response]) -> Response:
@@ -240,12 +243,13 @@ class Api:
 
     async def _ask(self, question: Question) -> "Answer":
         """Submit a question to the engine."""
+        self._check_length(question.messages)
         loop = asyncio.get_running_loop()
         if any(isinstance(file, str) for file in question.files):
             async with self.downloads:
                 question.files = await downloaded(question.files, self.limits)
         inputs = await loop.run_in_executor(self.workers, self._inputs, question)
-        positions, length = num_positions(self.engine.model.config.text_config), inputs["input_ids"].shape[1]
+        positions, length = self.positions, inputs["input_ids"].shape[1]
         if positions is not None and length >= positions:
             raise RequestError(f"The prompt takes {length} tokens, but the LLM has {positions} positions.", "messages")
         settings = dict(question.settings)
@@ -256,6 +260,17 @@ class Api:
         self.engine.submit(answer.job)
         self.metrics.tokens.labels("prompt").inc(length)
         return answer
+
+    def _check_length(self, messages: list[dict]) -> None:
+        """Refuse texts that cannot fit, before they are rendered and tokenised: that takes a minute for megabytes."""
+        contents = (message["content"] for message in messages)
+        parts = (
+            part for content in contents for part in ([{"text": content}] if isinstance(content, str) else content)
+        )
+        length = sum(1 + len(part.get("text", "")) for part in parts)
+        if self.positions is not None and length > self.positions * self.longest:
+            reason = f"{length} characters, but the LLM has {self.positions} positions"
+            raise RequestError(f"The prompt has {reason} of up to {self.longest} characters.", "messages")
 
     def _inputs(self, question: Question) -> BatchFeature:
         """Decode the clips and return the model inputs of a question."""
@@ -384,6 +399,8 @@ def _error(error: Exception) -> JSONResponse:
             status, message = 504, "The answer took too long."
         case ClientDisconnect():
             status, message = 499, "The client has left."
+        case RecursionError():
+            status, message = 400, "The request is nested too deeply."
         case ValueError() | TemplateError() | MultiPartException():
             status, message = 400, str(error)
         case _:

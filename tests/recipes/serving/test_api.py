@@ -155,6 +155,10 @@ def test_models_health_and_metrics(server):
         ({"messages": question("aGVsbG8=")}, 400, "The clip cannot be read as audio"),
         ({"messages": question("no base64")}, 400, r"messages\[0\].content\[1\]: The clip is not base64"),
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "but the LLM has 2048 positions"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, 400, r"messages\[0\] must have a role among"),
+        ({"messages": [{"role": {}, "content": "x"}]}, 400, r"messages\[0\] must have a role among"),
+        ({"temperature": 10**400}, 400, "'temperature' must be a number from 0 to 2, got 1000"),
+        ({"max_tokens": 1e18}, 400, r"'max_tokens' must be an integer from 1 to 64, got 1e\+18"),
     ],
     ids=str,
 )
@@ -189,6 +193,41 @@ def _minutes() -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+HI = b'"messages": [{"role": "user", "content": "hi"}]'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{%b, "\\ud800": 1}' % HI,
+        b'{%b, "temperature": "%b"}' % (HI, b"a" * 10_000),
+        b'{%b, "%b": 1}' % (HI, b"a" * 10_000),
+        b'{%b, "max_tokens": %b}' % (HI, b"9" * 4_000),
+        b'{%b, "tools": %b}' % (HI, b"[" * 940 + b"]" * 940),
+        b'{%b, "seed": %b}' % (HI, b"[" * 940 + b"]" * 940),
+        b'{%b, "temperature": 1%b}' % (HI, b"0" * 5_000),
+    ],
+    ids=lambda body: body[:80].decode() + "...",
+)
+def test_what_no_field_may_be_is_refused_in_few_words(server, body):
+    status, content = server.post(body)
+    assert status == 400 and len(json.dumps(content)) < 400
+    assert content["error"]["type"] == "invalid_request_error"
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(server, monkeypatch):
+    monkeypatch.setattr(server.api.processor, "apply_chat_template", lambda *args, **kwargs: pytest.fail("rendered"))
+    longest = server.api.longest * 2048
+    for content in ("x" * longest, [{"type": "text", "text": ""}] * (longest + 1)):
+        with pytest.raises(
+            openai.BadRequestError, match=r"has \d+ characters, but the LLM has 2048 positions of up to"
+        ):
+            server.client().chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": content}], max_tokens=1
+            )
+
+
 def test_not_a_number_is_no_temperature(server):
     status, content = server.post(b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}')
     assert (status, content["error"]["param"]) == (400, "temperature")
@@ -209,6 +248,12 @@ def test_a_form_needs_a_file(server):
     )
     assert (status, content["error"]["message"]) == (400, "'file' must be an audio file.")
     assert server.post(b"nonsense", "/v1/audio/transcriptions", **{"content-type": "multipart/form-data"})[0] == 400
+    form = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\nhello\r\n'
+    for name, value in ((b"\\ud800", b"1"), (b"stream", b"yes"), (b"temperature", b"a" * 10_000)):
+        field = b'--x\r\ncontent-disposition: form-data; name="%b"\r\n\r\n%b\r\n--x--\r\n' % (name, value)
+        kind = {"content-type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+        status, content = server.post(form + field, "/v1/audio/transcriptions", **kind)
+        assert status == 400 and len(content["error"]["message"]) < 200
     with pytest.raises(openai.BadRequestError, match="'language' is not supported"):
         server.client().audio.transcriptions.create(model="tiny", file=("a.wav", b"x"), language="en")
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -36,6 +37,18 @@ def test_a_bomb_is_refused_without_decoding_it():
     with pytest.raises(TooLargeError, match="has 7200 s; this server takes clips of up to 600 s"):
         read_clip(content, Limits())
     assert time.process_time() - began < 1  # decoding it takes several times as long
+
+
+def test_channels_are_mixed_while_they_are_decoded():
+    content = audio(15, 48_000, 8, "FLAC")
+    channels, _ = soundfile.read(io.BytesIO(content), dtype="float32")
+    tracemalloc.start()
+    try:
+        wave = read_clip(content, Limits(), 48_000)
+        assert tracemalloc.get_traced_memory()[1] < channels.nbytes / 2
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(wave, channels.mean(1))
 
 
 def test_a_header_may_claim_years():
