@@ -10,6 +10,7 @@ refused by name. `/v1/models`, `/health` and `/metrics` (for Prometheus) are the
 """
 
 import argparse
+import gc
 import logging
 import os
 
@@ -77,6 +78,8 @@ def main() -> None:
     key = os.environ.get(KEY)
     api = Api(engine, llm.processor, args.name or llm.name, args.instruction, limits, key)
     logging.info("serving %s at http://%s:%s, %s", api.name, args.host, args.port, f"key of {KEY}" if key else "no key")
+    gc.collect()
+    gc.freeze()  # later collections look only at what requests leave behind, and take milliseconds
     uvicorn.run(api.app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=5)
     engine.stop()
 

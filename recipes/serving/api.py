@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 
 from jinja2 import TemplateError
@@ -24,11 +24,13 @@ from transformers import BatchFeature
 from configuration_lsm import num_positions
 from processing_lsm import LsmProcessor
 from recipes.serving.clips import Limits, TooLargeError, read_clip
+from recipes.serving.downloads import downloaded
 from recipes.serving.engine import BusyError, Engine, Event, Job
 from recipes.serving.questions import Question, RequestError, read_chat, read_json, read_transcription
 
 logger = logging.getLogger(__name__)
 
+DOWNLOADS = 32  # requests whose URLs are read at the same time
 DECODERS = 2  # threads that decode clips and compute their features
 STATUS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -74,6 +76,9 @@ class Api:
         self.engine, self.processor, self.name, self.instruction = engine, processor, name, instruction
         self.limits, self.key, self.started = limits, key, int(time.time())
         self.metrics, self.workers = Metrics(engine), ThreadPoolExecutor(DECODERS, "clips")
+        self.positions = num_positions(engine.model.config.text_config)
+        self.longest = max(map(len, processor.tokenizer.get_vocab()))  # characters of a token
+        self.downloads = asyncio.Semaphore(DOWNLOADS)
         self.requests, self.most_requests = 0, engine.max_waiting + engine.max_batch
         routes = [
             Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
@@ -88,14 +93,16 @@ class Api:
     # Routes
 
     async def chat(self, request: Request) -> Response:
-        body = read_json(await self._body(request))
+        return await self._while_there(request, self._chat(read_json(await self._body(request))))
+
+    async def _chat(self, body: dict) -> Response:
         self._check_model(body.get("model"))
         loop = asyncio.get_running_loop()
         question = await loop.run_in_executor(self.workers, read_chat, body, self.limits)
         del body  # it may be large, and a stream may be long
-        answer = await self._ask(request, question)
+        answer = await self._ask(question)
         if question.stream:
-            return self._streamed(answer, self._chat_stream(answer, question.usage))
+            return _Stream(answer, self._chat_stream(answer, question.usage))
         text, finish = await answer.whole()
         return JSONResponse(
             {
@@ -113,12 +120,14 @@ class Api:
         )
 
     async def transcribe(self, request: Request) -> Response:
-        form, file = await self._form(request)
+        return await self._while_there(request, self._transcribe(*await self._form(request)))
+
+    async def _transcribe(self, form: dict[str, str], file: bytes) -> Response:
         self._check_model(form.get("model"))
         question = read_transcription(form, file, self.instruction, self.limits)
-        answer = await self._ask(request, question)
+        answer = await self._ask(question)
         if question.stream:
-            return self._streamed(answer, self._transcript_stream(answer))
+            return _Stream(answer, self._transcript_stream(answer))
         text, _ = await answer.whole()
         if form.get("response_format") == "text":
             return PlainTextResponse(text + "\n")
@@ -151,8 +160,7 @@ class Api:
                     raise BusyError(f"{self.requests} requests are being served already; try again later.")
                 self.requests += 1
                 try:
-                    async with asyncio.timeout(self.limits.answer_seconds):
-                        response = await route(request)
+                    response = await route(request)
                 finally:
                     self.requests -= 1
                 status = response.status_code
@@ -207,23 +215,62 @@ class Api:
             if not isinstance(file := form.get("file"), UploadFile):
                 raise RequestError("'file' must be an audio file.", "file")
             texts = {name: value for name, value in form.items() if isinstance(value, str)}
+            "".join([*texts, *texts.values()]).encode("utf-8")  # the form's charset may bring half characters
             return texts, await file.read()
 
-    async def _ask(self, request: Request, question: Question) -> "Answer":
+    async def _while_there(self, request: Request, work: Coroutine[None, None, Response]) -> Response:
+        """Return what `work` does after the request has arrived. It is cancelled if the client leaves.
+
+        Raises:
+            ClientDisconnect: the client has left.
+            TimeoutError: the answer takes too long.
+        """
+
+        async def gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+        try:
+            await asyncio.wait(tasks, timeout=self.limits.answer_seconds, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                return tasks[0].result()
+            raise ClientDisconnect if tasks[1].done() else TimeoutError
+        finally:
+            for task in tasks:
+                task.cancel()
+            tasks.clear()  # an error knows this frame, and would keep itself and the body until a collection
+
+    async def _ask(self, question: Question) -> "Answer":
         """Submit a question to the engine."""
+        self._check_length(question.messages)
         loop = asyncio.get_running_loop()
+        if any(isinstance(file, str) for file in question.files):
+            async with self.downloads:
+                question.files = await downloaded(question.files, self.limits)
         inputs = await loop.run_in_executor(self.workers, self._inputs, question)
-        positions, length = num_positions(self.engine.model.config.text_config), inputs["input_ids"].shape[1]
+        positions, length = self.positions, inputs["input_ids"].shape[1]
         if positions is not None and length >= positions:
             raise RequestError(f"The prompt takes {length} tokens, but the LLM has {positions} positions.", "messages")
         settings = dict(question.settings)
         if positions is not None:
             settings["max_tokens"] = min(settings["max_tokens"], positions - length)
-        answer = Answer(self, request, length)
+        answer = Answer(self, length)
         answer.job = Job(inputs, answer.put, **settings)
         self.engine.submit(answer.job)
         self.metrics.tokens.labels("prompt").inc(length)
         return answer
+
+    def _check_length(self, messages: list[dict]) -> None:
+        """Refuse texts that cannot fit, before they are rendered and tokenised: that takes a minute for megabytes."""
+        contents = (message["content"] for message in messages)
+        parts = (
+            part for content in contents for part in ([{"text": content}] if isinstance(content, str) else content)
+        )
+        length = sum(1 + len(part.get("text", "")) for part in parts)
+        if self.positions is not None and length > self.positions * self.longest:
+            reason = f"{length} characters, but the LLM has {self.positions} positions"
+            raise RequestError(f"The prompt has {reason} of up to {self.longest} characters.", "messages")
 
     def _inputs(self, question: Question) -> BatchFeature:
         """Decode the clips and return the model inputs of a question."""
@@ -233,20 +280,6 @@ class Api:
         return self.processor(text=prompt, audio=clips or None, return_tensors="pt")
 
     # Streams
-
-    def _streamed(self, answer: "Answer", events: AsyncIterator[dict]) -> Response:
-        async def lines() -> AsyncIterator[str]:
-            try:
-                async with asyncio.timeout(self.limits.answer_seconds):
-                    async for event in events:
-                        yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
-                yield "data: [DONE]\n\n"
-            except Exception as error:  # the status has been sent already
-                yield f"data: {bytes(_error(error).body).decode()}\n\n"
-            finally:
-                answer.leave()
-
-        return StreamingResponse(lines(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
     async def _chat_stream(self, answer: "Answer", usage: bool) -> AsyncIterator[dict]:
         head = answer.head("chat.completion.chunk")
@@ -270,8 +303,8 @@ class Api:
 class Answer:
     """The answer to a request, while it is written. If the client leaves, its job is cancelled."""
 
-    def __init__(self, api: Api, request: Request, prompt_tokens: int):
-        self.api, self.request, self.prompt_tokens, self.tokens = api, request, prompt_tokens, 0
+    def __init__(self, api: Api, prompt_tokens: int):
+        self.api, self.prompt_tokens, self.tokens = api, prompt_tokens, 0
         self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
         self.began, self.id, self.created = time.monotonic(), f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self.job: Job | None = None
@@ -282,8 +315,11 @@ class Answer:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
 
     def leave(self) -> None:
-        """Free the place in the engine, if the answer is not finished."""
-        self.api.engine.cancel(self.job)
+        """Free the place in the engine, if the answer is not finished, and the clips. The job knows this answer: both
+        would stay in memory until a collection."""
+        if self.job is not None:
+            self.api.engine.cancel(self.job)
+            self.job = None
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield the events up to the end of the answer. Raises RuntimeError if the model failed."""
@@ -303,25 +339,11 @@ class Answer:
 
     async def whole(self) -> tuple[str, str]:
         """Return the text and why it ended."""
-
-        async def gone() -> None:
-            while (await self.request.receive())["type"] != "http.disconnect":
-                pass
-
-        async def collect() -> tuple[str, str]:
+        try:
             events = [event async for event in self.events()]
             return "".join(event.text for event in events), events[-1].finish
-
-        tasks = [asyncio.create_task(collect()), asyncio.create_task(gone())]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if not tasks[0].done():
-                raise ClientDisconnect
-            return tasks[0].result()
         finally:
             self.leave()
-            for task in tasks:
-                task.cancel()
 
     def head(self, kind: str) -> dict:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.api.name}
@@ -329,6 +351,30 @@ class Answer:
     def usage(self) -> dict:
         total = self.prompt_tokens + self.tokens
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": total}
+
+
+class _Stream(StreamingResponse):
+    """The events of an answer, as they are written. However it ends, also before its first event, it frees the place of
+    the answer: a generator that was never begun has nothing that does."""
+
+    def __init__(self, answer: Answer, events: AsyncIterator[dict]):
+        super().__init__(self._lines(events), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self.answer = answer
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answer.leave()
+
+    async def _lines(self, events: AsyncIterator[dict]) -> AsyncIterator[str]:
+        try:
+            async with asyncio.timeout(self.answer.api.limits.answer_seconds):
+                async for event in events:
+                    yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+            yield "data: [DONE]\n\n"
+        except Exception as error:  # the status has been sent already
+            yield f"data: {bytes(_error(error).body).decode()}\n\n"
 
 
 @contextlib.contextmanager
@@ -353,6 +399,8 @@ def _error(error: Exception) -> JSONResponse:
             status, message = 504, "The answer took too long."
         case ClientDisconnect():
             status, message = 499, "The client has left."
+        case RecursionError():
+            status, message = 400, "The request is nested too deeply."
         case ValueError() | TemplateError() | MultiPartException():
             status, message = 400, str(error)
         case _:

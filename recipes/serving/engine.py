@@ -6,6 +6,7 @@ and its cache, and new prompts are read and join it, padded on the left. So an a
 
 import contextlib
 import ctypes
+import gc
 import logging
 import threading
 import time
@@ -87,7 +88,8 @@ class Job:
 
     def choose(self, logits: torch.Tensor) -> int:
         """Draw the next token, given its logits `(vocabulary,)` float32."""
-        scores = TemperatureLogitsWarper(self.temperature)(None, logits[None])
+        scores = (logits - logits.max()).double()  # so that no temperature, however small, makes them infinite
+        scores = TemperatureLogitsWarper(self.temperature)(None, scores[None])
         if self.top_p < 1:
             scores = TopPLogitsWarper(self.top_p)(None, scores)
         return int(torch.multinomial(scores[0].softmax(-1).cpu(), 1, generator=self.generator))
@@ -157,7 +159,9 @@ def _cat(first: torch.Tensor, second: torch.Tensor, length: int) -> torch.Tensor
 
 
 def give_back_memory() -> None:
-    """Give free memory back to the system. glibc keeps it: hundreds of MB after clips of many lengths at once."""
+    """Give free memory back to the system: what garbage still holds, and what glibc keeps, which is hundreds of MB
+    after clips of many lengths at once."""
+    gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -264,15 +268,19 @@ class Engine(threading.Thread):
 
     @torch.inference_mode()
     def _read(self, jobs: list[Job]) -> None:
-        """Run the model on the prompts of new requests, which join the batch."""
+        """Run the model on the prompts of new requests, which join the batch. Clients may leave while others' clips are
+        encoded, which takes long."""
+        heard = {job: self._speech(job) for job in jobs if not job.cancelled}
+        jobs = [job for job in jobs if job in heard and not job.cancelled]
         if not jobs:
             return
+        speech = [heard[job] for job in jobs if heard[job] is not None]
         ids, mask = self._prompts(jobs)
         outputs = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            audio_embeds=self._speech(jobs),
+            audio_embeds=torch.cat(speech) if speech else None,
             past_key_values=DynamicCache(config=self.model.config.text_config),
             use_cache=True,
             logits_to_keep=1,
@@ -297,17 +305,15 @@ class Engine(threading.Thread):
 
         return padded("input_ids", self.pad), padded("attention_mask", 0)
 
-    def _speech(self, jobs: list[Job]) -> torch.Tensor | None:
-        """Return the speech embeddings of the prompts. Each is encoded alone, because padding short clips to the length
-        of long ones costs more than a batch saves. Few lengths are few kernels that oneDNN keeps in memory."""
-        heard = []
-        for job in jobs:
-            if "input_features" in job.inputs:
-                padding = -job.inputs["input_features"].shape[-1] % SHAPES
-                audio = {name: nn.functional.pad(job.inputs[name], (0, padding)) for name in FEATURES}
-                audio = {name: value.to(self.model.device) for name, value in audio.items()}
-                heard.append(self.model.get_audio_features(**audio).pooler_output)
-        return torch.cat(heard) if heard else None
+    def _speech(self, job: Job) -> torch.Tensor | None:
+        """Return the speech embeddings of a prompt. Each is encoded alone, because padding short clips to the length of
+        long ones costs more than a batch saves. Few lengths are few kernels that oneDNN keeps in memory."""
+        if "input_features" not in job.inputs:
+            return None
+        padding = -job.inputs["input_features"].shape[-1] % SHAPES
+        audio = {name: nn.functional.pad(job.inputs[name], (0, padding)) for name in FEATURES}
+        audio = {name: value.to(self.model.device) for name, value in audio.items()}
+        return self.model.get_audio_features(**audio).pooler_output
 
     @torch.inference_mode()
     def _write(self) -> None:
@@ -337,9 +343,12 @@ class Engine(threading.Thread):
         best = logits.argmax(-1).tolist()
         left = []
         for row, job in enumerate(batch.jobs):
-            token = best[row] if job.temperature == 0 else job.choose(logits[row])
-            if not job.cancelled and not job.take(token, self.tokenizer, self.ends):
-                left.append(row)
+            try:
+                token = best[row] if job.temperature == 0 else job.choose(logits[row])
+                if not job.cancelled and not job.take(token, self.tokenizer, self.ends):
+                    left.append(row)
+            except Exception:  # of this answer alone
+                self._tell_failure([job])
         if len(left) < len(batch):
             batch.keep(left) if left else batch.jobs.clear()
 

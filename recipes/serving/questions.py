@@ -1,8 +1,8 @@
 """Requests as OpenAI's clients send them, checked: what the server does not do is refused by name, never ignored."""
 
 import json
-import math
 from dataclasses import dataclass, field
+from reprlib import repr as shown  # a value of a client may be megabytes
 
 from recipes.serving.clips import Limits, TooLargeError, from_base64, from_url
 
@@ -41,14 +41,14 @@ class Question:
 
     Args:
         messages: messages as in transformers; audio parts have no clips, which are in `files`.
-        files: bytes of the clips' files, in the order of the audio parts.
+        files: bytes or URLs of the clips' files, in the order of the audio parts.
         settings: `max_tokens`, `temperature`, `top_p`, `seed` and `stop`.
         stream: whether the answer is sent in parts.
         usage: whether a stream ends with the numbers of tokens.
     """
 
     messages: list[dict]
-    files: list[bytes] = field(default_factory=list)
+    files: list[bytes | str] = field(default_factory=list)
     settings: dict = field(default_factory=dict)
     stream: bool = False
     usage: bool = False
@@ -58,6 +58,8 @@ def read_json(body: bytes) -> dict:
     """Return the JSON object of a request's body. Raises RequestError if there is none."""
     try:
         content = json.loads(body.decode("utf-8"))
+        if b"\\u" in body:  # it may escape half a character, which no tokenizer and no answer takes
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise RequestError(f"The body is not JSON in UTF-8: {error}") from error
     if not isinstance(content, dict):
@@ -76,14 +78,14 @@ def read_chat(body: dict, limits: Limits) -> Question:
     known |= {"seed", "stop"} | IGNORED | ONLY.keys()
     values = {name: value for name, value in body.items() if value is not None}
     if unknown := sorted(values.keys() - known):
-        raise RequestError(f"{unknown[0]!r} is not supported.", unknown[0])
+        raise RequestError(f"{shown(unknown[0])} is not supported.", shown(unknown[0])[1:-1])
     for name, allowed in ONLY.items():
         if name in values and values[name] not in allowed:
             raise RequestError(f"{name}={json.dumps(values[name])[:80]} is not supported; leave it out.", name)
     messages = values.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RequestError("'messages' must be a list with at least one message.", "messages")
-    files: list[bytes] = []
+    files: list[bytes | str] = []
     checked = [_message(message, files, limits, f"messages[{place}]") for place, message in enumerate(messages)]
     options = values.get("stream_options") or {}
     if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
@@ -108,20 +110,23 @@ def read_transcription(form: dict, file: bytes, instruction: str, limits: Limits
     """
     values = {name: value for name, value in form.items() if value != ""}
     if unknown := sorted(values.keys() - TRANSCRIPTION_FIELDS):
-        raise RequestError(f"{unknown[0]!r} is not supported.", unknown[0])
+        raise RequestError(f"{shown(unknown[0])} is not supported.", shown(unknown[0])[1:-1])
     if values.get("response_format", "json") not in ("json", "text"):
         raise RequestError("'response_format' must be json or text.", "response_format")
     try:
         numbers = {name: float(values[name]) for name in ("temperature",) if name in values}
     except ValueError as error:
-        raise RequestError(f"'temperature' must be a number, got {values['temperature']!r}.", "temperature") from error
+        raise RequestError(
+            f"'temperature' must be a number, got {shown(values['temperature'])}.", "temperature"
+        ) from error
+    if (stream := values.get("stream", "false").lower()) not in ("true", "false"):
+        raise RequestError(f"'stream' must be true or false, got {shown(stream)}.", "stream")
     messages = [{"role": "user", "content": [{"type": "text", "text": instruction}, {"type": "audio"}]}]
-    stream = str(values.get("stream", "false")).lower() == "true"
-    return Question(messages, [file], _settings(numbers, limits), stream=stream)
+    return Question(messages, [file], _settings(numbers, limits), stream=stream == "true")
 
 
-def _message(message: object, files: list[bytes], limits: Limits, where: str) -> dict:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
+def _message(message: object, files: list[bytes | str], limits: Limits, where: str) -> dict:
+    if not isinstance(message, dict) or message.get("role") not in list(ROLES):  # it may have no hash
         raise RequestError(f"{where} must have a role among {', '.join(ROLES)}.", where)
     for name in ("tool_calls", "function_call", "audio"):
         if message.get(name):
@@ -137,13 +142,13 @@ def _message(message: object, files: list[bytes], limits: Limits, where: str) ->
     return {"role": ROLES[message["role"]], "content": parts}
 
 
-def _part(part: object, files: list[bytes], limits: Limits, where: str) -> dict:
+def _part(part: object, files: list[bytes | str], limits: Limits, where: str) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     value = part.get(kind) if isinstance(kind, str) else None
     if kind == "text" and isinstance(value, str):
         return {"type": "text", "text": value}
     if kind not in ("text", "input_audio", "audio_url"):
-        raise RequestError(f"{where} has the type {kind!r}; expected text, input_audio or audio_url.", where)
+        raise RequestError(f"{where} has the type {shown(kind)}; expected text, input_audio or audio_url.", where)
     name = {"text": "text", "input_audio": "data", "audio_url": "url"}[kind]
     if kind == "text" or not isinstance(value, dict) or name not in value:
         raise RequestError(f"{where} needs its {name}.", f"{where}.{kind}")
@@ -161,10 +166,12 @@ def _part(part: object, files: list[bytes], limits: Limits, where: str) -> dict:
 def _settings(values: dict, limits: Limits) -> dict:
     tokens = values.get("max_completion_tokens", values.get("max_tokens", limits.tokens))
     if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= limits.tokens:
-        raise RequestError(f"'max_tokens' must be an integer from 1 to {limits.tokens}, got {tokens!r}.", "max_tokens")
+        raise RequestError(
+            f"'max_tokens' must be an integer from 1 to {limits.tokens}, got {shown(tokens)}.", "max_tokens"
+        )
     seed = values.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
-        raise RequestError(f"'seed' must be an integer of 64 bits, got {seed!r}.", "seed")
+        raise RequestError(f"'seed' must be an integer of 64 bits, got {shown(seed)}.", "seed")
     stop = values.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MOST_STOPS or not all(isinstance(text, str) and text for text in stop):
@@ -180,13 +187,12 @@ def _settings(values: dict, limits: Limits) -> dict:
 
 def _number(values: dict, name: str, default: float, least: float, most: float) -> float:
     value = values.get(name, default)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not least <= value <= most:
-        raise RequestError(f"{name!r} must be a number from {least:g} to {most:g}, got {value!r}.", name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise RequestError(f"{name!r} must be a number from {least:g} to {most:g}, got {shown(value)}.", name)
     return float(value)
 
 
 def _boolean(values: dict, name: str) -> bool:
     if not isinstance(value := values.get(name, False), bool):
-        raise RequestError(f"{name!r} must be true or false, got {value!r}.", name)
+        raise RequestError(f"{name!r} must be true or false, got {shown(value)}.", name)
     return value

@@ -1,11 +1,16 @@
 """The server as OpenAI's own client sees it, and as clients that behave badly do."""
 
+import asyncio
 import base64
+import gc
 import http.client
 import io
 import json
 import socket
+import threading
 import time
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import openai
@@ -16,9 +21,11 @@ from api_server import Server
 
 from language_models.generation import GREEDY, read_answers
 from modeling_lsm import LsmForConditionalGeneration
+from recipes.serving import api, downloads
 from recipes.serving.api import Api
 from recipes.serving.clips import Limits
 from recipes.serving.engine import Engine
+from recipes.serving.questions import RequestError, read_chat
 
 LIMITS = Limits(body=2_000_000, seconds=40, clips=2, tokens=64, upload_seconds=0.7, answer_seconds=30)
 INSTRUCTION = "Transcribe the speech."
@@ -148,6 +155,10 @@ def test_models_health_and_metrics(server):
         ({"messages": question("aGVsbG8=")}, 400, "The clip cannot be read as audio"),
         ({"messages": question("no base64")}, 400, r"messages\[0\].content\[1\]: The clip is not base64"),
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "but the LLM has 2048 positions"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, 400, r"messages\[0\] must have a role among"),
+        ({"messages": [{"role": {}, "content": "x"}]}, 400, r"messages\[0\] must have a role among"),
+        ({"temperature": 10**400}, 400, "'temperature' must be a number from 0 to 2, got 1000"),
+        ({"max_tokens": 1e18}, 400, r"'max_tokens' must be an integer from 1 to 64, got 1e\+18"),
     ],
     ids=str,
 )
@@ -182,6 +193,41 @@ def _minutes() -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+HI = b'"messages": [{"role": "user", "content": "hi"}]'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{%b, "\\ud800": 1}' % HI,
+        b'{%b, "temperature": "%b"}' % (HI, b"a" * 10_000),
+        b'{%b, "%b": 1}' % (HI, b"a" * 10_000),
+        b'{%b, "max_tokens": %b}' % (HI, b"9" * 4_000),
+        b'{%b, "tools": %b}' % (HI, b"[" * 940 + b"]" * 940),
+        b'{%b, "seed": %b}' % (HI, b"[" * 940 + b"]" * 940),
+        b'{%b, "temperature": 1%b}' % (HI, b"0" * 5_000),
+    ],
+    ids=lambda body: body[:80].decode() + "...",
+)
+def test_what_no_field_may_be_is_refused_in_few_words(server, body):
+    status, content = server.post(body)
+    assert status == 400 and len(json.dumps(content)) < 400
+    assert content["error"]["type"] == "invalid_request_error"
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(server, monkeypatch):
+    monkeypatch.setattr(server.api.processor, "apply_chat_template", lambda *args, **kwargs: pytest.fail("rendered"))
+    longest = server.api.longest * 2048
+    for content in ("x" * longest, [{"type": "text", "text": ""}] * (longest + 1)):
+        with pytest.raises(
+            openai.BadRequestError, match=r"has \d+ characters, but the LLM has 2048 positions of up to"
+        ):
+            server.client().chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": content}], max_tokens=1
+            )
+
+
 def test_not_a_number_is_no_temperature(server):
     status, content = server.post(b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}')
     assert (status, content["error"]["param"]) == (400, "temperature")
@@ -202,6 +248,12 @@ def test_a_form_needs_a_file(server):
     )
     assert (status, content["error"]["message"]) == (400, "'file' must be an audio file.")
     assert server.post(b"nonsense", "/v1/audio/transcriptions", **{"content-type": "multipart/form-data"})[0] == 400
+    form = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\nhello\r\n'
+    for name, value in ((b"\\ud800", b"1"), (b"stream", b"yes"), (b"temperature", b"a" * 10_000)):
+        field = b'--x\r\ncontent-disposition: form-data; name="%b"\r\n\r\n%b\r\n--x--\r\n' % (name, value)
+        kind = {"content-type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+        status, content = server.post(form + field, "/v1/audio/transcriptions", **kind)
+        assert status == 400 and len(content["error"]["message"]) < 200
     with pytest.raises(openai.BadRequestError, match="'language' is not supported"):
         server.client().audio.transcriptions.create(model="tiny", file=("a.wav", b"x"), language="en")
 
@@ -213,18 +265,141 @@ def test_an_upload_that_does_not_arrive_is_given_up(server):
     assert server.api.requests == 0
 
 
-def test_a_client_that_leaves_frees_its_place(server, engine, wav):
-    for stream in (True, False):
-        body = json.dumps({"messages": question(wav(1)), "max_tokens": 64, "stream": stream}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-        with socket.create_connection(("127.0.0.1", server.port)) as leaving:
-            leaving.sendall(head + body)
-            until = time.monotonic() + 20
-            while not engine.running and time.monotonic() < until:
-                time.sleep(0.001)
-        while (engine.running or engine.waiting or server.api.requests) and time.monotonic() < until:
-            time.sleep(0.01)
-        assert not engine.running and not engine.waiting and not server.api.requests
+@pytest.fixture
+def gate(server, monkeypatch):
+    """Decoding waits at a gate: `gate.entered` is set when a clip is there, and `gate.open` lets all go on."""
+    inputs, gate = server.api._inputs, SimpleNamespace(entered=threading.Event(), open=threading.Event())
+
+    def wait(*args):
+        gate.entered.set()
+        gate.open.wait(20)
+        return inputs(*args)
+
+    monkeypatch.setattr(server.api, "_inputs", wait)
+    yield gate
+    gate.open.set()
+
+
+def send(server, body: dict) -> socket.socket:
+    """Send a request, and return its connection."""
+    content = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(content)}\r\n\r\n".encode()
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.sendall(head + content)
+    return connection
+
+
+def wait_for(condition) -> bool:
+    until = time.monotonic() + 20
+    while not (met := condition()) and time.monotonic() < until:
+        time.sleep(0.005)
+    return met
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(server, engine, wav, stream):
+    with send(server, {"messages": question(wav(1)), "max_tokens": 64, "stream": stream}):
+        assert wait_for(lambda: engine.running)
+    assert wait_for(lambda: not engine.running and not engine.waiting and not server.api.requests)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_while_its_clip_is_decoded_frees_its_place(server, engine, wav, gate, stream, monkeypatch):
+    submitted = []
+    monkeypatch.setattr(engine, "submit", submitted.append)
+    body = {"messages": question(wav(1)), "max_tokens": 64, "stream": stream}
+    with send(server, body), send(server, body), send(server, body):  # the last one waits for a decoder
+        assert gate.entered.wait(20) and wait_for(lambda: server.api.requests == 3)
+    assert wait_for(lambda: not server.api.requests)
+    gate.open.set()
+    server.api.workers.submit(int).result(20)  # what was decoded is there by now
+    assert not submitted
+
+
+def test_a_stream_that_is_left_before_its_first_event_frees_its_place(engine, processor, wav):
+    """The server knows that the client has left when the answer begins, so that none of its events is asked for."""
+    served, submitted = Api(engine, processor, "tiny", INSTRUCTION, LIMITS), []
+    body = json.dumps({"messages": question(wav(0.5)), "max_tokens": 64, "stream": True}).encode()
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+
+    async def ask():
+        arrived = asyncio.Queue()
+        arrived.put_nowait({"type": "http.request", "body": body})
+        submit = engine.submit
+
+        def submit_and_leave(job):
+            submit(job)
+            submitted.append(job)
+            arrived.put_nowait({"type": "http.disconnect"})
+            arrived.put_nowait({"type": "http.disconnect"})
+
+        async def send(message):
+            await asyncio.sleep(0)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "submit", submit_and_leave)
+            await served.app({**scope, "app": served.app}, arrived.get, send)
+
+    asyncio.run(ask())
+    assert [job.cancelled for job in submitted] == [True]
+    assert wait_for(lambda: not engine.running and not engine.waiting)
+
+
+def test_what_a_request_held_is_freed_with_it(server, engine, wav, monkeypatch):
+    """Its clips and its body, without a collection, which may be minutes away. An error knows the frames that have
+    them."""
+    kept, submit = [], engine.submit
+
+    def submit_and_keep(job):
+        kept.append(weakref.ref(job))
+        submit(job)
+
+    def refuse(files, limits):
+        error = RequestError("refused")
+        kept.append(weakref.ref(error))
+        raise error
+
+    monkeypatch.setattr(engine, "submit", submit_and_keep)
+    monkeypatch.setattr(
+        api, "read_chat", lambda body, limits: refuse(body, limits) if "n" in body else read_chat(body, limits)
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        for stream in (True, False):
+            body = {"messages": question(wav(1)), "max_tokens": 3, "stream": stream}
+            with send(server, body) as connection:
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+                assert wait_for(lambda: not engine.running and not server.api.requests)
+        assert server.post(b'{"n": 1}')[0] == 400
+        assert len(kept) == 3 and wait_for(lambda: not any(held() for held in kept))
+    finally:
+        gc.enable()
+
+
+def test_slow_urls_hold_nobody_else_up(engine, processor, wav, monkeypatch):
+    async def connected_to(host, port):
+        return host, port
+
+    monkeypatch.setattr(downloads, "_connected_to", connected_to)
+    limits = Limits(urls=True, upload_seconds=5)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as slow,  # it takes connections, and says nothing
+        Server(Api(engine, processor, "tiny", INSTRUCTION, limits)) as server,
+    ):
+        url = {"type": "audio_url", "audio_url": {"url": f"http://127.0.0.1:{slow.getsockname()[1]}/"}}
+        clients = [send(server, {"messages": [{"role": "user", "content": [url]}]}) for _ in range(3)]
+        slow.settimeout(20)
+        asked = [slow.accept()[0] for _ in clients]
+        assert all(connection.recv(1_000).startswith(b"GET / HTTP") for connection in asked)
+        assert server.client().chat.completions.create(model="tiny", messages=question(wav(0.5)), max_tokens=2).choices
+        assert server.api.requests == 3
+        clients[0].close()  # who leaves gives the download up
+        asked[0].settimeout(20)
+        assert asked[0].recv(1) == b""
+        for connection in (*clients, *asked):
+            connection.close()
+        assert wait_for(lambda: not server.api.requests)
 
 
 def test_an_answer_that_takes_too_long(engine, processor, wav):

@@ -120,6 +120,43 @@ def test_a_cancelled_request_frees_its_place(engine, served, processor, ask):
     assert not waiting.tokens
 
 
+def test_who_leaves_while_another_clip_is_encoded_is_not_read(engine, served, processor, ask, monkeypatch):
+    jobs, encode, encoded = [ask(1), ask(2), ask(3)], served.get_audio_features, []
+
+    def leave(**inputs):
+        encoded.append(inputs["input_features"].shape[-1])
+        for job in jobs[:2] if len(encoded) == 1 else ():
+            engine.cancel(job)
+        return encode(**inputs)
+
+    monkeypatch.setattr(served, "get_audio_features", leave)
+    for job in jobs:
+        engine.submit(job)
+    engine.start()
+    assert alone(served, processor.tokenizer, jobs[2]).startswith(read(jobs[2])[0])
+    assert encoded[:2] == [100, 300]
+    assert not jobs[0].tokens and not jobs[1].tokens
+
+
+def test_a_tiny_temperature_is_greedy(engine, served, processor, ask):
+    jobs = [ask(2, temperature=temperature, seed=1) for temperature in (5e-324, 1e-300, 1e-40)]
+    for job in jobs:
+        engine.submit(job)
+    engine.start()
+    assert all(alone(served, processor.tokenizer, job).startswith(read(job)[0]) for job in jobs)
+    assert all(len(job.tokens) > 1 for job in jobs)
+
+
+def test_an_answer_that_fails_fails_alone(engine, served, processor, ask, monkeypatch):
+    bad, good = ask(2, temperature=1.0), ask(2)
+    monkeypatch.setattr(bad, "choose", lambda logits: torch.multinomial(logits * torch.nan, 1), raising=False)
+    engine.submit(bad)
+    engine.submit(good)
+    engine.start()
+    assert read(bad)[1] == "error"
+    assert alone(served, processor.tokenizer, good).startswith(read(good)[0]) and len(good.tokens) > 1
+
+
 def test_a_full_queue_is_refused(engine, ask):
     engine.max_waiting = 2
     for _ in range(2):
