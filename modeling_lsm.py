@@ -91,7 +91,6 @@ class LsmPreTrainedModel(PreTrainedModel):
             init.normal_(module.blank, mean=0.0, std=1.0)
             init.constant_(module.blank_bias, BLANK_BIAS)
             init.constant_(module.scale, READING_SCALE)
-            init.zeros_(module.gate)
 
 
 class LsmAudioTower(WhisperEncoder):
@@ -216,7 +215,6 @@ class LsmReader(nn.Module):
         self.blank = nn.Parameter(torch.empty(config.text_config.hidden_size))
         self.blank_bias = nn.Parameter(torch.empty(1))  # not scalars, which FSDP2 cannot shard
         self.scale = nn.Parameter(torch.empty(1))
-        self.gate = nn.Parameter(torch.empty(1))
 
     def logits(self, speech: torch.Tensor, pieces: torch.Tensor) -> torch.Tensor:
         """Return the logits of the blank and the word pieces for each speech token.
@@ -241,10 +239,9 @@ class LsmReader(nn.Module):
         """Express speech in the LLM's input embeddings, as LegoSLM does (arXiv 2505.11352).
 
         A speech token becomes the mean of its `pieces_per_token` nearest embeddings, weighted by their probabilities. A
-        blank, or a repetition of the token before, becomes zeros plus its own direction times a learned gate, which is
-        initially 0 and can grow if there is something to learn that is not expressed in words. Zeros disturb an LLM
-        less than any text-like vector (`docs/real.md`). In each chunk, the words come before the blanks, so that the
-        LLM gets them next to each other, as in a text.
+        blank, or a repetition of the token before, becomes zeros, which disturb an LLM less than any text-like vector
+        (`docs/real.md`). In each chunk, the words come before the blanks, so that the LLM gets them next to each other,
+        as in a text.
 
         Args:
             speech: `(total_tokens, hidden)` float.
@@ -263,12 +260,10 @@ class LsmReader(nn.Module):
         read = torch.cat([ids.new_full((len(ids), 1), -1), ids], 1).gather(1, best)[:, 0]
         # As CTC decodes: a piece that the token before has, too, was said once.
         again = nn.functional.pad((read[1:] == read[:-1]) & (chunk[1:] == chunk[:-1]), (1, 0))
-        blank = probabilities[:, :1].masked_fill(again[:, None], 1.0)
-        is_blank = blank[:, 0] > 0.5
+        is_blank = again | (probabilities[:, 0] > 0.5)
         # Blanks get no words, because LLMs normalise their input, which would amplify even improbable words.
         words = (probabilities[:, None, 1:] @ pieces.to(probabilities))[:, 0].masked_fill(is_blank[:, None], 0.0)
-        output = words + blank * self.gate * nn.functional.normalize(speech, dim=-1)
-        return output[(2 * chunk + is_blank).argsort(stable=True)].to(speech.dtype)
+        return words[(2 * chunk + is_blank).argsort(stable=True)].to(speech.dtype)
 
     @torch.no_grad()
     def _search(self, speech: torch.Tensor, embeddings: Callable) -> torch.Tensor:
