@@ -34,7 +34,7 @@ TOKENS_PER_SECOND = 6.25
 WRONG = (0.1, 0.2, 0.35)
 
 
-class Reader:
+class TextLLM:
     """The text LLM, and the rows about which it is asked.
 
     Args:
@@ -91,18 +91,17 @@ class Reader:
         return read_answers(self.tokenizer, answers)
 
 
-def ways(reader: Reader, slot: Slot) -> dict[str, list[torch.Tensor]]:
+def ways(llm: TextLLM, slot: Slot) -> dict[str, list[torch.Tensor]]:
     """Return the transcripts as embeddings `(pieces, hidden)`, given in each way."""
-    transcripts, table = [row["transcript"] for row in reader.rows], reader.embeddings
+    transcripts, table = [row["transcript"] for row in llm.rows], llm.embeddings
     pieces = slot.pieces(transcripts)
     blanks = {
         "zeros": torch.zeros_like(table[0]),
         "mean": table.float().mean(0).to(table.dtype),
-        "space": table[reader.ids(" ")[0]],
+        "space": table[llm.ids(" ")[0]],
     }
     lengths = [
-        max(0, round(row["duration"] * TOKENS_PER_SECOND) - len(ids))
-        for row, ids in zip(reader.rows, pieces, strict=True)
+        max(0, round(row["duration"] * TOKENS_PER_SECOND) - len(ids)) for row, ids in zip(llm.rows, pieces, strict=True)
     ]
     found = {"as text": [table[ids] for ids in pieces]}
     for name, blank in blanks.items():
@@ -122,16 +121,16 @@ def ways(reader: Reader, slot: Slot) -> dict[str, list[torch.Tensor]]:
 
 def measure(responder: LocalResponder, rows: list[dict]) -> dict[str, dict[str, float]]:
     """Return `lost` and `chrf` of each way."""
-    reader, slot = Reader(responder, rows), Slot(responder.processor)
-    given = ways(reader, slot)
-    right = reader.prompts(given.pop("as text"))
-    answers = reader.answers(right)
-    likelihood, texts, result = reader.likelihood(right, answers), reader.texts(answers), {}
+    llm, slot = TextLLM(responder, rows), Slot(responder.processor)
+    given = ways(llm, slot)
+    right = llm.prompts(given.pop("as text"))
+    answers = llm.answers(right)
+    likelihood, texts, result = llm.likelihood(right, answers), llm.texts(answers), {}
     for name, transcripts in given.items():
-        prompts = reader.prompts(transcripts)
-        pairs = zip(reader.texts(reader.answers(prompts)), texts, strict=True)
+        prompts = llm.prompts(transcripts)
+        pairs = zip(llm.texts(llm.answers(prompts)), texts, strict=True)
         chrf = statistics.mean(CHRF().sentence_score(mine, [theirs]).score for mine, theirs in pairs)
-        result[name] = {"lost": likelihood - reader.likelihood(prompts, answers), "chrf": chrf}
+        result[name] = {"lost": likelihood - llm.likelihood(prompts, answers), "chrf": chrf}
         print(name, json.dumps(result[name]), flush=True)
     return result
 

@@ -228,13 +228,12 @@ def test_a_model_that_only_reads_has_nothing_to_learn(train, losses, llm, option
         ("full", {}),
     ],
 )
-def test_the_divergence_gets_smaller(train, losses, llm, options):
+def test_the_divergence_gets_smaller(train, losses, plain_lsm_dir, llm, options):
     settings = {"per_device_train_batch_size": 16, "learning_rate": 1e-2, "warmup_steps": 2, "max_steps": 12}
-    if llm == "frozen":  # a projector that was never aligned must first come near to words
-        settings |= {"learning_rate": 1e-1, "max_steps": 40}
+    if llm == "frozen":  # words alone can change, which a reader that was never aligned hardly does
+        settings["model_name_or_path"] = str(plain_lsm_dir)
     found = losses(train(llm=llm, objective="distill", **settings, **options))
-    # Through a frozen LLM, only the words that speech is read as can change: without an alignment, they hardly do.
-    assert found[-1] < (0.97 if llm == "frozen" else 0.9) * found[0]
+    assert found[-1] < 0.9 * found[0]
 
 
 @pytest.mark.parametrize(("llm", "copies"), [("frozen", 0), ("lora", 0), ("full", 1)])
