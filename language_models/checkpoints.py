@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers.utils import cached_file, find_adapter_config_file
 import modeling_lsm  # noqa: F401  registers this package's LSM, or transformers takes the code in the first checkpoint for all
 from language_models.attention import attend_fast
 from language_models.extras import extra
+
+logger = logging.getLogger(__name__)
 
 
 def adapter_of(source: str | Path, revision: str | None = None) -> dict | None:
@@ -57,7 +60,13 @@ def base_of(source: str | Path, revision: str | None = None) -> str:
 
 
 def open_model(
-    source: str | Path, auto=AutoModelForCausalLM, *, revision: str | None = None, merge: bool = True, **settings
+    source: str | Path,
+    auto=AutoModelForCausalLM,
+    *,
+    revision: str | None = None,
+    merge: bool = True,
+    run: bool = True,
+    **settings,
 ) -> PreTrainedModel:
     """Load the model of a checkpoint. An adapter is merged into its base model.
 
@@ -66,6 +75,8 @@ def open_model(
         auto: class of transformers whose `from_pretrained` loads the model or the base model.
         revision: branch, tag or commit on the Hub.
         merge: False leaves out the low-rank weights of an adapter, but takes its `modules_to_save`.
+        run: False leaves the data type and the attention as they are in the checkpoint, for a model that is only
+            written. Otherwise `dtype="auto"`, the default, is float32 where the checkpoint's is slow.
         settings: further arguments of `from_pretrained`.
 
     Raises:
@@ -75,15 +86,24 @@ def open_model(
     if adapter is None:
         model, loaded = auto.from_pretrained(str(source), revision=revision, output_loading_info=True, **settings)
         refuse_missing(source, loaded["missing_keys"])
+        if not run:
+            return model
         if settings.get("dtype", "auto") == "auto":
-            leave_float16(model)
+            leave_slow_dtype(model)
+        elif model.dtype in slow_dtypes():
+            logger.warning(
+                "%s is loaded in %s, for which this CPU has no instructions; float32 is many times faster "
+                "(--dtype float32, or auto).",
+                source,
+                str(model.dtype).removeprefix("torch."),
+            )
         if settings.get("attn_implementation") is None:
             attend_fast(model)
         return model
     base = base_of(source, revision)
     from peft import PeftModel  # `base_of` has checked that it is installed
 
-    model = open_model(base, auto, revision=adapter.get("revision"), **settings)
+    model = open_model(base, auto, revision=adapter.get("revision"), run=run, **settings)
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with calling_peft():
         warnings.filterwarnings("error", "Found missing adapter keys")
@@ -100,9 +120,24 @@ def open_model(
     return model
 
 
-def leave_float16(model: PreTrainedModel) -> None:
-    """Convert a float16 model to float32 where there is no accelerator, because CPUs multiply float16 very slowly."""
-    if model.dtype == torch.float16 and not torch.accelerator.is_available():
+def has_fast_bf16() -> bool:
+    """Whether matrix products in bfloat16 have hardware here; elsewhere they are slower than in float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def slow_dtypes() -> set[torch.dtype]:
+    """Return the data types that are many times slower than float32 here: on a CPU, float16, and bfloat16 too if it
+    has no instructions for bfloat16 (`docs/speed.md`)."""
+    if torch.accelerator.is_available():
+        return set()
+    return {torch.float16} if has_fast_bf16() else {torch.float16, torch.bfloat16}
+
+
+def leave_slow_dtype(model: PreTrainedModel) -> None:
+    """Convert a model to float32 if its data type is slow here."""
+    if model.dtype in slow_dtypes():
         model.float()
 
 

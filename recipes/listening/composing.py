@@ -174,7 +174,7 @@ def _load(audio: str, text: str, dtype: str | torch.dtype, weights: bool) -> tup
     _check_llm(text, text_config)
     tokenizer, settings = load_tokenizer(text), generation_settings(text)
     if weights:
-        llm = open_model(text, dtype=dtype, generation_config=settings)
+        llm = open_model(text, dtype=dtype, run=False, generation_config=settings)
         whisper, loaded = WhisperModel.from_pretrained(audio, dtype=llm.dtype, output_loading_info=True)
         refuse_missing(audio, {key for key in loaded["missing_keys"] if key.startswith("encoder.")})
     else:

@@ -8,7 +8,7 @@ from transformers import pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
 from dataset_builders.responders.exchange import Reply
-from language_models.checkpoints import leave_float16, load_config
+from language_models.checkpoints import leave_slow_dtype, load_config
 from recipes.listening.features import load_clip
 from recipes.listening.speech_llm import SpeechLLM, load
 
@@ -27,7 +27,7 @@ class Transcriber:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pipe = pipeline("automatic-speech-recognition", model=str(source), dtype=dtype, device=device)
         if dtype == "auto":
-            leave_float16(self.pipe.model)
+            leave_slow_dtype(self.pipe.model)
         if self.pipe.tokenizer.pad_token is None:  # otherwise the pipeline refuses batches
             self.pipe.tokenizer.pad_token = self.pipe.tokenizer.eos_token
         self.name = Path(source).name if Path(source).exists() else str(source)

@@ -39,7 +39,6 @@ from recipes.reporting.markdown import percent
 from recipes.studies.stages import die_with_parent
 from recipes.training.alignment import FOLDER as ALIGNMENT
 from recipes.training.callbacks import FOLLOWING, LOG
-from recipes.training.throughput import has_fast_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +166,6 @@ class Quickstart:
             "checker": CHECKER,
             "seed": self.seed,
             "use_cpu": not torch.cuda.is_available(),
-            "bf16": has_fast_bf16(),
             **self.steps_of(name),
         }
         flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]

@@ -1,5 +1,6 @@
 """Arguments of `recipes/sft.py` besides TRL's model arguments, given as YAML keys or as `--key value`."""
 
+import logging
 import math
 import os
 from dataclasses import MISSING, dataclass, field, fields
@@ -8,8 +9,10 @@ from enum import Enum
 import torch
 from trl import ScriptArguments, SFTConfig
 
+from language_models.checkpoints import has_fast_bf16
 from recipes.evaluation.following import BY_FORM
-from recipes.training.throughput import has_fast_bf16
+
+logger = logging.getLogger(__name__)
 
 MODES = ("full", "lora", "qlora", "frozen")
 OBJECTIVES = ("response", "distill")
@@ -209,6 +212,8 @@ class LsmTrainingArguments(SFTConfig):
         if self.bf16 is None and not self.fp16:  # TRL's default is True, even where it is slower
             self.bf16 = has_fast_bf16()
         if self.bf16 and not torch.accelerator.is_available():
+            if not has_fast_bf16():
+                logger.warning("--bf16 true: this CPU has no instructions for it, and is many times faster without it.")
             self.use_cpu = True  # otherwise transformers refuses bf16 on a CPU
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = accumulation(

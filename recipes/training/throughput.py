@@ -12,13 +12,6 @@ from recipes.training.costs import Costs
 GIB = 2**30
 
 
-def has_fast_bf16() -> bool:
-    """Whether matrix products in bfloat16 have hardware here; elsewhere they are slower than in float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-
-
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOP/s of a device with products of large matrices: the best of twenty, as the device may be busy."""
     size = 8192 if device.type == "cuda" else 1024

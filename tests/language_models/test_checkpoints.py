@@ -10,14 +10,40 @@ from transformers import AutoModelForCausalLM
 from language_models.checkpoints import open_model
 
 
-@pytest.mark.parametrize(
-    ("stored", "opened"), [("float16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")]
-)
-def test_float16_is_left_where_a_cpu_multiplies_it_slowly(llm_dir, tmp_path, monkeypatch, stored, opened):
+def stored_in(folder, llm_dir, dtype):
+    AutoModelForCausalLM.from_pretrained(llm_dir, dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+def on_a_cpu(monkeypatch, *, with_bf16):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    AutoModelForCausalLM.from_pretrained(llm_dir, dtype=stored).save_pretrained(tmp_path)
-    assert open_model(tmp_path).dtype == open_model(tmp_path, dtype="auto").dtype == getattr(torch, opened)
-    assert open_model(tmp_path, dtype="float16").dtype == torch.float16  # as it was told
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": with_bf16})
+
+
+@pytest.mark.parametrize(
+    ("stored", "with_bf16", "opened"),
+    [
+        ("float16", True, "float32"),
+        ("bfloat16", True, "bfloat16"),
+        ("bfloat16", False, "float32"),
+        ("float32", False, "float32"),
+    ],
+)
+def test_half_precision_is_left_where_a_cpu_multiplies_it_slowly(
+    llm_dir, tmp_path, monkeypatch, stored, with_bf16, opened
+):
+    on_a_cpu(monkeypatch, with_bf16=with_bf16)
+    llm = stored_in(tmp_path, llm_dir, stored)
+    assert open_model(llm).dtype == open_model(llm, dtype="auto").dtype == getattr(torch, opened)
+    assert open_model(llm, run=False).dtype == getattr(torch, stored)  # a model that is only written
+
+
+@pytest.mark.parametrize("with_bf16", [True, False])
+def test_a_slow_data_type_is_taken_if_it_is_named_and_warned_about(llm_dir, tmp_path, monkeypatch, caplog, with_bf16):
+    on_a_cpu(monkeypatch, with_bf16=with_bf16)
+    assert open_model(stored_in(tmp_path, llm_dir, "float32"), dtype="bfloat16").dtype == torch.bfloat16
+    assert ("is loaded in bfloat16, for which this CPU has no instructions" in caplog.text) is not with_bf16
 
 
 def test_an_lsm_is_opened_by_this_package_and_not_by_the_code_in_its_folder(lsm_dir):

@@ -108,6 +108,14 @@ def test_dtype_is_of_the_whole_model(compose_tiny, whisper_dir, llm_dir, tmp_pat
     assert {parameter.dtype for parameter in lsm.parameters()} == {torch.bfloat16}
 
 
+def test_the_llm_keeps_its_data_type_where_it_is_slow(compose_tiny, whisper_dir, llm_dir, tmp_path, monkeypatch):
+    """The machine that composes is not the one that trains."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    AutoModelForCausalLM.from_pretrained(llm_dir, dtype="float16").save_pretrained(tmp_path / "llm")
+    AutoTokenizer.from_pretrained(llm_dir).save_pretrained(tmp_path / "llm")
+    assert compose_tiny(str(whisper_dir), str(tmp_path / "llm"))[0].dtype == torch.float16
+
+
 def test_parts_that_do_not_fit_are_refused(compose_tiny, whisper_dir, llm_dir, tmp_path):
     folder = tmp_path / "whisper"
     shutil.copytree(whisper_dir, folder)
