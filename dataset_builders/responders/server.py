@@ -1,4 +1,4 @@
-"""A responder for large sets: an LLM on a server with OpenAI's completions API (vLLM, SGLang, TGI).
+"""A responder for large sets: an LLM on a server with OpenAI's completions API (vLLM, SGLang, TGI, llama.cpp).
 
 The server gets the same rendered prompt that `LocalResponder` reads, so the server's chat template is not used.
 """
@@ -52,7 +52,8 @@ class ServerResponder(Responder):
         server: base URL, such as `http://localhost:8000/v1`.
         served_model: name of the LLM on the server; by default `llm`, or the only model that the server has.
         max_new_tokens, max_prompt_tokens: as in `Responder`. The server's context length also limits the prompts.
-        prompt_format: `"tokens"` sends token ids; `"text"` sends text, for servers that take no token ids (TGI).
+        prompt_format: `"tokens"` sends token ids; `"text"` sends text, for servers that take no token ids (TGI,
+            llama-cpp-python).
         concurrency: most requests at the same time.
         max_retries: most retries of a request before the build stops with an error.
         timeout: seconds that the server has for an answer.
@@ -96,7 +97,7 @@ class ServerResponder(Responder):
         served = self._list_served()
         processor, identity, config = load_identity(llm, template_settings)
         self.served_model = self._choose(served, served_model, [str(llm), identity["model"]])
-        contexts = [context_of(config), served[self.served_model].get("max_model_len")]
+        contexts = [context_of(config), _context_served(served[self.served_model])]
         context = min((context for context in contexts if context is not None), default=None)
         super().__init__(processor, identity, _decoding_of(llm), max_new_tokens, max_prompt_tokens, context)
         added = processor.tokenizer.added_tokens_decoder.values()
@@ -156,6 +157,16 @@ class ServerResponder(Responder):
             raise ValueError("the prompts sent as text would give other tokens; use prompt_format='tokens'.")
         return texts
 
+    def _settings_as_sent(self) -> dict:
+        """Return the settings by the names of vLLM, SGLang and TGI, and by those of llama.cpp. Servers ignore the
+        others' names."""
+        if "repetition_penalty" not in self.settings:
+            return self.settings
+        sent = {**self.settings, "repeat_penalty": self.settings["repetition_penalty"]}
+        if self.max_prompt_tokens is not None:  # all tokens are penalised; llama.cpp's default is the last 64
+            sent["repeat_last_n"] = self.max_prompt_tokens + self.max_new_tokens
+        return sent
+
     async def _ask_all(self, contents: list, retries: Counter, progress: tqdm) -> list[Reply]:
         places = asyncio.Semaphore(self.concurrency)
 
@@ -185,17 +196,18 @@ class ServerResponder(Responder):
                         max_tokens=self.max_new_tokens,
                         temperature=0.0,
                         n=1,
-                        extra_body=self.settings,
+                        extra_body=self._settings_as_sent(),
                     )
                 return self._read(answer.http_response.text)
             except (openai.APIError, TimeoutError, MalformedAnswerError) as error:
+                hint = "; if the server takes no token ids, use prompt_format='text'" * isinstance(content, list)
                 if not _is_transient(error):
-                    hint = "; if the server takes no token ids, use prompt_format='text'" * isinstance(content, list)
                     raise ValueError(f"{self.server} refuses a request: {_describe(error)}{hint}") from error
                 if attempt == self.max_retries:
+                    hint *= _kind(error) == "HTTP 500"  # so llama-cpp-python refuses token ids
                     raise ConnectionError(
-                        f"{self.server} failed {attempt + 1} times for one request, at last with: {_describe(error)}. "
-                        "The finished shards are kept; run the same command again to continue."
+                        f"{self.server} failed {attempt + 1} times for one request, at last with: {_describe(error)}"
+                        f"{hint}. The finished shards are kept; run the same command again to continue."
                     ) from error
                 retries[_kind(error)] += 1
                 wait = _retry_after(error) or self.backoff * 2 ** min(attempt, 10)
@@ -210,6 +222,12 @@ class ServerResponder(Responder):
         if finish not in ("stop", "length"):
             raise MalformedAnswerError(f"finish_reason is {finish!r}; expected 'stop' or 'length'")
         return Reply(text, finish)
+
+
+def _context_served(card: dict) -> int | None:
+    """Return the context length in a server's description of a model, None if it does not tell."""
+    meta = card.get("meta")  # llama.cpp's, whose `n_ctx` is that of one request
+    return card.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else None)
 
 
 def _decoding_of(llm: str | Path) -> dict:

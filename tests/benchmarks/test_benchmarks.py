@@ -44,9 +44,10 @@ def test_responders_are_compared_with_the_first_one_on_the_same_rows():
         name: SimpleNamespace(respond=lambda rows, texts=texts: [SimpleNamespace(text=texts[row]) for row in rows])
         for name, texts in answers.items()
     }
-    found = measure_responders(responders, [0, 1, 2, 3], turns=2)
+    found = measure_responders(responders, [[0, 1], [2, 3]])
     assert [found["here"]["same"], found["server"]["same"]] == [1.0, 0.5]
     assert all(len(one["turns"]) == 2 and one["rows_per_second"] > 0 for one in found.values())
+    assert [len(one["turns_of_cpu_time"]) for one in found.values()] == [2, 0]  # nobody told the server's process
 
 
 def test_a_reading_without_fault_costs_nothing_and_wrong_words_do():

@@ -108,7 +108,9 @@ def test_a_repetition_penalty_of_the_checkpoint_is_asked_for_and_told(ask, llm_d
     with MisbehavingServer() as server:
         responder = ask(server, folder)
         responder.respond(REQUESTS[:1])
-    assert server.bodies[0]["repetition_penalty"] == 1.1
+        reach = responder.max_prompt_tokens + responder.max_new_tokens
+    llama_cpp = {"repeat_penalty": 1.1, "repeat_last_n": reach}
+    assert {"repetition_penalty": 1.1, **llama_cpp}.items() <= server.bodies[0].items()
     assert json.loads(responder.provenance)["decoding"]["repetition_penalty"] == 1.1
     (folder / "generation_config.json").write_text(json.dumps({**settings, "num_beams": 4}))
     with MisbehavingServer() as server, pytest.raises(ValueError, match="num_beams=4"):
@@ -205,6 +207,10 @@ def test_a_prompt_that_names_a_special_token_is_sent_as_tokens_and_never_as_text
 def test_the_servers_own_context_length_counts(ask):
     with MisbehavingServer(card={"max_model_len": 40}) as server:
         assert ask(server).max_prompt_tokens == 32
+    with MisbehavingServer(card={"meta": {"n_ctx": 40, "n_ctx_train": 2048}}) as server:  # llama.cpp
+        assert ask(server).max_prompt_tokens == 32
+    with MisbehavingServer(card={"meta": None}) as server:
+        assert ask(server).max_prompt_tokens == 2048 - 8
     with MisbehavingServer(card={"max_model_len": 10**6}) as server:
         assert ask(server).max_prompt_tokens == 2048 - 8
 
@@ -276,6 +282,7 @@ def test_a_server_that_keeps_failing_is_given_up(ask, behaviour, reason):
             responder.respond(MANY[:10])
         assert time.monotonic() - start < 10
         assert server.url in str(caught.value) and "run the same command again" in str(caught.value)
+    assert ("prompt_format='text'" in str(caught.value)) == (behaviour == "500")
 
 
 def test_one_failure_cancels_what_is_under_way(ask):
