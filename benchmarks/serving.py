@@ -34,7 +34,7 @@ import torch
 
 from benchmarks.machine import describe
 from dataset_builders.nano.corpus import NanoCorpus
-from language_models.generation import GREEDY, read_answers
+from language_models.generation import GREEDY
 from processing_lsm import load_audio
 from recipes.listening.speech_llm import load
 
@@ -164,9 +164,7 @@ def first_tokens(llm, client: Client, asked: list[Question]) -> dict:
     for instruction, file in asked:
         server.append(client.ask((instruction, file))[1])
         began = time.perf_counter()
-        conversation = llm.processor.conversation(instruction, audio=file)
-        prompt = llm.processor.apply_chat_template(conversation, add_generation_prompt=True)
-        inputs = llm.processor(text=prompt, audio=file, return_tensors="pt")
+        inputs = llm.inputs([{"instruction": instruction, "audio": file}])
         with torch.inference_mode():
             llm.model.generate(**inputs, **GREEDY, max_new_tokens=1, pad_token_id=llm.tokenizer.pad_token_id)
         bare.append(time.perf_counter() - began)
@@ -176,15 +174,8 @@ def first_tokens(llm, client: Client, asked: list[Question]) -> dict:
 
 def expected_answers(llm, asked: list[Question]) -> list[str]:
     """Return the answer to each question alone."""
-    answers = []
-    for instruction, file in asked:
-        conversation = llm.processor.conversation(instruction, audio=file)
-        prompt = llm.processor.apply_chat_template(conversation, add_generation_prompt=True)
-        inputs = llm.processor(text=prompt, audio=file, return_tensors="pt")
-        with torch.inference_mode():
-            output = llm.model.generate(**inputs, **GREEDY, max_new_tokens=TOKENS, pad_token_id=0)
-        answers.extend(read_answers(llm.tokenizer, output[:, inputs["input_ids"].shape[1] :].tolist()))
-    return answers
+    rows = [{"instruction": instruction, "audio": file} for instruction, file in asked]
+    return [reply.text for reply in llm.respond(rows, batch_size=1, max_new_tokens=TOKENS)]
 
 
 # Clients that behave badly

@@ -8,7 +8,7 @@ import math
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 
@@ -21,13 +21,6 @@ SELF_POWERED_TASKS = ("continuation", "repetition", "keyword", "intent", "sentim
 
 SPLITS = ("seen", "held_out")
 REQUIRED_KEYS = {"description", "seen"}
-SWITCHES = {
-    "held_out_task": False,
-    "ends_like_a_sentence": True,
-    "may_copy_transcript": False,
-    "without_instruction": False,
-}
-OPTIONAL_KEYS = {*SWITCHES, "held_out", "slots"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +36,10 @@ class Task:
     may_copy_transcript: bool = False  # a response may be the transcript
     without_instruction: bool = False  # the LLM replies to the speech alone, so the only paraphrase is empty
     slots: tuple[tuple[str, tuple[str, ...]], ...] = ()  # names and values that were put into the paraphrases
+
+
+SWITCHES = {field.name: field.default for field in fields(Task) if isinstance(field.default, bool)}
+OPTIONAL_KEYS = {*SWITCHES, "held_out", "slots"}
 
 
 def load_pool(path: str | Path | None = None, slots: Mapping[str, Sequence[str]] | None = None) -> dict[str, Task]:
