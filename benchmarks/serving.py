@@ -33,6 +33,7 @@ import soundfile
 import torch
 
 from benchmarks.machine import describe
+from dataset_builders.corpora.audio import encode
 from dataset_builders.nano.corpus import NanoCorpus
 from language_models.generation import GREEDY
 from processing_lsm import load_audio
@@ -52,9 +53,7 @@ def questions(count: int, seed: int = 0) -> list[Question]:
         seconds, wave = draw.uniform(1, 30), np.zeros(0, np.float32)
         while len(wave) < seconds * RATE:
             wave = np.concatenate([wave, draw.choice(waves)])
-        file = io.BytesIO()
-        soundfile.write(file, wave[: int(seconds * RATE)], RATE, format="WAV")
-        asked.append((INSTRUCTIONS[number % len(INSTRUCTIONS)], file.getvalue()))
+        asked.append((INSTRUCTIONS[number % len(INSTRUCTIONS)], encode(wave[: int(seconds * RATE)])))
     return asked
 
 

@@ -11,7 +11,6 @@ rows are written to `OUTPUT/SPLIT.parquet`, which `load_dataset` reads.
 
 import argparse
 import functools
-import io
 import logging
 import math
 import os
@@ -30,6 +29,7 @@ with extra("nano"):
     import pyarrow.parquet as pq
     from datasets import Audio, Dataset, Features, Value
 
+    from dataset_builders.corpora.audio import encode
     from dataset_builders.files import whole
     from dataset_builders.nano.espeak import SAMPLING_RATE, speak
     from dataset_builders.nano.grammar import SPLITS, sample_sentence
@@ -93,17 +93,14 @@ def row_id(seed: int, split: str, index: int, snr: float | None = None) -> str:
 def row(seed: int, split: str, index: int, snr: float | None = None) -> dict:
     """Return utterance `index` of `split` as a row of `FEATURES`. The audio is a FLAC file, with noise at a
     signal-to-noise ratio of `snr` dB if this is given."""
-    import soundfile
-
     utterance = sample_utterance(seed, split, index)
     if snr is not None:
         utterance["audio"] = in_noise(utterance["audio"], snr, seed, split, index)
-    flac = io.BytesIO()
-    soundfile.write(flac, utterance["audio"], SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+    flac = encode(utterance["audio"], SAMPLING_RATE, "FLAC", "PCM_16")
     id = row_id(seed, split, index, snr)
     return {
         "id": id,
-        "audio": {"bytes": flac.getvalue(), "path": f"{id}.flac"},
+        "audio": {"bytes": flac, "path": f"{id}.flac"},
         "transcript": utterance["transcript"],
         "duration": np.float32(len(utterance["audio"]) / SAMPLING_RATE),
         "voice": utterance["voice"],

@@ -8,19 +8,18 @@
 
 import base64
 import inspect
-import io
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, BatchFeature
 from transformers.utils import is_mistral_common_available
 
+from dataset_builders.corpora.audio import encode
 from dataset_builders.responders.exchange import Reply
 from language_models.checkpoints import load_config, load_processor, open_model
 from language_models.decoding import greedy_rows
@@ -321,10 +320,8 @@ class Voxtral(SpeechLLM):
         """Return the messages of a prompt with the clip or, if it is None, with 0.1 s of silence."""
         messages = super().conversation(row, slot)
         if slot != "transcript":
-            file = io.BytesIO()
-            samples = np.zeros(1600, np.float32) if clip is None else clip
-            soundfile.write(file, samples, 16_000, format="WAV", subtype="FLOAT")
-            data = f"data:audio/wav;base64,{base64.b64encode(file.getvalue()).decode()}"
+            file = encode(np.zeros(1600, np.float32) if clip is None else clip, subtype="FLOAT")
+            data = f"data:audio/wav;base64,{base64.b64encode(file).decode()}"
             messages[0]["content"][0] = {"type": "audio", "base64": data}
         return messages
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
-import soundfile
 import torch
 from datasets import Dataset
 from tqdm import tqdm
@@ -26,9 +25,9 @@ from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Dra
 from dataset_builders.nano import speech as nano_speech
 from dataset_builders.nano.tasks import UNSEEN_TASKS
 from dataset_builders.responders.local import LocalResponder
-from processing_lsm import load_audio
 from recipes.bias.analysis import analyze, behave, write
 from recipes.evaluation.evaluation import Evaluation
+from recipes.evaluation.pages import playable
 from recipes.evaluation.questions import read_rows
 from recipes.evaluation.tasks import load_tasks, override
 from recipes.listening.composing import compose
@@ -253,7 +252,7 @@ class Quickstart:
         biases = {name: json.loads((self.folder / "bias" / name / "bias.json").read_text()) for name in TRACED}
         write_report(self.folder, report, records, results, biases)
         clip = load_corpus(self.folder / "corpus", "test", limit=1)[0]["audio"]
-        soundfile.write(self.folder / "example.wav", load_audio(clip), 16_000)
+        (self.folder / "example.wav").write_bytes(playable(clip))
         return report
 
 
