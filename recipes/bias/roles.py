@@ -52,7 +52,7 @@ def teacher_forced(
         if not row["response"].strip():
             raise ValueError(f"row {row.get('id')!r} has an empty response; there is nothing to analyse.")
         prompt = ids[real].tolist()
-        response = llm.response_ids(row, slot)
+        response = llm.response_ids(row)
         prompt_roles = expand(prompt, llm.spans(row, slot), llm.audio_token_id)
         sequences.append(prompt + response)
         starts.append(len(prompt))
