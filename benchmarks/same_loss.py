@@ -92,10 +92,6 @@ def train(quickstart: Quickstart, output: Path, steps: int, batch: int, seed: in
     return [line["loss"] for line in read_lines(output / LOG) if "loss" in line]
 
 
-def last_quarter(losses: list[float]) -> float:
-    return statistics.mean(losses[-(len(losses) // 4) :])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="steps of each training")
@@ -116,7 +112,7 @@ def main() -> None:
                 runs.append(train(quickstart, output, options.steps, options.batch, seed, arm))
     pairs = list(zip(curves[ALL], curves[ORDER], strict=True))
     apart = max(abs(a - b) for ours, same in pairs for a, b in zip(ours[:FIRST], same[:FIRST], strict=True))
-    ends = {name: [last_quarter(losses) for losses in runs] for name, runs in curves.items()}
+    ends = {name: [statistics.mean(losses[-(len(losses) // 4) :]) for losses in runs] for name, runs in curves.items()}
     machine = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(f"Loss over the last quarter of {options.steps} steps of {options.batch} rows; {machine}.")
     for name, losses in ends.items():

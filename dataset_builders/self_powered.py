@@ -234,32 +234,23 @@ def main() -> None:
     for chatty in ("httpx", "httpx2"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with logging_redirect_tqdm():
-        COMMANDS[args.pop("command")](**args)
+        match args.pop("command"):
+            case "build":
+                output = args.pop("output")
+                BuildArguments(**args).build(output)
+            case "inspect":
+                from dataset_builders.inspection import inspect_set  # takes a second, and only this needs it
 
+                args["html"] = args["html"] or Path(args["folder"]) / "inspect.html"
+                print(inspect_set(**args)["text"])
+            case "publish":
+                logger.info("%s", push_to_hub(args["folder"], args["repo"], args["revision"], args["private"]))
+            case "import":
+                rows, output = args.pop("rows"), args.pop("output")
+                import_original(OriginalRows(rows, **args), output)
+            case "export":
+                logger.info("%s", export_original(**args))
 
-def _build(output: str, **arguments) -> None:
-    BuildArguments(**arguments).build(output)
-
-
-def _inspect(folder: str, html: str | None, samples: int, seed: int) -> None:
-    from dataset_builders.inspection import inspect_set  # imported late: it takes a second, and only this needs it
-
-    print(inspect_set(folder, html or Path(folder) / "inspect.html", samples, seed)["text"])
-
-
-def _publish(folder: str, repo: str, revision: str | None, private: bool | None) -> None:
-    logger.info("%s", push_to_hub(folder, repo, revision, private))
-
-
-def _import(rows: str, output: str, **settings) -> None:
-    import_original(OriginalRows(rows, **settings), output)
-
-
-def _export(folder: str, output: str, split: str) -> None:
-    logger.info("%s", export_original(folder, output, split))
-
-
-COMMANDS = {"build": _build, "inspect": _inspect, "publish": _publish, "import": _import, "export": _export}
 
 if __name__ == "__main__":
     main()

@@ -12,6 +12,7 @@ Without this, the loss stays on a plateau for long, where the model has learned 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import logging
@@ -58,17 +59,14 @@ def featurize(split: str, seed: int, indices: range, most_words: int | None = No
     return rows
 
 
-def _featurize(job: tuple[str, int, range, int | None]) -> list[tuple[np.ndarray, str]]:
-    return featurize(*job)
-
-
 def load_clips(
     split: str, seed: int, count: int, workers: int, most_words: int | None = None
 ) -> list[tuple[np.ndarray, str]]:
     """Return features and transcripts of `count` utterances; they do not depend on the number of workers."""
-    jobs = [(split, seed, range(start, min(start + 250, count)), most_words) for start in range(0, count, 250)]
+    work = functools.partial(featurize, split, seed, most_words=most_words)
+    parts = [range(start, min(start + 250, count)) for start in range(0, count, 250)]
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
-        results = list(tqdm(pool.imap(_featurize, jobs), total=len(jobs), desc=f"speaking {count} {split} clips"))
+        results = list(tqdm(pool.imap(work, parts), total=len(parts), desc=f"speaking {count} {split} clips"))
     return [row for rows in results for row in rows]
 
 

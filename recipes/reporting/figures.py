@@ -295,17 +295,13 @@ def _numbers(values: Sequence[float | None]) -> np.ndarray:
     return np.array(values, dtype=float)
 
 
-def _bounds(intervals: Sequence[Sequence[float] | None]) -> np.ndarray:
-    """Return the lower and upper ends as an array (2, points)."""
-    return np.array([bounds or (None, None) for bounds in intervals], dtype=float).T
-
-
 def _line(axes: Axes, where: np.ndarray, values: list | None, intervals: list | None, label: str, style: dict) -> None:
     """Draw a curve and its band of intervals; either may be None."""
     if not values:
         return
     if intervals:
-        axes.fill_between(where, *_bounds(intervals), color=style["color"], alpha=0.2, linewidth=0)
+        low, high = np.array([bounds or (None, None) for bounds in intervals], dtype=float).T
+        axes.fill_between(where, low, high, color=style["color"], alpha=0.2, linewidth=0)
     axes.plot(where, _numbers(values), label=label, markevery=max(1, len(where) // 8), **style)
 
 

@@ -97,7 +97,9 @@ def read_clip(content: bytes, limits: Limits, target_rate: int = 16_000) -> np.n
             if channels > limits.channels:
                 raise TooLargeError(f"The clip has {channels} channels; this server takes {limits.channels}.")
             if file.frames > most:
-                raise TooLargeError(_too_long(file.frames / rate, limits))
+                raise TooLargeError(
+                    f"The clip has {file.frames / rate:.0f} s; this server takes clips of up to {limits.seconds:g} s."
+                )
             samples, read = np.empty(file.frames, np.float32), 0
             for block in file.blocks(BLOCK, dtype="float32", always_2d=True):  # channels are many times the memory
                 samples[read : read + len(block)] = block.mean(axis=1)
@@ -106,7 +108,3 @@ def read_clip(content: bytes, limits: Limits, target_rate: int = 16_000) -> np.n
         reason = str(getattr(error, "error_string", error)).rstrip(".")
         raise ValueError(f"The clip cannot be read as audio: {reason}.") from error
     return load_audio(samples[:read], rate, target_rate)
-
-
-def _too_long(seconds: float, limits: Limits) -> str:
-    return f"The clip has {seconds:.0f} s; this server takes clips of up to {limits.seconds:g} s."
