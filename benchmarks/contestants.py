@@ -37,13 +37,7 @@ CHUNK = 3000  # mel frames of Whisper's 30 s
 
 
 class Contestant:
-    """A model and its inputs for rows.
-
-    Args:
-        size: `tiny` or `large`.
-        device: device of the model.
-        dtype: dtype of the model.
-    """
+    """A model of size `tiny` or `large`, and its inputs for rows."""
 
     longest = math.inf  # seconds of the longest audio that it takes
     batches: Callable[[list[Row], int], list[list[Row]]] = staticmethod(static_batches)

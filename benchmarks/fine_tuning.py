@@ -217,15 +217,8 @@ class Clock(TrainerCallback):
 
 
 class Bench:
-    """Measures the settings of a sweep, one after the other, on one device.
-
-    Args:
-        sweep: the settings.
-        folder: folder for the trainers.
-
-    Raises:
-        ValueError: there are several GPUs, among which the trainer would divide the batch.
-    """
+    """Measures the settings of a sweep, one after the other, on one device. Several GPUs, among which the trainer would
+    divide the batch, are a ValueError."""
 
     def __init__(self, sweep: Sweep, folder: str):
         if torch.cuda.device_count() > 1:

@@ -48,12 +48,8 @@ SHARD_ROWS = 1000
 
 
 def draw_rows(utterances: list[dict], draw: Draw) -> list[dict]:
-    """Return the rows without their responses, in order: one row for each utterance and task.
-
-    Args:
-        utterances: dicts with `id`, `transcript`, `source` and any other columns that the rows need.
-        draw: decides the tasks and instructions of an utterance.
-    """
+    """Return the rows without their responses, in order: one row for each utterance and task. Utterances have `id`,
+    `transcript`, `source` and any other columns that the rows need."""
     return [
         utterance | {"id": f"{utterance['source']}/{utterance['id']}/{task}", "task": task, "instruction": instruction}
         for utterance in utterances

@@ -164,14 +164,7 @@ def draw_fraction(seed: int, *parts: str) -> float:
 
 
 def draw_instruction(pool: Mapping[str, Task], task: str, id: str, seed: int, split: str = "seen") -> str:
-    """Return the paraphrase of `task` for utterance `id`. It depends only on seed, id and task.
-
-    Args:
-        pool: the pool, from `load_pool`.
-        task: name of the task.
-        id: id of the utterance.
-        seed: seed of the draw.
-        split: `seen` or `held_out`.
+    """Return the `seen` or `held_out` paraphrase of `task` for utterance `id`. It depends only on seed, id and task.
 
     Raises:
         ValueError: the pool has no such task, the task has no paraphrases of this split, or the split is unknown.

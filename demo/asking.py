@@ -92,12 +92,8 @@ class Panel:
         return cls(loaded, reader)
 
     def ask(self, clip: str | None, instruction: str, transcript: str = "") -> Iterator[Asked]:
-        """Ask one model after the other, and yield what is known after every word.
-
-        Args:
-            clip: path of an audio file.
-            instruction: what is asked.
-            transcript: what is said in the clip. If it is empty, the first model transcribes the clip.
+        """Ask one model after the other, and yield what is known after every word. If the transcript is empty, the
+        first model transcribes the clip.
 
         Raises:
             ValueError: the clip or the instruction is missing or cannot be used. Says so in words for visitors.

@@ -68,15 +68,8 @@ def teacher_forced(
 
 def expand(prompt: list[int], spans: list[tuple[int, str]], audio_token_id: int | None) -> list[int]:
     """Return the role of each token of a prompt, in which a clip has as many placeholders as it has speech tokens.
-
-    Args:
-        prompt: ids of the prompt.
-        spans: ids and roles of the prompt without its placeholders, in order (`SpeechLLM.spans`).
-        audio_token_id: id of the placeholder.
-
-    Raises:
-        ValueError: the ids of `prompt` and `spans` differ.
-    """
+    `spans` are the ids and roles of the prompt without its placeholders, in order (`SpeechLLM.spans`). Raises
+    ValueError if other ids differ."""
     texts = iter([(token, role) for token, role in spans if token != audio_token_id])
     roles = []
     for token in prompt:

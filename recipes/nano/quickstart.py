@@ -257,12 +257,8 @@ class Quickstart:
 
 
 class LiveTable:
-    """Shows progress bars of the trainings, and a line of scores after each evaluation on the validation clips.
-
-    Args:
-        folder: folder of the trainings; each has a subfolder with its name.
-        steps: number of steps of each training, including its alignment.
-    """
+    """Shows progress bars of the trainings, and a line of scores after each evaluation on the validation clips. Each
+    training has a subfolder with its name; its `steps` include those of its alignment."""
 
     def __init__(self, folder: Path, steps: dict[str, int]):
         self.folder = folder

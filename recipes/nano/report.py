@@ -206,7 +206,6 @@ def write_report(
     """Write `report.json`, `report.md`, `report.html` and the figures into `folder`.
 
     Args:
-        folder: folder of the quickstart.
         report: scores by model, `unseen_tasks` (the same for never-trained kinds), `steps`, `rows`, `unseen_rows`,
             `stages` and `seconds`.
         records: answers of all models.

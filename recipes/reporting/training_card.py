@@ -111,16 +111,8 @@ def write_trained_card(
 
 @matplotlib.rc_context(figures.PAPER)
 def plot_curves(log: Sequence[Mapping], following: Sequence[Mapping], stem: str | Path) -> list[Path]:
-    """Plot the loss over the steps of a training and, if it was measured, the following rate.
-
-    Args:
-        log: records of `log.jsonl`.
-        following: records of `following.jsonl`.
-        stem: path of the files without suffix, as in `figures.save`.
-
-    Returns:
-        The files that were written; an empty list if there is nothing to draw.
-    """
+    """Plot the loss over the steps of a training and, if it was measured, the following rate. Returns the files that
+    were written; an empty list if there is nothing to draw."""
     panels = {"loss per response token": _curve(log, "loss"), "following rate": _curve(following, "following")}
     panels = {label: points for label, points in panels.items() if points}
     if not panels:

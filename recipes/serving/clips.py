@@ -75,15 +75,7 @@ def from_url(url: object, limits: Limits) -> bytes | str:
 
 
 def read_clip(content: bytes, limits: Limits, target_rate: int = 16_000) -> np.ndarray:
-    """Decode an audio file.
-
-    Args:
-        content: bytes of the file.
-        limits: limits of the clip.
-        target_rate: rate of the result in Hz.
-
-    Returns:
-        `(samples,)` float32 in [-1, 1] at `target_rate`.
+    """Decode an audio file to `(samples,)` float32 in [-1, 1] at `target_rate` Hz.
 
     Raises:
         TooLargeError: the clip is too long, or has too many channels.

@@ -167,14 +167,7 @@ def give_back_memory() -> None:
 
 
 class Engine(threading.Thread):
-    """The thread that runs the model.
-
-    Args:
-        model: the LSM.
-        tokenizer: its tokenizer.
-        max_batch: largest number of requests that are answered together.
-        max_waiting: largest number of requests that wait.
-    """
+    """The thread that runs the model. It answers `max_batch` requests together, while `max_waiting` may wait."""
 
     def __init__(
         self,

@@ -100,14 +100,7 @@ def read_chat(body: dict, limits: Limits) -> Question:
 
 
 def read_transcription(form: dict, file: bytes, instruction: str, limits: Limits) -> Question:
-    """Check a request for a transcription. Arguments and errors are as in `read_chat`.
-
-    Args:
-        form: text fields of the form.
-        file: bytes of the clip's file.
-        instruction: what the model is asked.
-        limits: limits of the request.
-    """
+    """Check a request for a transcription, of which `form` has the text fields. Errors are as in `read_chat`."""
     values = {name: value for name, value in form.items() if value != ""}
     if unknown := sorted(values.keys() - TRANSCRIPTION_FIELDS):
         raise RequestError(f"{shown(unknown[0])} is not supported.", shown(unknown[0])[1:-1])

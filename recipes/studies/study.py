@@ -89,11 +89,8 @@ def merge(settings: Mapping, changes: Mapping) -> dict:
 
 
 def read(config: str | Path, values: Mapping[str, str] | None = None) -> dict:
-    """Read a study's configuration.
-
-    Args:
-        config: YAML file with the keys `base`, `rows`, `trained`, `unseen` and `seeds`, and perhaps `values`.
-        values: replace those of the file.
+    """Read a study's configuration, a YAML file with the keys `base`, `rows`, `trained`, `unseen` and `seeds`, and
+    perhaps `values`, some of which the argument replaces.
 
     Raises:
         ValueError: the file has other keys, or a value that replaces none.
@@ -111,13 +108,8 @@ def read(config: str | Path, values: Mapping[str, str] | None = None) -> dict:
 
 
 def jobs_of(config: Mapping, names: Sequence[str], seeds: Sequence[int], folder: Path) -> list[Job]:
-    """Return the jobs of a study, in order.
-
-    Args:
-        config: the configuration, from `read`.
-        names: names of the rows; all if empty.
-        seeds: seeds of every row; if empty, those of the row or of the configuration.
-        folder: folder of the study.
+    """Return the jobs of a study, in order: of all rows if there are no names, and with the seeds of the row or of the
+    configuration if there are no seeds.
 
     Raises:
         ValueError: as in `overrides` and `plan`. Names the row.

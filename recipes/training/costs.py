@@ -77,14 +77,8 @@ class Costs:
         )
 
     def row(self, frames, speech_tokens, tokens, labels):
-        """Return the FLOPs of rows. All arguments are arrays or tensors `(rows,)`.
-
-        Args:
-            frames: encoder frames of the clips.
-            speech_tokens: speech tokens of the clips.
-            tokens: tokens of prompt and response together, including speech tokens.
-            labels: tokens of the responses.
-        """
+        """Return the FLOPs of rows, from their encoder frames, speech tokens, all tokens of prompt and response, and
+        tokens of the response. All are arrays or tensors `(rows,)`."""
         chunk = frames.clip(max=CHUNK_FRAMES)  # the chunks of a longer clip do not attend to each other
         encoder = frames * self.frame + frames * chunk * self.frame_pair
         decoder = tokens * self.token + tokens * tokens * self.token_pair + labels * self.label
