@@ -112,7 +112,7 @@ def export_original(folder: str | Path, output: str | Path, split: str = "train"
         raise ValueError(f"{output} exists; delete it or name another output.")
     with whole(output) as partial:
         (partial / "audio").mkdir(parents=True)
-        _write_rows(_rows(files), partial, split)
+        _write_rows(stored_rows(files), partial, split)
     return output / f"{split}.jsonl"
 
 
@@ -128,7 +128,8 @@ def _write_rows(rows: Iterable[dict], folder: Path, split: str) -> None:
             transcripts.write(json.dumps({"audio": audio, "text": row["transcript"]}, ensure_ascii=False) + "\n")
 
 
-def _rows(files: list[Path]) -> Iterator[dict]:
+def stored_rows(files: Iterable[str | Path]) -> Iterator[dict]:
+    """Yield the rows of a set's Parquet files, with few of them in memory."""
     for file in files:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=100):
             yield from batch.to_pylist()

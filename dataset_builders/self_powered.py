@@ -24,7 +24,6 @@ from pathlib import Path
 from language_models.extras import extra
 
 with extra("data"):
-    import pyarrow.parquet as pq
     from datasets import (
         BuilderConfig,
         Dataset,
@@ -44,7 +43,7 @@ with extra("data"):
     from dataset_builders.corpora.transcripts import NORMALIZERS
     from dataset_builders.filters import FILTERS
     from dataset_builders.instructions import Draw, load_pool, parse_weights
-    from dataset_builders.original_format import OriginalRows, export_original, import_original
+    from dataset_builders.original_format import OriginalRows, export_original, import_original, stored_rows
     from dataset_builders.publishing import push_to_hub
     from dataset_builders.responders.local import MAX_NEW_TOKENS, LocalResponder, Responder
     from language_models.tokenizers import parse_template_settings
@@ -193,9 +192,7 @@ class SelfPoweredBuilder(GeneratorBasedBuilder):
         return [SplitGenerator(self.config.split, gen_kwargs={"files": files})]
 
     def _generate_examples(self, files: list[str]) -> Iterator[tuple[str, dict]]:
-        for file in files:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=100):
-                yield from ((row["id"], row) for row in batch.to_pylist())
+        yield from ((row["id"], row) for row in stored_rows(files))
 
     def _as_dataset(self, *args, **kwargs) -> Dataset:
         return super()._as_dataset(*args, **kwargs).cast_column("audio", FEATURES["audio"])

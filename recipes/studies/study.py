@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset_builders.files import read_lines, read_yaml, write_whole
-from recipes.evaluation.metrics import FIGURES
-from recipes.evaluation.tables import main_figure
+from recipes.evaluation.metrics import FIGURES, main_figure
 from recipes.reporting.figures import plot_study
 from recipes.reporting.markdown import to_markdown
 from recipes.studies.stages import Stage, make, plan, seconds
