@@ -224,22 +224,15 @@ def digest_of(pool: Mapping[str, Task]) -> str:
 class Draw:
     """Draws the tasks of each utterance, and the wordings of their instructions.
 
-    Args:
-        pool: the pool, from `load_pool`.
-        weights: weights of the tasks; infinite for a task that every utterance gets.
-        tasks_per_utterance: number of tasks that an utterance gets.
-        seed: seed of the draws, which depend on nothing else but the id of the utterance.
-        paraphrases: `seen` or `held_out` wordings.
-
     Raises:
         ValueError: as in `draw_tasks`, or the pool lacks a task.
     """
 
     pool: Mapping[str, Task]
-    weights: Mapping[str, float]
+    weights: Mapping[str, float]  # of the tasks; infinite for a task that every utterance gets
     tasks_per_utterance: int = 1
-    seed: int = 0
-    paraphrases: str = "seen"
+    seed: int = 0  # of the draws, which depend on nothing else but the id of the utterance
+    paraphrases: str = "seen"  # or "held_out"
 
     def __post_init__(self):
         self.of("any utterance")

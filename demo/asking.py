@@ -51,19 +51,12 @@ def parse_models(entries: Sequence[str]) -> dict[str, str]:
 
 @dataclass
 class Asked:
-    """What was asked about a clip, and what was answered so far.
+    """What was asked about a clip, and what was answered so far."""
 
-    Args:
-        row: `audio` (a waveform), `instruction` and `transcript`, which is empty until it is known.
-        answers: answers by name; that of the text LLM is under `TEXT_LLM`.
-        heard: the transcript, if it is what the first model heard and not what the visitor typed; otherwise empty.
-        done: whether all have answered.
-    """
-
-    row: dict
-    answers: dict[str, str] = field(default_factory=dict)
-    heard: str = ""
-    done: bool = False
+    row: dict  # `audio` (a waveform), `instruction` and `transcript`, which is empty until it is known
+    answers: dict[str, str] = field(default_factory=dict)  # by name; that of the text LLM is under `TEXT_LLM`
+    heard: str = ""  # the transcript, if it is what the first model heard and not what the visitor typed
+    done: bool = False  # whether all have answered
 
 
 @dataclass

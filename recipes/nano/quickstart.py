@@ -77,19 +77,12 @@ class Stages:
 
 @dataclasses.dataclass
 class Quickstart:
-    """One run of the quickstart.
+    """One run of the quickstart."""
 
-    Args:
-        folder: folder for all outputs.
-        settings: as in `recipes/configs/quickstart.yaml`.
-        seed: seed of all draws and initial weights.
-        steps: steps of each training, instead of those in its configuration.
-    """
-
-    folder: Path
-    settings: dict
-    seed: int
-    steps: int | None = None
+    folder: Path  # for all outputs
+    settings: dict  # as in `recipes/configs/quickstart.yaml`
+    seed: int  # of all draws and initial weights
+    steps: int | None = None  # of each training, instead of those in its configuration
 
     def __post_init__(self):
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -21,29 +21,17 @@ class TooLargeError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """What a request may ask for."""
 
-    Args:
-        body: bytes of a request.
-        seconds: length of a clip.
-        clips: number of clips of a prompt.
-        tokens: tokens of an answer.
-        channels: channels of a clip.
-        rates: lowest and highest sampling rate of a clip in Hz.
-        upload_seconds: time in which a request must arrive, and then the files behind its URLs.
-        answer_seconds: time in which a request must be answered.
-        urls: whether clips may be http(s) URLs. Private addresses are never read.
-    """
-
-    body: int = 32 * 2**20
-    seconds: float = 600.0
-    clips: int = 8
-    tokens: int = 1024
-    channels: int = 8
-    rates: tuple[int, int] = (4_000, 192_000)
-    upload_seconds: float = 30.0
-    answer_seconds: float = 120.0
-    urls: bool = False
+    body: int = 32 * 2**20  # bytes of a request
+    seconds: float = 600.0  # length of a clip
+    clips: int = 8  # of a prompt
+    tokens: int = 1024  # of an answer
+    channels: int = 8  # of a clip
+    rates: tuple[int, int] = (4_000, 192_000)  # lowest and highest sampling rate of a clip in Hz
+    upload_seconds: float = 30.0  # time in which a request must arrive, and then the files behind its URLs
+    answer_seconds: float = 120.0  # time in which a request must be answered
+    urls: bool = False  # whether clips may be http(s) URLs; private addresses are never read
 
 
 def from_base64(data: object) -> bytes:

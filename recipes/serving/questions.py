@@ -37,21 +37,13 @@ class RequestError(ValueError):
 
 @dataclass
 class Question:
-    """A request that can be answered.
+    """A request that can be answered."""
 
-    Args:
-        messages: messages as in transformers; audio parts have no clips, which are in `files`.
-        files: bytes or URLs of the clips' files, in the order of the audio parts.
-        settings: `max_tokens`, `temperature`, `top_p`, `seed` and `stop`.
-        stream: whether the answer is sent in parts.
-        usage: whether a stream ends with the numbers of tokens.
-    """
-
-    messages: list[dict]
-    files: list[bytes | str] = field(default_factory=list)
-    settings: dict = field(default_factory=dict)
-    stream: bool = False
-    usage: bool = False
+    messages: list[dict]  # as in transformers; audio parts have no clips, which are in `files`
+    files: list[bytes | str] = field(default_factory=list)  # bytes or URLs, in the order of the audio parts
+    settings: dict = field(default_factory=dict)  # `max_tokens`, `temperature`, `top_p`, `seed` and `stop`
+    stream: bool = False  # whether the answer is sent in parts
+    usage: bool = False  # whether a stream ends with the numbers of tokens
 
 
 def read_json(body: bytes) -> dict:

@@ -26,23 +26,14 @@ def count(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of training a model, forward and backward pass together.
+    """FLOPs of training a model, forward and backward pass together."""
 
-    Args:
-        frame: FLOPs of audio tower and projector per encoder frame (50 per second).
-        frame_pair: FLOPs of the tower's attention per pair of encoder frames of a chunk.
-        speech_token: FLOPs of the projector per speech token.
-        token: FLOPs of the LLM per token.
-        token_pair: FLOPs of the LLM's causal attention per pair of a token with itself or an earlier one.
-        label: FLOPs of the head per labelled token.
-    """
-
-    frame: float
-    frame_pair: float
-    speech_token: float
-    token: float
-    token_pair: float
-    label: float
+    frame: float  # of audio tower and projector, per encoder frame (50 per second)
+    frame_pair: float  # of the tower's attention, per pair of encoder frames of a chunk
+    speech_token: float  # of the projector
+    token: float  # of the LLM
+    token_pair: float  # of the LLM's causal attention, per pair of a token with itself or an earlier one
+    label: float  # of the head, per labelled token
 
     @classmethod
     def of(cls, model: LsmForConditionalGeneration, llm: str, stored: bool = False, distill: bool = False) -> "Costs":
