@@ -158,14 +158,8 @@ def _rows(indices: list[int], seed: int, split: str, snr: float | None) -> Itera
 def build(
     output: str | Path, sizes: dict[str, int], seed: int = 0, num_proc: int = 1, snr: float | None = None
 ) -> Path:
-    """Write `OUTPUT/SPLIT.parquet` for each split in `sizes`. A split that is already whole is kept.
-
-    Args:
-        output: folder of the corpus, created if necessary.
-        sizes: number of rows of each split.
-        seed: seed of all draws.
-        num_proc: number of processes; the rows do not depend on it.
-        snr: signal-to-noise ratio of all clips in dB; no noise if None.
+    """Write `OUTPUT/SPLIT.parquet` for each split in `sizes`, with as many rows, and a signal-to-noise ratio of `snr`
+    dB if this is given. A split that is already whole is kept. Rows do not depend on the number of processes.
 
     Raises:
         ValueError: a split is unknown, a size is below 1, or the ratio is not finite.

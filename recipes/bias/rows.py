@@ -75,13 +75,8 @@ def _spread(task_of: Sequence[str], ids: Sequence[str], tasks: Sequence[str], se
 def with_targets(rows: list[dict], llm: SpeechLLM, target: str, answers: Sequence[str], **options) -> list[dict]:
     """Return the rows with the `response` that is analysed, without rows whose response is empty.
 
-    Args:
-        rows: the rows, from `load_rows`.
-        llm: the model.
-        target: `response` uses the responses of the rows or, if they have none, the model's answers to the transcripts;
-            `own` uses `answers`.
-        answers: the model's answers to the rows.
-        options: options of `SpeechLLM.respond`.
+    The target `response` uses the responses of the rows or, if they have none, the model's answers to the transcripts,
+    with options of `SpeechLLM.respond`; `own` uses `answers`, those of the model to the rows.
 
     Raises:
         ValueError: the target is unknown, or all responses are empty.

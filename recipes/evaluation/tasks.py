@@ -235,13 +235,9 @@ def choose_tasks(names: str | Iterable[str], tasks: Mapping[str, EvaluationTask]
 
 
 def override(task: EvaluationTask, settings: Mapping[str, str]) -> EvaluationTask:
-    """Return the task with other settings.
-
-    Args:
-        task: the task.
-        settings: new values, such as `{"corpus": "clips.jsonl", "split": "dev", "columns.audio": "wav", "language":
-            "fr"}`, by key of the task, of its `data`, `data.columns` or `slots`. Only texts can be changed. An empty
-            text removes a setting.
+    """Return the task with other settings, such as `{"corpus": "clips.jsonl", "split": "dev", "columns.audio": "wav",
+    "language": "fr"}`, by key of the task, of its `data`, `data.columns` or `slots`. Only texts can be changed. An
+    empty text removes a setting.
 
     Raises:
         ValueError: a key is unknown, or the new task is invalid.
