@@ -155,17 +155,8 @@ class BuildArguments:
             ValueError, OSError: as in `building.build`.
         """
         corpus, draw = self.open_corpus(), self.draw()
-        return build(
-            corpus,
-            self.load_responder(),
-            output,
-            draw,
-            limit=self.limit,
-            shard_size=self.shard_size,
-            filters_off=self.filters_off,
-            judge_below=self.judge_below,
-            trust_headers=self.trust_headers,
-        )
+        names = ("limit", "shard_size", "filters_off", "judge_below", "trust_headers")
+        return build(corpus, self.load_responder(), output, draw, **{name: getattr(self, name) for name in names})
 
 
 @dataclass
