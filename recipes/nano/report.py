@@ -215,8 +215,6 @@ def write_report(
     plot_following(results, folder)
     plot_training(folder / "training", folder / "training")
     figures.plot_layers({SHORT[name]: bias for name, bias in biases.items()}, folder / "layers")
-    if biases["self_powered"]["similarity"]:
-        figures.plot_similarity(biases["self_powered"]["similarity"], folder / "similarity")
     write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
     about = ABOUT.format(**report["steps"], rows=report["rows"], unseen_rows=report["unseen_rows"])
     blocks = [
@@ -233,7 +231,8 @@ def write_report(
         Picture(folder / "layers", "Saliency in each layer.", "Lines over layers, four models"),
         Table("Means over layers", *_attention(biases)),
     ]
-    if biases["self_powered"]["similarity"]:
+    if similarity := biases["self_powered"]["similarity"]:
+        figures.plot_similarity(similarity, folder / "similarity")
         caption = "Similarity of speech and transcript inside ours: CKA, and cosine of the most similar token."
         blocks.append(Picture(folder / "similarity", caption, "Lines over layers and maps of tokens"))
     blocks += [
