@@ -37,13 +37,7 @@ CHUNK = 3000  # mel frames of Whisper's 30 s
 
 
 class Contestant:
-    """A model and its inputs for rows.
-
-    Args:
-        size: `tiny` or `large`.
-        device: device of the model.
-        dtype: dtype of the model.
-    """
+    """A model of size `tiny` or `large`, and its inputs for rows."""
 
     longest = math.inf  # seconds of the longest audio that it takes
     batches: Callable[[list[Row], int], list[list[Row]]] = staticmethod(static_batches)
@@ -209,22 +203,6 @@ def project_frames(model: LsmForConditionalGeneration) -> None:
         layer.crossattention.attention.__class__ = ProjectsFrames
 
 
-class Original(Ours):
-    """The mode of the original code: clips are padded to 30 s, windows are proportional, rows are not grouped into
-    batches, and all logits are computed."""
-
-    longest = 30.0
-    batches = staticmethod(static_batches)
-    settings: ClassVar = {"audio_padding": "max_length", "window_mode": "proportional", "pieces_per_token": 0}
-
-    def make(self) -> nn.Module:
-        model = super().make()
-        project_frames(model)
-        return model
-
-    loss = Contestant.loss
-
-
 class WithoutWindowAttention(Ours):
     """Ours, but every frame is projected for the Q-Former."""
 
@@ -232,6 +210,16 @@ class WithoutWindowAttention(Ours):
         model = super().make()
         project_frames(model)
         return model
+
+
+class Original(WithoutWindowAttention):
+    """The mode of the original code: clips are padded to 30 s, windows are proportional, rows are not grouped into
+    batches, and all logits are computed."""
+
+    longest = 30.0
+    batches = staticmethod(static_batches)
+    settings: ClassVar = {"audio_padding": "max_length", "window_mode": "proportional", "pieces_per_token": 0}
+    loss = Contestant.loss
 
 
 class WithoutLabelledLogits(Ours):

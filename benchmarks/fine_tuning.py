@@ -13,7 +13,6 @@ read" is the time of one worker for a batch, and should be below the number of w
 
 import argparse
 import gc
-import io
 import itertools
 import json
 import math
@@ -24,7 +23,6 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-import soundfile
 import torch
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -41,6 +39,7 @@ from trl import ModelConfig
 
 from benchmarks.machine import describe, free_memory
 from configuration_lsm import LsmConfig
+from dataset_builders.corpora.audio import encode
 from language_models.generation import context_of
 from language_models.tokenizers import speech_processor
 from modeling_lsm import LsmForConditionalGeneration
@@ -189,12 +188,11 @@ def make_rows(count: int, seconds: float) -> list[dict]:
 
     rows = []
     for index in range(count):
-        file = io.BytesIO()
-        soundfile.write(file, 0.1 * random.standard_normal(round(seconds * RATE)), RATE, format="WAV")
+        clip = encode(0.1 * random.standard_normal(round(seconds * RATE)))
         rows.append(
             {
                 "id": f"noise-{index}",
-                "audio": {"bytes": file.getvalue(), "path": None},
+                "audio": {"bytes": clip, "path": None},
                 "instruction": say(INSTRUCTION),
                 "transcript": say(max(1, round(SPOKEN * seconds))),
                 "response": say(RESPONSE),
@@ -219,15 +217,8 @@ class Clock(TrainerCallback):
 
 
 class Bench:
-    """Measures the settings of a sweep, one after the other, on one device.
-
-    Args:
-        sweep: the settings.
-        folder: folder for the trainers.
-
-    Raises:
-        ValueError: there are several GPUs, among which the trainer would divide the batch.
-    """
+    """Measures the settings of a sweep, one after the other, on one device. Several GPUs, among which the trainer would
+    divide the batch, are a ValueError."""
 
     def __init__(self, sweep: Sweep, folder: str):
         if torch.cuda.device_count() > 1:

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +37,9 @@ from recipes.training.throughput import peak_memory
 CPU = torch.device("cpu")
 
 
-def ours(dtype: torch.dtype = torch.float32, **settings) -> Ours:
+def ours(**settings) -> Ours:
     kind = type("Sized", (Ours,), {"settings": settings})
-    return kind("tiny", CPU, dtype)
+    return kind("tiny", CPU, torch.float32)
 
 
 def clip(seconds: int) -> Callable[[], object]:
@@ -79,9 +78,9 @@ def rows_ordered(rows: int) -> Callable[[], object]:
     return run
 
 
-def clips_stored(rows: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+def clips_stored(rows: int) -> Callable[[], object]:
     """Compute and write the tower's output of this number of clips, which have different lengths from 0.5 to 3.5 s."""
-    model, processor = ours(dtype), make_processor()
+    model, processor = ours(), make_processor()
     clips = [make_rows(1, 0.5 + 3 * row / rows)[0]["audio"] for row in range(rows)]
 
     def run():
@@ -97,7 +96,6 @@ LINES: dict[str, tuple[Callable[[int], Callable[[], object]], tuple[int, ...], s
     "speech_tokens": (speech_tokens, (1, 2, 4, 8, 16), "queries per window"),
     "rows_ordered": (rows_ordered, (1_000, 10_000, 100_000), "rows"),
     "clips_stored": (clips_stored, (100, 400, 1_600), "clips"),
-    "clips_stored_bf16": (partial(clips_stored, dtype=torch.bfloat16), (100, 400, 1_600), "clips"),
 }
 
 

@@ -35,12 +35,8 @@ WRONG = (0.1, 0.2, 0.35)
 
 
 class TextLLM:
-    """The text LLM, and the rows about which it is asked.
-
-    Args:
-        responder: the LLM.
-        rows: dicts with `instruction`, `transcript` and `duration` in seconds.
-    """
+    """The text LLM, and the rows about which it is asked, dicts with `instruction`, `transcript` and `duration` in
+    seconds."""
 
     def __init__(self, responder: LocalResponder, rows: list[dict]):
         self.model, self.tokenizer, self.rows = responder.model, responder.processor.tokenizer, rows

@@ -1,6 +1,6 @@
 """Check that our optimisations do not change the loss: train with all of them and with none, for several seeds.
 
-    python -m benchmarks.same_loss --steps 200 --seeds 0 1 2 --json same_loss.json --plot same_loss.png
+    python -m benchmarks.same_loss --steps 200 --seeds 0 1 2 --json same_loss.json
 
 The nano base is trained on a self-powered set with `recipes/sft.py`. Without the optimisations, rows come in random
 order, clips are padded to 30 s, every frame is projected for the Q-Former, and TRL's fused head computes the logits of
@@ -18,7 +18,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from trl import ModelConfig, TrlParser
 
@@ -93,24 +92,6 @@ def train(quickstart: Quickstart, output: Path, steps: int, batch: int, seed: in
     return [line["loss"] for line in read_lines(output / LOG) if "loss" in line]
 
 
-def last_quarter(losses: list[float]) -> float:
-    return statistics.mean(losses[-(len(losses) // 4) :])
-
-
-def plot(curves: dict[str, list[list[float]]], title: str, path: Path) -> None:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for color, (name, runs) in zip(("tab:blue", "tab:green", "tab:orange"), curves.items(), strict=True):
-        for index, losses in enumerate(runs):
-            smooth = [statistics.mean(losses[max(0, step - 9) : step + 1]) for step in range(len(losses))]
-            axes.plot(smooth, color=color, linewidth=1, label=name if index == 0 else None)
-    axes.set_xlabel("steps")
-    axes.set_ylabel("loss, mean of ten steps")
-    axes.set_title(title, fontsize="small")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="steps of each training")
@@ -119,7 +100,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the trainings")
     parser.add_argument("--threads", type=int, help="number of CPU threads; torch's default if absent")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--plot", type=Path, help="file for the curves")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -132,7 +112,7 @@ def main() -> None:
                 runs.append(train(quickstart, output, options.steps, options.batch, seed, arm))
     pairs = list(zip(curves[ALL], curves[ORDER], strict=True))
     apart = max(abs(a - b) for ours, same in pairs for a, b in zip(ours[:FIRST], same[:FIRST], strict=True))
-    ends = {name: [last_quarter(losses) for losses in runs] for name, runs in curves.items()}
+    ends = {name: [statistics.mean(losses[-(len(losses) // 4) :]) for losses in runs] for name, runs in curves.items()}
     machine = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(f"Loss over the last quarter of {options.steps} steps of {options.batch} rows; {machine}.")
     for name, losses in ends.items():
@@ -143,8 +123,6 @@ def main() -> None:
         options.json.write_text(
             json.dumps({"machine": machine, "ends": ends, "apart": apart, "curves": curves}), encoding="utf-8"
         )
-    if options.plot:
-        plot(curves, machine, options.plot)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from dataset_builders.instructions import SELF_POWERED_TASKS, Draw, load_pool
 from dataset_builders.nano.tasks import POOL_PATH
 from dataset_builders.responders.local import LocalResponder
 from dataset_builders.shards import Worker
+from recipes.listening.collator import render_prompt
 
 BATCH = 32
 DRAW = Draw(load_pool(POOL_PATH), dict.fromkeys(SELF_POWERED_TASKS, 1.0))
@@ -53,12 +54,7 @@ def plain_loop(responder: LocalResponder, rows: list[dict]) -> dict[str, str]:
     processor, model, answers = responder.processor, responder.model, {}
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        prompts = [
-            processor.apply_chat_template(
-                processor.conversation(row["instruction"], transcript=row["transcript"]), add_generation_prompt=True
-            )
-            for row in batch
-        ]
+        prompts = [render_prompt(processor, row, "transcript") for row in batch]
         inputs = processor.tokenizer(
             prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
         )

@@ -33,8 +33,9 @@ import soundfile
 import torch
 
 from benchmarks.machine import describe
+from dataset_builders.corpora.audio import encode
 from dataset_builders.nano.corpus import NanoCorpus
-from language_models.generation import GREEDY, read_answers
+from language_models.generation import GREEDY
 from processing_lsm import load_audio
 from recipes.listening.speech_llm import load
 
@@ -52,9 +53,7 @@ def questions(count: int, seed: int = 0) -> list[Question]:
         seconds, wave = draw.uniform(1, 30), np.zeros(0, np.float32)
         while len(wave) < seconds * RATE:
             wave = np.concatenate([wave, draw.choice(waves)])
-        file = io.BytesIO()
-        soundfile.write(file, wave[: int(seconds * RATE)], RATE, format="WAV")
-        asked.append((INSTRUCTIONS[number % len(INSTRUCTIONS)], file.getvalue()))
+        asked.append((INSTRUCTIONS[number % len(INSTRUCTIONS)], encode(wave[: int(seconds * RATE)])))
     return asked
 
 
@@ -164,9 +163,7 @@ def first_tokens(llm, client: Client, asked: list[Question]) -> dict:
     for instruction, file in asked:
         server.append(client.ask((instruction, file))[1])
         began = time.perf_counter()
-        conversation = llm.processor.conversation(instruction, audio=file)
-        prompt = llm.processor.apply_chat_template(conversation, add_generation_prompt=True)
-        inputs = llm.processor(text=prompt, audio=file, return_tensors="pt")
+        inputs = llm.inputs([{"instruction": instruction, "audio": file}])
         with torch.inference_mode():
             llm.model.generate(**inputs, **GREEDY, max_new_tokens=1, pad_token_id=llm.tokenizer.pad_token_id)
         bare.append(time.perf_counter() - began)
@@ -176,15 +173,8 @@ def first_tokens(llm, client: Client, asked: list[Question]) -> dict:
 
 def expected_answers(llm, asked: list[Question]) -> list[str]:
     """Return the answer to each question alone."""
-    answers = []
-    for instruction, file in asked:
-        conversation = llm.processor.conversation(instruction, audio=file)
-        prompt = llm.processor.apply_chat_template(conversation, add_generation_prompt=True)
-        inputs = llm.processor(text=prompt, audio=file, return_tensors="pt")
-        with torch.inference_mode():
-            output = llm.model.generate(**inputs, **GREEDY, max_new_tokens=TOKENS, pad_token_id=0)
-        answers.extend(read_answers(llm.tokenizer, output[:, inputs["input_ids"].shape[1] :].tolist()))
-    return answers
+    rows = [{"instruction": instruction, "audio": file} for instruction, file in asked]
+    return [reply.text for reply in llm.respond(rows, batch_size=1, max_new_tokens=TOKENS)]
 
 
 # Clients that behave badly

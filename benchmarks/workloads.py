@@ -50,12 +50,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A clip, with an instruction and a response.
-
-    Args:
-        seconds: length of the clip.
-        seed: seed of the features and of the tokens.
-    """
+    """A clip of some length, with an instruction and a response. The seed is that of the features and of the tokens."""
 
     seconds: float
     seed: int

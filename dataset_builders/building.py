@@ -48,12 +48,8 @@ SHARD_ROWS = 1000
 
 
 def draw_rows(utterances: list[dict], draw: Draw) -> list[dict]:
-    """Return the rows without their responses, in order: one row for each utterance and task.
-
-    Args:
-        utterances: dicts with `id`, `transcript`, `source` and any other columns that the rows need.
-        draw: decides the tasks and instructions of an utterance.
-    """
+    """Return the rows without their responses, in order: one row for each utterance and task. Utterances have `id`,
+    `transcript`, `source` and any other columns that the rows need."""
     return [
         utterance | {"id": f"{utterance['source']}/{utterance['id']}/{task}", "task": task, "instruction": instruction}
         for utterance in utterances
@@ -199,7 +195,7 @@ def build(
     options = {"filters_off": sorted(filters_off), "judge_below": judge_below, "trust_headers": trust_headers}
     folder.agree(settings | options)
     folder.settle()
-    shards = _my_shards(corpus, folder, worker or Worker.from_environment(), count, trust_headers)
+    shards = my_shards(corpus, folder, worker or Worker.from_environment(), count, trust_headers)
     for shard, lines, utterances, refused in ahead(shards):
         rows = draw_rows(utterances, draw)
         if limit is not None:  # the last utterance may get fewer tasks than the others
@@ -241,7 +237,7 @@ def _settings(corpus: Corpus, responder: Responder, draw: Draw, limit: int | Non
     }
 
 
-def _my_shards(
+def my_shards(
     corpus: Corpus, folder: BuildFolder, worker: Worker, limit: int | None, trust_headers: bool
 ) -> Iterator[tuple[Shard, int, list[dict], list[RefusedRowError]]]:
     """Yield the shards that this process still has to write: shard, number of lines, utterances, refused lines.

@@ -71,15 +71,8 @@ class Summary:
 
 
 def write_card(folder: Path, pool: Mapping) -> None:
-    """Write `FOLDER/README.md`, which describes all splits of the set.
-
-    Args:
-        folder: folder of the set.
-        pool: the instruction pool, whose wordings the card lists.
-
-    Raises:
-        ValueError: no row is left.
-    """
+    """Write `FOLDER/README.md`, which describes all splits of the set and lists the wordings of the pool. Raises
+    ValueError if no row is left."""
     builds = BuildFolder.splits(folder)
     summaries = {build.split: Summary.of(build.reports()) for build in builds}
     if not any(summary.rows for summary in summaries.values()):

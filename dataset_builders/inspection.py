@@ -117,12 +117,9 @@ def survey(folder: str | Path) -> Survey:
 
     Memory grows with the number of distinct instructions, sources and responders, not with the number of rows.
 
-    Args:
-        folder: folder of the set, with `data/TASK/*.parquet`, as `self_powered.py` writes it.
-
     Raises:
-        ValueError: there are no such files; or a file cannot be read, lacks a column, or has a row with a missing
-            value, an invalid duration or another task than its folder. Names the file.
+        ValueError: the folder has no `data/TASK/*.parquet`; or a file cannot be read, lacks a column, or has a row with
+            a missing value, an invalid duration or another task than its folder. Names the file.
     """
     counts = Survey(Path(folder).resolve().name)
     for task, paths in _files(folder).items():
@@ -187,12 +184,7 @@ def render_text(survey: Survey) -> str:
 
 
 def render_html(survey: Survey, samples: list[dict]) -> str:
-    """Render the survey, histograms and samples with their audio as one self-contained page.
-
-    Args:
-        survey: result of `survey`.
-        samples: result of `draw_samples`.
-    """
+    """Render the survey, histograms and samples with their audio as one self-contained page."""
     return read_template(Path(__file__).with_name("inspection.html")).render(
         survey=survey,
         table=_table(survey),

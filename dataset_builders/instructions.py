@@ -8,7 +8,7 @@ import math
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 
@@ -21,13 +21,6 @@ SELF_POWERED_TASKS = ("continuation", "repetition", "keyword", "intent", "sentim
 
 SPLITS = ("seen", "held_out")
 REQUIRED_KEYS = {"description", "seen"}
-SWITCHES = {
-    "held_out_task": False,
-    "ends_like_a_sentence": True,
-    "may_copy_transcript": False,
-    "without_instruction": False,
-}
-OPTIONAL_KEYS = {*SWITCHES, "held_out", "slots"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +36,10 @@ class Task:
     may_copy_transcript: bool = False  # a response may be the transcript
     without_instruction: bool = False  # the LLM replies to the speech alone, so the only paraphrase is empty
     slots: tuple[tuple[str, tuple[str, ...]], ...] = ()  # names and values that were put into the paraphrases
+
+
+SWITCHES = {field.name: field.default for field in fields(Task) if isinstance(field.default, bool)}
+OPTIONAL_KEYS = {*SWITCHES, "held_out", "slots"}
 
 
 def load_pool(path: str | Path | None = None, slots: Mapping[str, Sequence[str]] | None = None) -> dict[str, Task]:
@@ -167,14 +164,7 @@ def draw_fraction(seed: int, *parts: str) -> float:
 
 
 def draw_instruction(pool: Mapping[str, Task], task: str, id: str, seed: int, split: str = "seen") -> str:
-    """Return the paraphrase of `task` for utterance `id`. It depends only on seed, id and task.
-
-    Args:
-        pool: the pool, from `load_pool`.
-        task: name of the task.
-        id: id of the utterance.
-        seed: seed of the draw.
-        split: `seen` or `held_out`.
+    """Return the `seen` or `held_out` paraphrase of `task` for utterance `id`. It depends only on seed, id and task.
 
     Raises:
         ValueError: the pool has no such task, the task has no paraphrases of this split, or the split is unknown.
@@ -234,22 +224,15 @@ def digest_of(pool: Mapping[str, Task]) -> str:
 class Draw:
     """Draws the tasks of each utterance, and the wordings of their instructions.
 
-    Args:
-        pool: the pool, from `load_pool`.
-        weights: weights of the tasks; infinite for a task that every utterance gets.
-        tasks_per_utterance: number of tasks that an utterance gets.
-        seed: seed of the draws, which depend on nothing else but the id of the utterance.
-        paraphrases: `seen` or `held_out` wordings.
-
     Raises:
         ValueError: as in `draw_tasks`, or the pool lacks a task.
     """
 
     pool: Mapping[str, Task]
-    weights: Mapping[str, float]
+    weights: Mapping[str, float]  # of the tasks; infinite for a task that every utterance gets
     tasks_per_utterance: int = 1
-    seed: int = 0
-    paraphrases: str = "seen"
+    seed: int = 0  # of the draws, which depend on nothing else but the id of the utterance
+    paraphrases: str = "seen"  # or "held_out"
 
     def __post_init__(self):
         self.of("any utterance")

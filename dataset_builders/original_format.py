@@ -5,7 +5,6 @@ manifest (`corpora/opening.py`). Neither names the task or the responder, so imp
 `recipes/sft.py` refuses them as rows of another LLM, unless `--allow_foreign_responses` is set.
 """
 
-import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -14,11 +13,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from dataset_builders.building import SHARD_ROWS, finish, read, report, to_tables
+from dataset_builders.building import SHARD_ROWS, finish, my_shards, report, to_tables
 from dataset_builders.corpora.corpus import RefusedRowError
 from dataset_builders.corpora.local import ManifestCorpus
 from dataset_builders.files import fingerprint, whole
-from dataset_builders.shards import BuildFolder, Shard
+from dataset_builders.shards import BuildFolder, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -93,15 +92,8 @@ def import_original(rows: OriginalRows, output: str | Path, shard_size: int = SH
         }
     )
     folder.settle()
-    lines = rows.lines(0)
-    for chunk in itertools.count():
-        shard_lines = list(itertools.islice(lines, shard_size))
-        if not shard_lines:
-            break
-        if not folder.is_done(Shard(0, chunk)):
-            kept, refused = read(rows, shard_lines)
-            folder.commit(Shard(0, chunk), to_tables(kept), report(len(shard_lines), refused, kept, kept, {}))
-    folder.end(0, chunk)
+    for shard, lines, kept, refused in my_shards(rows, folder, Worker(), None, trust_headers=False):
+        folder.commit(shard, to_tables(kept), report(lines, refused, kept, kept, {}))
     return finish(folder, pool={})
 
 
@@ -120,7 +112,7 @@ def export_original(folder: str | Path, output: str | Path, split: str = "train"
         raise ValueError(f"{output} exists; delete it or name another output.")
     with whole(output) as partial:
         (partial / "audio").mkdir(parents=True)
-        _write_rows(_rows(files), partial, split)
+        _write_rows(stored_rows(files), partial, split)
     return output / f"{split}.jsonl"
 
 
@@ -136,7 +128,8 @@ def _write_rows(rows: Iterable[dict], folder: Path, split: str) -> None:
             transcripts.write(json.dumps({"audio": audio, "text": row["transcript"]}, ensure_ascii=False) + "\n")
 
 
-def _rows(files: list[Path]) -> Iterator[dict]:
+def stored_rows(files: Iterable[str | Path]) -> Iterator[dict]:
+    """Yield the rows of a set's Parquet files, with few of them in memory."""
     for file in files:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=100):
             yield from batch.to_pylist()

@@ -24,7 +24,6 @@ from pathlib import Path
 from language_models.extras import extra
 
 with extra("data"):
-    import pyarrow.parquet as pq
     from datasets import (
         BuilderConfig,
         Dataset,
@@ -44,7 +43,7 @@ with extra("data"):
     from dataset_builders.corpora.transcripts import NORMALIZERS
     from dataset_builders.filters import FILTERS
     from dataset_builders.instructions import Draw, load_pool, parse_weights
-    from dataset_builders.original_format import OriginalRows, export_original, import_original
+    from dataset_builders.original_format import OriginalRows, export_original, import_original, stored_rows
     from dataset_builders.publishing import push_to_hub
     from dataset_builders.responders.local import MAX_NEW_TOKENS, LocalResponder, Responder
     from language_models.tokenizers import parse_template_settings
@@ -156,17 +155,8 @@ class BuildArguments:
             ValueError, OSError: as in `building.build`.
         """
         corpus, draw = self.open_corpus(), self.draw()
-        return build(
-            corpus,
-            self.load_responder(),
-            output,
-            draw,
-            limit=self.limit,
-            shard_size=self.shard_size,
-            filters_off=self.filters_off,
-            judge_below=self.judge_below,
-            trust_headers=self.trust_headers,
-        )
+        names = ("limit", "shard_size", "filters_off", "judge_below", "trust_headers")
+        return build(corpus, self.load_responder(), output, draw, **{name: getattr(self, name) for name in names})
 
 
 @dataclass
@@ -193,9 +183,7 @@ class SelfPoweredBuilder(GeneratorBasedBuilder):
         return [SplitGenerator(self.config.split, gen_kwargs={"files": files})]
 
     def _generate_examples(self, files: list[str]) -> Iterator[tuple[str, dict]]:
-        for file in files:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=100):
-                yield from ((row["id"], row) for row in batch.to_pylist())
+        yield from ((row["id"], row) for row in stored_rows(files))
 
     def _as_dataset(self, *args, **kwargs) -> Dataset:
         return super()._as_dataset(*args, **kwargs).cast_column("audio", FEATURES["audio"])
@@ -234,32 +222,23 @@ def main() -> None:
     for chatty in ("httpx", "httpx2"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with logging_redirect_tqdm():
-        COMMANDS[args.pop("command")](**args)
+        match args.pop("command"):
+            case "build":
+                output = args.pop("output")
+                BuildArguments(**args).build(output)
+            case "inspect":
+                from dataset_builders.inspection import inspect_set  # takes a second, and only this needs it
 
+                args["html"] = args["html"] or Path(args["folder"]) / "inspect.html"
+                print(inspect_set(**args)["text"])
+            case "publish":
+                logger.info("%s", push_to_hub(args["folder"], args["repo"], args["revision"], args["private"]))
+            case "import":
+                rows, output = args.pop("rows"), args.pop("output")
+                import_original(OriginalRows(rows, **args), output)
+            case "export":
+                logger.info("%s", export_original(**args))
 
-def _build(output: str, **arguments) -> None:
-    BuildArguments(**arguments).build(output)
-
-
-def _inspect(folder: str, html: str | None, samples: int, seed: int) -> None:
-    from dataset_builders.inspection import inspect_set  # imported late: it takes a second, and only this needs it
-
-    print(inspect_set(folder, html or Path(folder) / "inspect.html", samples, seed)["text"])
-
-
-def _publish(folder: str, repo: str, revision: str | None, private: bool | None) -> None:
-    logger.info("%s", push_to_hub(folder, repo, revision, private))
-
-
-def _import(rows: str, output: str, **settings) -> None:
-    import_original(OriginalRows(rows, **settings), output)
-
-
-def _export(folder: str, output: str, split: str) -> None:
-    logger.info("%s", export_original(folder, output, split))
-
-
-COMMANDS = {"build": _build, "inspect": _inspect, "publish": _publish, "import": _import, "export": _export}
 
 if __name__ == "__main__":
     main()

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -130,7 +131,7 @@ class BuildFolder:
             self._move_rows(shard)
         for staging in (self.state / "staging").iterdir():
             host, pid = staging.name.rsplit(".", 2)[1:]
-            if host == _host() and not _is_alive(int(pid)):
+            if host == _host() and not psutil.pid_exists(int(pid)):
                 shutil.rmtree(staging, ignore_errors=True)
 
     def is_done(self, shard: Shard) -> bool:
@@ -210,16 +211,6 @@ def _host() -> str:
 
 def _process() -> str:
     return f"{_host()}.{os.getpid()}"
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _hash(file: Path) -> str:

@@ -56,12 +56,8 @@ CSS = """
 
 
 class Page:
-    """The widgets, and what happens when they are used. One visitor is answered after the other.
-
-    Args:
-        panel: the models.
-        note: what visitors should know about them, in Markdown.
-    """
+    """The widgets, and what happens when they are used. One visitor is answered after the other. `note` is what they
+    should know about the models, in Markdown."""
 
     def __init__(self, panel: Panel, note: str = ""):
         self.panel, self.names = panel, list(panel.models)

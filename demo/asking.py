@@ -51,19 +51,12 @@ def parse_models(entries: Sequence[str]) -> dict[str, str]:
 
 @dataclass
 class Asked:
-    """What was asked about a clip, and what was answered so far.
+    """What was asked about a clip, and what was answered so far."""
 
-    Args:
-        row: `audio` (a waveform), `instruction` and `transcript`, which is empty until it is known.
-        answers: answers by name; that of the text LLM is under `TEXT_LLM`.
-        heard: the transcript, if it is what the first model heard and not what the visitor typed; otherwise empty.
-        done: whether all have answered.
-    """
-
-    row: dict
-    answers: dict[str, str] = field(default_factory=dict)
-    heard: str = ""
-    done: bool = False
+    row: dict  # `audio` (a waveform), `instruction` and `transcript`, which is empty until it is known
+    answers: dict[str, str] = field(default_factory=dict)  # by name; that of the text LLM is under `TEXT_LLM`
+    heard: str = ""  # the transcript, if it is what the first model heard and not what the visitor typed
+    done: bool = False  # whether all have answered
 
 
 @dataclass
@@ -92,12 +85,8 @@ class Panel:
         return cls(loaded, reader)
 
     def ask(self, clip: str | None, instruction: str, transcript: str = "") -> Iterator[Asked]:
-        """Ask one model after the other, and yield what is known after every word.
-
-        Args:
-            clip: path of an audio file.
-            instruction: what is asked.
-            transcript: what is said in the clip. If it is empty, the first model transcribes the clip.
+        """Ask one model after the other, and yield what is known after every word. If the transcript is empty, the
+        first model transcribes the clip.
 
         Raises:
             ValueError: the clip or the instruction is missing or cannot be used. Says so in words for visitors.

@@ -38,8 +38,6 @@ def attention_on_cpu(
         query: `(batch, heads, length, size)`.
         key, value: `(batch, key heads, keys, size)`.
         attention_mask: `(batch, 1 or heads, length, keys)` bool, True where is attended to; None for everywhere.
-        scaling: of the scores; `size ** -0.5` if None.
-        dropout: share of the weights to drop.
 
     Returns:
         `(batch, length, heads, size)`, and no weights.

@@ -6,14 +6,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Name the extra to install in errors of the imports in the block.
-
-    Args:
-        name: name of the extra, such as `"train"`.
-
-    Raises:
-        ImportError: a package is not installed. Names the package and the extra.
-    """
+    """Name the extra to install, such as `"train"`, in the ImportError of a package that the block imports and that is
+    not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -31,12 +31,8 @@ def never_write(generation_config: GenerationConfig, audio_token_id: int, pad_to
 
 def valid_settings(settings: dict, name: str) -> GenerationConfig:
     """Return generation settings without the invalid ones and those without effect (such as a temperature without
-    sampling), because transformers refuses to save a model with them. The removed settings are logged.
-
-    Args:
-        settings: the content of a `generation_config.json`.
-        name: name of the checkpoint, for the log.
-    """
+    sampling), because transformers refuses to save a model with them. The removed settings are logged, with the name of
+    the checkpoint."""
     kept, refused = {}, {}
     for setting, value in sorted(settings.items(), key=lambda item: item[0] not in DECIDING):
         try:

@@ -36,11 +36,8 @@ def identify(source: str) -> dict[str, str]:
 def load_identity(llm: str | Path, template_settings: dict | None = None) -> tuple[LsmProcessor, dict, AutoConfig]:
     """Load processor, identity and configuration of an LLM or of the LLM in an LSM.
 
-    The identity has `model`, `revision` and `template`, and `template_settings` if there are any.
-
-    Args:
-        llm: folder or Hub id.
-        template_settings: as in [`LsmProcessor`], for an LLM. An LSM has its own.
+    The identity has `model`, `revision` and `template`, and `template_settings` if there are any. Those that are given
+    are as in [`LsmProcessor`], for an LLM; an LSM has its own.
 
     Raises:
         ValueError: an LSM does not name the LLM inside, or template settings were given for an LSM.

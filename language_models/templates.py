@@ -55,11 +55,8 @@ def speech_template(template: str | dict | None, tokenizer: PreTrainedTokenizerB
     """Return an LLM's chat template for messages with parts of text and audio.
 
     A prelude joins the parts, and [`FOLD_SYSTEM`] is added if the LLM takes no system message. A template that names
-    the audio placeholder is returned unchanged, because it renders audio parts itself.
-
-    Args:
-        template: the LLM's chat template. Of several, the default one is used; if None, [`DEFAULT_CHAT_TEMPLATE`].
-        tokenizer: tokenizer that renders the template.
+    the audio placeholder is returned unchanged, because it renders audio parts itself. Of several templates, the
+    default one is used; in the place of None, [`DEFAULT_CHAT_TEMPLATE`].
     """
     text: str = (template["default"] if isinstance(template, dict) else template) or DEFAULT_CHAT_TEMPLATE
     if AUDIO_TOKEN in text:

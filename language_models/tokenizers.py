@@ -68,14 +68,8 @@ def speech_processor(
     chat_template: str | None = None,
     **settings,
 ) -> LsmProcessor:
-    """Return the processor of an LSM, with the LLM's chat template adapted to audio (`speech_template`).
-
-    Args:
-        feature_extractor: the feature extractor of the Whisper.
-        tokenizer: the LLM's tokenizer with the audio placeholder.
-        chat_template: chat template to use instead of the tokenizer's.
-        settings: settings of [`LsmProcessor`].
-    """
+    """Return the processor of an LSM, with the LLM's chat template, or another one, adapted to audio
+    (`speech_template`). The tokenizer has the audio placeholder; `settings` are those of [`LsmProcessor`]."""
     template = speech_template(chat_template or tokenizer.chat_template, tokenizer)
     return LsmProcessor(feature_extractor, tokenizer, chat_template=template, **settings)
 

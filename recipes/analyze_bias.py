@@ -71,7 +71,7 @@ def main() -> None:
     llm = load(args.model)
     options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     answers = [reply.text for reply in llm.respond(rows, args.slot, **options)]
-    traced = with_targets(rows, llm, args.target, answers, None, **options)
+    traced = with_targets(rows, llm, args.target, answers, **options)
     if len(traced) < len(rows):
         logger.warning("%d of %d rows have an empty response and are not traced", len(rows) - len(traced), len(rows))
     bias = analyze(llm, traced, args.slot, batch_size=args.batch_size)

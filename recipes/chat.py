@@ -73,10 +73,8 @@ class Conversation:
 
     @torch.inference_mode()
     def listen(self, clips: Sequence[str | Path | np.ndarray]) -> None:
-        """Replace the clips, and forget earlier turns. If a clip is refused, nothing changes.
-
-        Args:
-            clips: paths, URLs, or what the microphone recorded at 16 kHz.
+        """Replace the clips, which may be what the microphone recorded at 16 kHz, and forget earlier turns. If a clip
+        is refused, nothing changes.
 
         Raises:
             ValueError: a clip cannot be read, or the model is a text LLM.
@@ -121,10 +119,7 @@ class Conversation:
 
 
 def record(seconds: str) -> np.ndarray:
-    """Return what the microphone hears, at 16 kHz.
-
-    Args:
-        seconds: length of the recording, as it was typed; 5 if empty.
+    """Return what the microphone hears, at 16 kHz, in the seconds that were typed, or in 5.
 
     Raises:
         ValueError: the length is not valid, sounddevice is not installed, or there is no microphone.

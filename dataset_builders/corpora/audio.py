@@ -1,9 +1,10 @@
-"""Read the audio files of a corpus, and check their duration and that they are whole."""
+"""Read the audio files of a corpus, check their duration and that they are whole, and encode waveforms."""
 
 import io
 import re
 
 import numpy as np
+import soundfile
 
 from processing_lsm import load_audio
 
@@ -20,8 +21,6 @@ def duration_of(audio: dict) -> float:
     Raises:
         ValueError: the file cannot be read or has no samples, its header states no length, or the file is shorter.
     """
-    import soundfile
-
     source = io.BytesIO(audio["bytes"]) if audio.get("bytes") is not None else audio["path"]
     try:
         info = soundfile.info(source)
@@ -49,6 +48,13 @@ def decode(audio: dict, rate: int = 16_000) -> np.ndarray:
     waveform = load_audio(audio, target_rate=rate)
     _check_whole(audio, len(waveform) / rate, duration_of(audio))
     return waveform
+
+
+def encode(samples: np.ndarray, rate: int = 16_000, format: str = "WAV", subtype: str | None = None) -> bytes:
+    """Return a waveform `(samples,)` as an audio file, in a format and a subtype of libsndfile."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=format, subtype=subtype)
+    return file.getvalue()
 
 
 def _check_whole(audio: dict, seconds: float, promised: float) -> None:

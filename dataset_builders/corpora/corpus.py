@@ -129,12 +129,8 @@ class Corpus:
 
 
 def choose_columns(columns: list[str], names: dict[str, str], corpus: str) -> dict[str, str]:
-    """Return the names of the `audio` column, the `transcript` column and, if there is one, the `id` column.
-
-    Args:
-        columns: names of the corpus's columns.
-        names: names given by the user or a preset, by role; common names (`COLUMNS`) are tried for the other roles.
-        corpus: name of the corpus, for errors.
+    """Return the names of the `audio` column, the `transcript` column and, if there is one, the `id` column. `names`
+    are those given by the user or a preset, by role; common names (`COLUMNS`) are tried for the other roles.
 
     Raises:
         ValueError: a given column does not exist, or no column has a common name. Lists the columns.

@@ -11,7 +11,6 @@ rows are written to `OUTPUT/SPLIT.parquet`, which `load_dataset` reads.
 
 import argparse
 import functools
-import io
 import logging
 import math
 import os
@@ -30,6 +29,7 @@ with extra("nano"):
     import pyarrow.parquet as pq
     from datasets import Audio, Dataset, Features, Value
 
+    from dataset_builders.corpora.audio import encode
     from dataset_builders.files import whole
     from dataset_builders.nano.espeak import SAMPLING_RATE, speak
     from dataset_builders.nano.grammar import SPLITS, sample_sentence
@@ -93,17 +93,14 @@ def row_id(seed: int, split: str, index: int, snr: float | None = None) -> str:
 def row(seed: int, split: str, index: int, snr: float | None = None) -> dict:
     """Return utterance `index` of `split` as a row of `FEATURES`. The audio is a FLAC file, with noise at a
     signal-to-noise ratio of `snr` dB if this is given."""
-    import soundfile
-
     utterance = sample_utterance(seed, split, index)
     if snr is not None:
         utterance["audio"] = in_noise(utterance["audio"], snr, seed, split, index)
-    flac = io.BytesIO()
-    soundfile.write(flac, utterance["audio"], SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+    flac = encode(utterance["audio"], SAMPLING_RATE, "FLAC", "PCM_16")
     id = row_id(seed, split, index, snr)
     return {
         "id": id,
-        "audio": {"bytes": flac.getvalue(), "path": f"{id}.flac"},
+        "audio": {"bytes": flac, "path": f"{id}.flac"},
         "transcript": utterance["transcript"],
         "duration": np.float32(len(utterance["audio"]) / SAMPLING_RATE),
         "voice": utterance["voice"],
@@ -161,14 +158,8 @@ def _rows(indices: list[int], seed: int, split: str, snr: float | None) -> Itera
 def build(
     output: str | Path, sizes: dict[str, int], seed: int = 0, num_proc: int = 1, snr: float | None = None
 ) -> Path:
-    """Write `OUTPUT/SPLIT.parquet` for each split in `sizes`. A split that is already whole is kept.
-
-    Args:
-        output: folder of the corpus, created if necessary.
-        sizes: number of rows of each split.
-        seed: seed of all draws.
-        num_proc: number of processes; the rows do not depend on it.
-        snr: signal-to-noise ratio of all clips in dB; no noise if None.
+    """Write `OUTPUT/SPLIT.parquet` for each split in `sizes`, with as many rows, and a signal-to-noise ratio of `snr`
+    dB if this is given. A split that is already whole is kept. Rows do not depend on the number of processes.
 
     Raises:
         ValueError: a split is unknown, a size is below 1, or the ratio is not finite.

@@ -186,12 +186,8 @@ class LocalResponder(Responder):
 
 
 def foreign(provenance: str, responder: dict | None) -> list[str]:
-    """Return the differences between a row's responder and an LSM's; empty if the row is self-powered.
-
-    Args:
-        provenance: `responder` column of the row, as `Responder.provenance` writes it.
-        responder: `config.responder` of the LSM that trains on the row.
-    """
+    """Return the differences between a row's responder, as `Responder.provenance` writes it, and `config.responder` of
+    the LSM that trains on the row; empty if the row is self-powered."""
     try:
         written = dict(json.loads(provenance))
     except (TypeError, ValueError):  # not JSON: another program wrote it

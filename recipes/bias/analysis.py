@@ -69,13 +69,12 @@ def analyze(
     return result | {"similarity": similarity.measure(llm, rows, store, batch_size) if compare else None}
 
 
-def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the 95 % interval of the mean over the first axis, from 1000 resamplings of the rows."""
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), DRAWS) / len(values)
-    means = weights @ values.reshape(len(values), -1)
-    low, high = np.quantile(means, [0.025, 0.975], axis=0)
-    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+    count = len(values)
+    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), DRAWS) / count
+    low, high = np.quantile(np.tensordot(weights, values, 1), [0.025, 0.975], axis=0)
+    return low, high
 
 
 def _by_role(values: np.ndarray) -> list[dict]:

@@ -52,7 +52,7 @@ def teacher_forced(
         if not row["response"].strip():
             raise ValueError(f"row {row.get('id')!r} has an empty response; there is nothing to analyse.")
         prompt = ids[real].tolist()
-        response = llm.response_ids(row, slot)
+        response = llm.response_ids(row)
         prompt_roles = expand(prompt, llm.spans(row, slot), llm.audio_token_id)
         sequences.append(prompt + response)
         starts.append(len(prompt))
@@ -68,15 +68,8 @@ def teacher_forced(
 
 def expand(prompt: list[int], spans: list[tuple[int, str]], audio_token_id: int | None) -> list[int]:
     """Return the role of each token of a prompt, in which a clip has as many placeholders as it has speech tokens.
-
-    Args:
-        prompt: ids of the prompt.
-        spans: ids and roles of the prompt without its placeholders, in order (`SpeechLLM.spans`).
-        audio_token_id: id of the placeholder.
-
-    Raises:
-        ValueError: the ids of `prompt` and `spans` differ.
-    """
+    `spans` are the ids and roles of the prompt without its placeholders, in order (`SpeechLLM.spans`). Raises
+    ValueError if other ids differ."""
     texts = iter([(token, role) for token, role in spans if token != audio_token_id])
     roles = []
     for token in prompt:

@@ -10,7 +10,6 @@ from dataset_builders.corpora.opening import PRESETS, load_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Task, draw_fraction
 from dataset_builders.publishing import load_self_powered
 from recipes.evaluation.following import held_out_rows
-from recipes.listening.features import AudioFeatureStore
 from recipes.listening.speech_llm import SpeechLLM
 
 TARGETS = ("response", "own")
@@ -73,19 +72,11 @@ def _spread(task_of: Sequence[str], ids: Sequence[str], tasks: Sequence[str], se
     return [place for turn in turns for place in turn if place is not None]
 
 
-def with_targets(
-    rows: list[dict], llm: SpeechLLM, target: str, answers: Sequence[str], store: AudioFeatureStore | None, **options
-) -> list[dict]:
+def with_targets(rows: list[dict], llm: SpeechLLM, target: str, answers: Sequence[str], **options) -> list[dict]:
     """Return the rows with the `response` that is analysed, without rows whose response is empty.
 
-    Args:
-        rows: the rows, from `load_rows`.
-        llm: the model.
-        target: `response` uses the responses of the rows or, if they have none, the model's answers to the transcripts;
-            `own` uses `answers`.
-        answers: the model's answers to the rows.
-        store: store of the audio tower's output.
-        options: options of `SpeechLLM.respond`.
+    The target `response` uses the responses of the rows or, if they have none, the model's answers to the transcripts,
+    with options of `SpeechLLM.respond`; `own` uses `answers`, those of the model to the rows.
 
     Raises:
         ValueError: the target is unknown, or all responses are empty.

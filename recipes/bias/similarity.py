@@ -78,14 +78,8 @@ def token_states(
 
 
 def measure(llm: SpeechLLM, rows: Sequence[dict], store: AudioFeatureStore | None = None, batch_size: int = 16) -> dict:
-    """Measure the similarity of speech and transcript at each level.
-
-    Args:
-        llm: the model.
-        rows: at least 8 rows with `audio`, `transcript`, `instruction` and `response`. All get the instruction of the
-            first row, because different instructions would also make speech and transcript similar.
-        store: store of the audio tower's output.
-        batch_size: number of rows per batch.
+    """Measure the similarity of speech and transcript at each level, on at least 8 rows. All get the instruction of the
+    first row, because different instructions would also make speech and transcript similar.
 
     Returns:
         A dict: `levels` (`input`, `layer 1`, ...), `cka`, `cosine` and `cosine_other` (lists over levels), their

@@ -17,14 +17,7 @@ Checker = Callable[[str, str, str], bool | None]  # None: the right answers to t
 
 
 def load_checker(module: str) -> Checker:
-    """Return the function `is_correct(task, transcript, response)` of a module.
-
-    Args:
-        module: import path of the module.
-
-    Raises:
-        ValueError: the module has no such function.
-    """
+    """Return the function `is_correct(task, transcript, response)` of a module. Raises ValueError if it has none."""
     checker = getattr(importlib.import_module(module), "is_correct", None)
     if checker is None:
         raise ValueError(f"{module} has no is_correct(task, transcript, response); name a module that has it.")
@@ -34,14 +27,8 @@ def load_checker(module: str) -> Checker:
 def held_out_rows(
     corpus: Iterable[dict], tasks: Sequence[str], seed: int = 0, pool: Mapping[str, Task] | None = None
 ) -> list[dict]:
-    """Return two rows for every clip of `corpus`, with its audio: one of the `tasks`, and transcription. The
-    instructions are held-out wordings.
-
-    Args:
-        corpus: utterances.
-        tasks: names of tasks of the pool.
-        seed: seed of the draws.
-        pool: the instruction pool; by default that of the package.
+    """Return two rows for every utterance of `corpus`, with its audio: one of the `tasks` of the pool, and
+    transcription. The instructions are held-out wordings.
 
     Raises:
         ValueError: the pool lacks one of the tasks, or has no held-out wordings of it.

@@ -109,10 +109,7 @@ SPEECH_CHECKS = CHECKS | {
 
 
 def listed_constraints(line: Mapping) -> list[str]:
-    """Return the constraints of a row as JSON, each with its name as `id` and its parameters.
-
-    Args:
-        line: columns of the row, with `instruction_id_list`, a list of names, and `kwargs`, a list of mappings.
+    """Return the constraints of a row as JSON, each with its name as `id` and its parameters, from its `PARAMETERS`.
 
     Raises:
         NoReferenceError: a constraint has no check here, as `language:response_language`, which needs a detector.
@@ -130,15 +127,9 @@ def listed_constraints(line: Mapping) -> list[str]:
 
 
 def satisfied_of(constraints: Sequence[str], response: str, speech: bool = False, loose: bool = False) -> list[bool]:
-    """Return whether a response satisfies each of the `listed_constraints`. An empty one satisfies none.
-
-    Args:
-        constraints: constraints as JSON.
-        response: answer of an LLM.
-        speech: whether they are checked as in Speech-IFEval.
-        loose: whether it is enough that the response satisfies a constraint without asterisks, its first or its last
-            line, which is the loose accuracy of IFEval.
-    """
+    """Return whether a response satisfies each of the `listed_constraints`, checked as in Speech-IFEval if `speech`. An
+    empty one satisfies none. If `loose`, as in the loose accuracy of IFEval, it is enough that the response satisfies a
+    constraint without asterisks, its first or its last line."""
     lines, checks = response.split("\n"), SPEECH_CHECKS if speech else CHECKS
     texts = ["\n".join(part) for part in (lines, lines[1:], lines[:-1], lines[1:-1])] if loose else [response]
     texts = [text.strip() for text in (*texts, *(text.replace("*", "") for text in texts if loose)) if text.strip()]

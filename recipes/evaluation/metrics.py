@@ -3,6 +3,8 @@
 Intervals are percentile bootstraps over rows (Efron & Tibshirani 1993): the rows are resampled with replacement, and
 the interval contains the middle 95 % of the figures of all draws. They depend only on the rows and the seed. Shares and
 error rates are fractions (0.05 is 5 %); BLEU and chrF go from 0 to 100, as in sacrebleu.
+
+Arguments have an item for each row. It is a ValueError if there are no rows, or if arguments differ in length.
 """
 
 import re
@@ -95,15 +97,7 @@ def bootstrap_ratio(
     numerators: Sequence[float], denominators: Sequence[float] | np.ndarray, draws: int = DRAWS, seed: int = 0
 ) -> Metric:
     """Return `sum(numerators) / sum(denominators)` with its interval. Draws whose denominators are all 0 are ignored.
-
-    Args:
-        numerators, denominators: one value per row.
-        draws: number of draws.
-        seed: seed of the draws.
-
-    Raises:
-        ValueError: there are no rows, the numbers of values differ, or the sum of the denominators is not above 0.
-    """
+    Raises ValueError if the sum of the denominators is not above 0."""
     _check_rows(numerators=numerators, denominators=denominators)
     above, below = np.asarray(numerators, float), np.asarray(denominators, float)
     if not below.sum() > 0:
@@ -118,18 +112,8 @@ def bootstrap_ratio(
 def mean(
     values: Sequence[float], groups: Sequence[Hashable] | None = None, draws: int = DRAWS, seed: int = 0
 ) -> Metric:
-    """Return the mean of the values with its interval.
-
-    Args:
-        values: one value per row.
-        groups: one label per row. If given, the result is the mean of the means of the groups, and rows are resampled
-            within their group.
-        draws: number of draws.
-        seed: seed of the draws.
-
-    Raises:
-        ValueError: there are no rows, or not as many labels.
-    """
+    """Return the mean of the values with its interval. If `groups` has labels, it is the mean of the means of the
+    groups, and rows are resampled within their group."""
     if groups is None:
         return bootstrap_ratio(values, np.ones(len(values)), draws, seed)
     _check_rows(values=values, groups=groups)
@@ -145,12 +129,10 @@ def mean(
 
 
 def mean_of_tasks(tasks: Sequence[Mapping[str, Mapping]]) -> Metric:
-    """Return the mean of the main figures of several tasks, each as a fraction of its best value.
+    """Return the mean of the main figures of several tasks, each as a fraction of its best value. `tasks` are the
+    figures of each task by name, with `value`, `low` and `high`.
 
     The interval is that of independent tasks: the distances of their ends from their values add up in squares.
-
-    Args:
-        tasks: the figures of each task by name, with `value`, `low` and `high`.
     """
     names = [main_figure(figures) for figures in tasks]
     value, low, high = (
@@ -178,19 +160,11 @@ def normalize_text(text: str, language: str = "en") -> str:
 
 
 def error_rate(references: Sequence[str], hypotheses: Sequence[str], language: str = "en") -> tuple[str, Metric]:
-    """Return the error rate over all rows after `normalize_text`. Hypotheses of empty references count as insertions.
-
-    Args:
-        references: transcripts.
-        hypotheses: one for each reference.
-        language: code such as `en`, `zh-CN` or `cmn_hans_cn`.
-
-    Returns:
-        `("wer", errors / reference words)`, or `("cer", errors / reference characters)` in the languages of `UNSPACED`.
+    """Return `("wer", errors / reference words)` over all rows after `normalize_text`, or `("cer", errors / reference
+    characters)` in the languages of `UNSPACED`. Hypotheses of empty references count as insertions.
 
     Raises:
-        ValueError: there are no rows, not as many hypotheses as references, or all references are empty once
-            normalised.
+        ValueError: all references are empty once normalised.
     """
     _check_rows(references=references, hypotheses=hypotheses)
     expected = [normalize_text(text, language) for text in references]
@@ -215,15 +189,11 @@ def error_rate(references: Sequence[str], hypotheses: Sequence[str], language: s
 def bleu(references: Sequence[Sequence[str]], hypotheses: Sequence[str], language: str) -> Metric:
     """Return the corpus BLEU (Papineni et al. 2002) of sacrebleu (Post 2018), from 0 to 100.
 
-    Args:
-        references: a list of one or more references for each row.
-        hypotheses: one for each row.
-        language: code of the target language, which determines the tokenizer: `zh` for Chinese and Cantonese,
-            `ja-mecab` for Japanese, `ko-mecab` for Korean, `char` for Thai, Lao, Burmese and Khmer, otherwise `13a`.
-            The signature contains its name.
+    The code of the target language determines the tokenizer: `zh` for Chinese and Cantonese, `ja-mecab` for Japanese,
+    `ko-mecab` for Korean, `char` for Thai, Lao, Burmese and Khmer, otherwise `13a`. The signature contains its name.
 
     Raises:
-        ValueError: there are no rows, not as many lists of references as hypotheses, or a list is empty.
+        ValueError: a row has no references.
         ImportError: the package of the Japanese or Korean tokenizer is missing.
     """
     code = _code(language)
@@ -268,11 +238,7 @@ def _sacrebleu(metric: BLEU | CHRF, references: Sequence[Sequence[str]], hypothe
 
 
 def accuracy(gold: Sequence[str], predicted: Sequence[str | None]) -> Metric:
-    """Return the share of rows whose predicted label is right. None, for an answer that could not be read, is wrong.
-
-    Raises:
-        ValueError: there are no rows, or not as many predictions.
-    """
+    """Return the share of rows whose predicted label is right. None, for an answer that could not be read, is wrong."""
     _check_rows(gold=gold, predicted=predicted)
     return mean([float(right == label) for right, label in zip(gold, predicted, strict=True)])
 
@@ -280,9 +246,6 @@ def accuracy(gold: Sequence[str], predicted: Sequence[str | None]) -> Metric:
 def macro_f1(gold: Sequence[str], predicted: Sequence[str | None]) -> Metric:
     """Return the mean F1 over the classes in `gold`. A prediction of None or of another label counts as a miss for the
     right class, and as a false alarm for no class. Draws without rows of a class are averaged over the other classes.
-
-    Raises:
-        ValueError: there are no rows, or not as many predictions.
     """
     _check_rows(gold=gold, predicted=predicted)
     classes = sorted(set(gold))
@@ -308,10 +271,8 @@ def squad(references: Sequence[Sequence[str]], responses: Sequence[str]) -> dict
     """Return the exact match and the token F1 of SQuAD (Rajpurkar et al. 2016) as fractions.
 
     Texts are compared in lower case, without ASCII punctuation and the articles a, an, the. The best of a row's
-    references counts. Two texts without any tokens are equal, as in the script of SQuAD 2.0.
-
-    Raises:
-        ValueError: there are no rows, not as many lists of references as responses, or a list is empty.
+    references counts. Two texts without any tokens are equal, as in the script of SQuAD 2.0. A row without references
+    is a ValueError.
     """
     _check_rows(references=references, responses=responses)
     _check_references(references)
@@ -329,11 +290,7 @@ def exact_match(references: Sequence[str], response: str) -> bool:
 
 def set_f1(references: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> Metric:
     """Return the mean F1 of two sets of strings per row, such as keywords. Case, order, and leading and trailing white
-    space are ignored. Two empty sets are equal.
-
-    Raises:
-        ValueError: there are no rows, or not as many predictions.
-    """
+    space are ignored. Two empty sets are equal."""
     _check_rows(references=references, predicted=predicted)
     sets = [
         [sorted({text.strip().casefold() for text in texts} - {""}) for texts in pair]

@@ -1,12 +1,10 @@
 """Write the report of an evaluation: tables, pictures, and a page with clips to play."""
 
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import soundfile
-
+from dataset_builders.corpora.audio import encode
 from dataset_builders.files import write_whole
 from processing_lsm import load_audio
 from recipes.evaluation.metrics import FIGURES, main_figure
@@ -91,6 +89,4 @@ def examples(results: Mapping[str, SystemResult]) -> list[dict]:
 
 def playable(audio: dict) -> bytes:
     """Return a clip as a 16-bit WAV file at 16 kHz, which every browser can play."""
-    wav = io.BytesIO()
-    soundfile.write(wav, load_audio(audio), 16_000, format="WAV", subtype="PCM_16")
-    return wav.getvalue()
+    return encode(load_audio(audio), subtype="PCM_16")

@@ -47,12 +47,8 @@ def parse_label(
     """Return the label that the response names in whole words; case, punctuation and underscores are ignored.
 
     A name inside a longer name does not count, nor does a negated one ("not positive"). If the response names several
-    labels, the one after the last "answer" or "label" counts, or otherwise a single one after "is".
-
-    Args:
-        response: answer of an LLM.
-        labels: the possible labels.
-        synonyms: other names of labels, such as `{"joy": ["happy", "happiness"]}`.
+    labels, the one after the last "answer" or "label" counts, or otherwise a single one after "is". `synonyms` are
+    other names of labels, such as `{"joy": ["happy", "happiness"]}`.
 
     Raises:
         ValueError: there are no labels, a name has neither letters nor digits, two labels have the same name, or

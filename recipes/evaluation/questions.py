@@ -21,13 +21,8 @@ logger = logging.getLogger(__name__)
 def read_rows(
     task: EvaluationTask, limit: int | None = None, seed: int = 0, pool: Mapping[str, Task] | None = None
 ) -> list[Question]:
-    """Return the questions of a task in the order of the corpus.
-
-    Args:
-        task: a task from `load_tasks`.
-        limit: largest number of utterances; if None, the corpus's own default or all.
-        seed: seed of the draws, which also depend on the utterance's id.
-        pool: the instruction pool; if None, that of the task.
+    """Return the questions of a task in the order of the corpus, about at most `limit` utterances, or about the
+    corpus's own default or all. Draws depend on the seed and the utterance's id. The pool is that of the task if None.
 
     Raises:
         RefusedRowError: an utterance cannot be used.

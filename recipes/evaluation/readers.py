@@ -113,13 +113,8 @@ READERS = (*FILE_READERS, "fleurs")
 
 
 class Source:
-    """A corpus whose lines have the names of class labels, undecoded audio in every column, and optional translations.
-
-    Args:
-        corpus: a corpus from `open_corpus`.
-        has_transcript: whether the corpus has transcripts; if not, they are empty.
-        translations: translations by sentence id (the column `id`), which are added as the column `translation`.
-    """
+    """A corpus whose lines have the names of class labels, undecoded audio in every column, and optional translations
+    by sentence id (the column `id`), as the column `translation`. Transcripts that it does not have are empty."""
 
     def __init__(self, corpus: Corpus, has_transcript: bool = True, translations: Mapping[str, str] | None = None):
         self.corpus, self.has_transcript, self.translations = corpus, has_transcript, translations

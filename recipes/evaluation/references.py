@@ -105,12 +105,8 @@ def references(columns: Sequence[str], line: dict) -> list[str]:
 
 
 def options(line: dict, column: str) -> dict[str, str]:
-    """Return the options of a question by name.
-
-    Args:
-        line: columns of a row.
-        column: column with a list of texts, whose names are A, B and so on, or with a dict of two lists, `text` and
-            `label`.
+    """Return the options of a question by name, from a column with a list of texts, whose names are A, B and so on, or
+    with a dict of two lists, `text` and `label`.
 
     Raises:
         ValueError: there is no such column, or it has fewer than two options or more than 26.

@@ -67,17 +67,9 @@ class SystemResult:
 def collect(
     tasks: Sequence[EvaluationTask], systems: Sequence[System], results: Mapping[tuple[str, str], SystemResult]
 ) -> dict:
-    """Return the content of `results.json`.
-
-    Args:
-        tasks: the tasks of the evaluation.
-        systems: the systems of the evaluation.
-        results: results by the names of task and system.
-
-    Returns:
-        `systems`, `tasks`, `suites` and `versions`. Each task has what was asked, the figures of its `systems` as in
-        `figures_of`, and `comparisons` as in `compare`.
-    """
+    """Return the content of `results.json`, from results by the names of task and system: `systems`, `tasks`, `suites`
+    and `versions`. Each task has what was asked, the figures of its `systems` as in `figures_of`, and `comparisons` as
+    in `compare`."""
     scored = {}
     for task in tasks:
         answered = {s.name: results[task.name, s.name] for s in systems if (task.name, s.name) in results}
@@ -124,12 +116,8 @@ def suites(tasks: Sequence[EvaluationTask], scored: dict, results: Mapping[tuple
 
 
 def figures_of(result: SystemResult, text_llm: SystemResult | None = None) -> dict:
-    """Return the figures of a system's answers to a task, and of its parts if the task asks several questions.
-
-    Args:
-        result: the answers of the system.
-        text_llm: the answers of the text LLM, with which they are compared.
-    """
+    """Return the figures of a system's answers to a task, and of its parts if the task asks several questions. They are
+    compared with the answers of the text LLM."""
     answers, parts = result.answers, result.parts()
     report = {"rows": len(answers), "truncated": mean([not answer.finished for answer in answers]).as_dict()}
     seconds = [answer.seconds for answer in answers if answer.seconds]
@@ -223,11 +211,7 @@ def _as_dicts(figures: Mapping[str, Metric]) -> dict[str, dict]:
 def compare(results: Mapping[str, SystemResult]) -> dict:
     """Return relative changes of the share of right answers, with paired 95 % intervals (the same resampled rows for
     both systems): `forgetting` of the model, and `text_kept` of the model that reads transcripts, relative to the text
-    LLM.
-
-    Args:
-        results: results of a task by system.
-    """
+    LLM. `results` are those of a task by system."""
     differences = {}
     for name, system in (("forgetting", "model"), ("text_kept", "model_reading")):
         if system not in results or "text_llm" not in results:
@@ -241,16 +225,10 @@ def compare(results: Mapping[str, SystemResult]) -> dict:
     return differences
 
 
-def relative(hits: Sequence[bool], base: Sequence[bool], groups: Sequence[str], seed: int = 0) -> dict:
-    """Return (share − base share) / base share with its 95 % interval.
-
-    Args:
-        hits: whether each answer is right.
-        base: whether each answer of the other system is right.
-        groups: label of each row; a share is the mean over groups of the share of right answers.
-        seed: seed of the draws.
-    """
-    rng, both = np.random.default_rng(seed), np.array([hits, base], dtype=float)
+def relative(hits: Sequence[bool], base: Sequence[bool], groups: Sequence[str]) -> dict:
+    """Return (share − base share) / base share with its 95 % interval, from whether each answer of both systems is
+    right. A share is the mean over groups of rows, by their labels, of the share of right answers."""
+    rng, both = np.random.default_rng(0), np.array([hits, base], dtype=float)
     labels = np.array(groups)
     values, drawn = [], []
     for group in sorted(set(groups)):

@@ -61,11 +61,8 @@ DATA_KEYS = {name.name for name in dataclasses.fields(Data)}
 
 
 def load_tasks(path: str | Path = TASKS_PATH, more: str | Path | None = None) -> dict[str, EvaluationTask]:
-    """Read and check the tasks of a file. Returns them by name, in the order of the file.
-
-    Args:
-        path: YAML file; `tasks.yaml` describes the format.
-        more: another file of this format, whose tasks are added or replace those with the same name.
+    """Read and check the tasks of a YAML file. Returns them by name, in the order of the file. Those of the file `more`
+    are added, or replace those with the same name.
 
     Raises:
         ValueError: a key is unknown, missing, duplicate or of the wrong type; a kind, group, reader or normalizer is
@@ -216,11 +213,8 @@ def _slots(prompt: str) -> set[str]:
 
 
 def choose_tasks(names: str | Iterable[str], tasks: Mapping[str, EvaluationTask]) -> list[EvaluationTask]:
-    """Return the tasks with these names, in these groups or of these suites, in the given order and each once.
-
-    Args:
-        names: names, groups and suites separated by commas or spaces, or several such texts.
-        tasks: tasks from `load_tasks`.
+    """Return the tasks with these names, in these groups or of these suites, in the given order and each once. A text
+    may have several names, separated by commas or spaces.
 
     Raises:
         ValueError: there are no names, or a name is no task, group or suite; the message lists them.
@@ -241,13 +235,9 @@ def choose_tasks(names: str | Iterable[str], tasks: Mapping[str, EvaluationTask]
 
 
 def override(task: EvaluationTask, settings: Mapping[str, str]) -> EvaluationTask:
-    """Return the task with other settings.
-
-    Args:
-        task: the task.
-        settings: new values, such as `{"corpus": "clips.jsonl", "split": "dev", "columns.audio": "wav", "language":
-            "fr"}`, by key of the task, of its `data`, `data.columns` or `slots`. Only texts can be changed. An empty
-            text removes a setting.
+    """Return the task with other settings, such as `{"corpus": "clips.jsonl", "split": "dev", "columns.audio": "wav",
+    "language": "fr"}`, by key of the task, of its `data`, `data.columns` or `slots`. Only texts can be changed. An
+    empty text removes a setting.
 
     Raises:
         ValueError: a key is unknown, or the new task is invalid.

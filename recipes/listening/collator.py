@@ -14,13 +14,8 @@ THOUGHT = re.compile(r"\A\s*(<think>.*?</think>\s*)+", re.DOTALL)
 
 
 def render_prompt(processor: LsmProcessor, row: dict, slot: str = "audio") -> str:
-    """Render the prompt for a row's instruction, up to where the answer begins.
-
-    Args:
-        processor: the LSM's processor.
-        row: dict with `instruction`, and with `transcript` for the slot `transcript`.
-        slot: content in the place of the speech: `audio` (one placeholder) or `transcript`.
-    """
+    """Render the prompt for a row's instruction, up to where the answer begins. The slot says what stands in the place
+    of the speech: `audio` (one placeholder), or the row's `transcript`."""
     filling = {"audio": True} if slot == "audio" else {"transcript": row["transcript"]}
     messages = processor.conversation(row["instruction"], **filling)
     return processor.apply_chat_template(messages, add_generation_prompt=True)

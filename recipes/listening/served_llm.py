@@ -2,14 +2,13 @@
 
 import asyncio
 import base64
-import io
 import os
 from collections.abc import Sequence
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
+from dataset_builders.corpora.audio import encode
 from dataset_builders.responders.exchange import Reply
 from language_models.extras import extra
 from language_models.generation import without_thought
@@ -17,8 +16,6 @@ from recipes.listening.features import load_clip
 
 with extra("server"):
     import openai
-
-RATE = 16_000  # Hz, of the clips that are sent
 
 
 class ServedLLM:
@@ -86,9 +83,8 @@ class ServedLLM:
         instruction = {"type": "text", "text": row["instruction"]}
         if slot == "transcript":
             return [{"type": "text", "text": f"{row['instruction']}\n{row['transcript']}".strip()}]
-        clip, file = load_clip(row), io.BytesIO()
-        soundfile.write(file, np.zeros_like(clip) if slot == "silence" else clip, RATE, format="WAV")
-        data = base64.b64encode(file.getvalue()).decode()
+        clip = load_clip(row)
+        data = base64.b64encode(encode(np.zeros_like(clip) if slot == "silence" else clip)).decode()
         parts = [{"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}]
         parts += [instruction] * bool(row["instruction"])  # many servers refuse a text without any characters
         return parts[::-1] if self.instruction_first else parts

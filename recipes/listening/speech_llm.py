@@ -8,19 +8,18 @@
 
 import base64
 import inspect
-import io
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, BatchFeature
 from transformers.utils import is_mistral_common_available
 
+from dataset_builders.corpora.audio import encode
 from dataset_builders.responders.exchange import Reply
 from language_models.checkpoints import load_config, load_processor, open_model
 from language_models.decoding import greedy_rows
@@ -73,7 +72,7 @@ class SpeechLLM:
         """Return the prompt up to the beginning of the answer, with one placeholder if there is a clip."""
         return self.processor.apply_chat_template(self.conversation(row, slot), add_generation_prompt=True)
 
-    def response_ids(self, row: dict, slot: str) -> list[int]:
+    def response_ids(self, row: dict) -> list[int]:
         """Return the tokens of the row's `response` after its prompt, including the end of the answer."""
         response = self.as_text(row["response"]) + (self.tokenizer.eos_token or "")
         return self.tokenizer(response, add_special_tokens=False).input_ids
@@ -161,7 +160,7 @@ class SpeechLLM:
         inputs = self.inputs(rows, slot, store).to(self.model.device)
         end = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         ends = end if isinstance(end, list) else [end]
-        responses = [[token for token in self.response_ids(row, slot) if token not in ends] for row in rows]
+        responses = [[token for token in self.response_ids(row) if token not in ends] for row in rows]
         counts = torch.tensor([len(response) for response in responses])
         first, longest = inputs["input_ids"].shape[1], int(counts.max())
         ids = torch.tensor([[*ids, *[ends[0]] * (longest - len(ids))] for ids in responses]).to(self.model.device)
@@ -214,7 +213,7 @@ class SpeechLLM:
             if allowed is not None:
                 for index in batch:  # the end of the prompt may change its tokens, but is the same for all
                     for answer in set(allowed[index]) - set(tokens_of):
-                        tokens_of[answer] = self.response_ids(rows[index] | {"response": answer}, slot)
+                        tokens_of[answer] = self.response_ids(rows[index] | {"response": answer})
                 choices = [[tokens_of[answer] for answer in allowed[index]] for index in batch]
             replies |= zip(batch, self._generate(inputs, max_new_tokens, choices), strict=True)
         return [replies[index] for index in range(len(rows))]
@@ -262,7 +261,7 @@ class Lsm(SpeechLLM):
     def prompt(self, row: dict, slot: str = "audio") -> str:
         return render_prompt(self.processor, row, "transcript" if slot == "transcript" else "audio")
 
-    def response_ids(self, row: dict, slot: str) -> list[int]:
+    def response_ids(self, row: dict) -> list[int]:
         prompt = self.prompt(row)
         return response_tokens(self.tokenizer, [prompt], [render_response(self.processor, row, prompt)])[0]
 
@@ -321,17 +320,15 @@ class Voxtral(SpeechLLM):
         """Return the messages of a prompt with the clip or, if it is None, with 0.1 s of silence."""
         messages = super().conversation(row, slot)
         if slot != "transcript":
-            file = io.BytesIO()
-            samples = np.zeros(1600, np.float32) if clip is None else clip
-            soundfile.write(file, samples, 16_000, format="WAV", subtype="FLOAT")
-            data = f"data:audio/wav;base64,{base64.b64encode(file.getvalue()).decode()}"
+            file = encode(np.zeros(1600, np.float32) if clip is None else clip, subtype="FLOAT")
+            data = f"data:audio/wav;base64,{base64.b64encode(file).decode()}"
             messages[0]["content"][0] = {"type": "audio", "base64": data}
         return messages
 
     def prompt(self, row: dict, slot: str = "audio") -> str:
         return b"".join(piece for _, piece in self._pieces(row, slot)).decode()
 
-    def response_ids(self, row: dict, slot: str) -> list[int]:
+    def response_ids(self, row: dict) -> list[int]:
         return [*self.tokenizer(row["response"], add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
 
     def inputs(self, rows: Sequence[dict], slot: str = "audio", store: AudioFeatureStore | None = None) -> BatchFeature:

@@ -16,12 +16,8 @@ CHUNK = 30  # seconds: the length of Whisper's input, and short enough for the m
 
 
 class Transcriber:
-    """The `automatic-speech-recognition` pipeline of transformers, for clips of any length.
-
-    Args:
-        source: folder or Hub id.
-        dtype: data type of the weights; `"auto"` is the checkpoint's.
-    """
+    """The `automatic-speech-recognition` pipeline of transformers, for clips of any length. The dtype `"auto"` is that
+    of the checkpoint."""
 
     def __init__(self, source: str | Path, dtype: str = "auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"

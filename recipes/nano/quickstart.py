@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
-import soundfile
 import torch
 from datasets import Dataset
 from tqdm import tqdm
@@ -26,9 +25,9 @@ from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, Dra
 from dataset_builders.nano import speech as nano_speech
 from dataset_builders.nano.tasks import UNSEEN_TASKS
 from dataset_builders.responders.local import LocalResponder
-from processing_lsm import load_audio
 from recipes.bias.analysis import analyze, behave, write
 from recipes.evaluation.evaluation import Evaluation
+from recipes.evaluation.pages import playable
 from recipes.evaluation.questions import read_rows
 from recipes.evaluation.tasks import load_tasks, override
 from recipes.listening.composing import compose
@@ -77,19 +76,12 @@ class Stages:
 
 @dataclasses.dataclass
 class Quickstart:
-    """One run of the quickstart.
+    """One run of the quickstart."""
 
-    Args:
-        folder: folder for all outputs.
-        settings: as in `recipes/configs/quickstart.yaml`.
-        seed: seed of all draws and initial weights.
-        steps: steps of each training, instead of those in its configuration.
-    """
-
-    folder: Path
-    settings: dict
-    seed: int
-    steps: int | None = None
+    folder: Path  # for all outputs
+    settings: dict  # as in `recipes/configs/quickstart.yaml`
+    seed: int  # of all draws and initial weights
+    steps: int | None = None  # of each training, instead of those in its configuration
 
     def __post_init__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -251,17 +243,13 @@ class Quickstart:
         biases = {name: json.loads((self.folder / "bias" / name / "bias.json").read_text()) for name in TRACED}
         write_report(self.folder, report, records, results, biases)
         clip = load_corpus(self.folder / "corpus", "test", limit=1)[0]["audio"]
-        soundfile.write(self.folder / "example.wav", load_audio(clip), 16_000)
+        (self.folder / "example.wav").write_bytes(playable(clip))
         return report
 
 
 class LiveTable:
-    """Shows progress bars of the trainings, and a line of scores after each evaluation on the validation clips.
-
-    Args:
-        folder: folder of the trainings; each has a subfolder with its name.
-        steps: number of steps of each training, including its alignment.
-    """
+    """Shows progress bars of the trainings, and a line of scores after each evaluation on the validation clips. Each
+    training has a subfolder with its name; its `steps` include those of its alignment."""
 
     def __init__(self, folder: Path, steps: dict[str, int]):
         self.folder = folder

@@ -16,7 +16,7 @@ from recipes.evaluation.pages import STYLES, playable
 from recipes.evaluation.tables import NOTE, comparisons, summary
 from recipes.reporting import figures
 from recipes.reporting.markdown import percent, to_markdown
-from recipes.reporting.page import Examples, Facts, Picture, Table, Text, write_page
+from recipes.reporting.page import Examples, Facts, Picture, Table, Text, render_markdown, write_page
 from recipes.training.alignment import FOLDER as ALIGNMENT
 from recipes.training.callbacks import FOLLOWING, LOG
 
@@ -206,7 +206,6 @@ def write_report(
     """Write `report.json`, `report.md`, `report.html` and the figures into `folder`.
 
     Args:
-        folder: folder of the quickstart.
         report: scores by model, `unseen_tasks` (the same for never-trained kinds), `steps`, `rows`, `unseen_rows`,
             `stages` and `seconds`.
         records: answers of all models.
@@ -216,100 +215,34 @@ def write_report(
     plot_following(results, folder)
     plot_training(folder / "training", folder / "training")
     figures.plot_layers({SHORT[name]: bias for name, bias in biases.items()}, folder / "layers")
-    if biases["self_powered"]["similarity"]:
-        figures.plot_similarity(biases["self_powered"]["similarity"], folder / "similarity")
     write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
     about = ABOUT.format(**report["steps"], rows=report["rows"], unseen_rows=report["unseen_rows"])
-    shown = examples(folder, records)
-    write_whole(folder / "report.md", _markdown(report, results, biases, about, shown))
-    pictures = {
-        "following": Picture(folder / "following", "Right answers, and copies.", "Bars by kind of task and model"),
-        "layers": Picture(folder / "layers", "Saliency in each layer.", "Lines over layers, four models"),
-        "training": Picture(folder / "training", TRAINING, "Loss and following rate over steps"),
-    }
     blocks = [
         Text(about, "In short"),
         Table("Scores", *_overview(report)),
         Text(NOTE, CLAIMS["tasks"]),
         Table("The main figure of each task", *summary(results)),
         Text([FOLLOWING_ABOUT, _against_text(report)], CLAIMS["following"]),
-        pictures["following"],
+        Picture(folder / "following", "Right answers, and copies.", "Bars by kind of task and model"),
         Table("Share of right answers to each kind", *_kinds(report)),
         Text(READING, CLAIMS["text"]),
         Table("Change of the share of right answers from the text LLM", *comparisons(results)),
         Text(TRACED_ABOUT, CLAIMS["attention"]),
-        pictures["layers"],
+        Picture(folder / "layers", "Saliency in each layer.", "Lines over layers, four models"),
         Table("Means over layers", *_attention(biases)),
     ]
-    if biases["self_powered"]["similarity"]:
+    if similarity := biases["self_powered"]["similarity"]:
+        figures.plot_similarity(similarity, folder / "similarity")
         caption = "Similarity of speech and transcript inside ours: CKA, and cosine of the most similar token."
         blocks.append(Picture(folder / "similarity", caption, "Lines over layers and maps of tokens"))
-    blocks += [Text((), "Training"), pictures["training"], Text((), "The same clips"), Examples(shown)]
-    blocks += [Facts({**report["stages"], "seconds in all": report["seconds"], "seed": report.get("seed")})]
+    blocks += [
+        Text((), "Training"),
+        Picture(folder / "training", TRAINING, "Loss and following rate over steps"),
+        Text((), "The same clips"),
+        Examples(examples(folder, records)),
+        Facts({**report["stages"], "seconds in all": report["seconds"], "seed": report.get("seed")}),
+    ]
+    write_whole(folder / "report.md", render_markdown("Quickstart report", blocks))
     write_page(
         folder / "report.html", "Quickstart: who listens?", "The paper's four claims, on the nano setting", blocks
     )
-
-
-def _markdown_answers(items: Sequence[dict]) -> str:
-    return "\n\n".join(
-        f"**{item['instruction']}** — *{item['transcript']}*\n\n"
-        + "\n".join(f"- {label} {'✓' if right else '✗'}: {text}" for label, text, right in item["answers"])
-        for item in items
-    )
-
-
-def _markdown(report: dict, results: dict, biases: Mapping[str, dict], about: str, shown: Sequence[dict]) -> str:
-    stages = [[name, f"{seconds:.0f}"] for name, seconds in report["stages"].items()]
-    return f"""# Quickstart report
-
-{about}
-
-{table(report)}
-
-## {CLAIMS["tasks"]}
-
-{NOTE}
-
-{to_markdown(*summary(results))}
-
-## {CLAIMS["following"]}
-
-{FOLLOWING_ABOUT}
-
-{_against_text(report)}
-
-![Right answers to trained and never-trained kinds](following.png)
-
-{to_markdown(*_kinds(report))}
-
-## {CLAIMS["text"]}
-
-{READING}
-
-{to_markdown(*comparisons(results))}
-
-## {CLAIMS["attention"]}
-
-{TRACED_ABOUT}
-
-![Layers](layers.png)
-
-{to_markdown(*_attention(biases))}
-
-## Training
-
-![Training](training.png)
-
-{TRAINING}
-
-## Answers to the same clips
-
-{_markdown_answers(shown)}
-
-## Time
-
-{report["seconds"]:.0f} s in all.
-
-{to_markdown(["stage", "seconds"], stages)}
-"""

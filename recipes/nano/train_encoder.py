@@ -12,6 +12,7 @@ Without this, the loss stays on a plateau for long, where the model has learned 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import logging
@@ -25,7 +26,7 @@ with extra("eval"):
     import jiwer
     import numpy as np
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_model
     from torch import nn
     from tqdm import tqdm
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel, get_cosine_schedule_with_warmup
@@ -58,29 +59,24 @@ def featurize(split: str, seed: int, indices: range, most_words: int | None = No
     return rows
 
 
-def _featurize(job: tuple[str, int, range, int | None]) -> list[tuple[np.ndarray, str]]:
-    return featurize(*job)
-
-
 def load_clips(
     split: str, seed: int, count: int, workers: int, most_words: int | None = None
 ) -> list[tuple[np.ndarray, str]]:
     """Return features and transcripts of `count` utterances; they do not depend on the number of workers."""
-    jobs = [(split, seed, range(start, min(start + 250, count)), most_words) for start in range(0, count, 250)]
+    work = functools.partial(featurize, split, seed, most_words=most_words)
+    parts = [range(start, min(start + 250, count)) for start in range(0, count, 250)]
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
-        results = list(tqdm(pool.imap(_featurize, jobs), total=len(jobs), desc=f"speaking {count} {split} clips"))
+        results = list(tqdm(pool.imap(work, parts), total=len(parts), desc=f"speaking {count} {split} clips"))
     return [row for rows in results for row in rows]
 
 
 def collate(clips: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `input_features` `(clips, 80, frames)` float32 and `input_features_mask` `(clips, frames)`, padded with
     zeros."""
-    frames = max(len(features) for features, _ in clips)
-    features, mask = torch.zeros(len(clips), frames, 80), torch.zeros(len(clips), frames, dtype=torch.long)
-    for row, (clip, _) in enumerate(clips):
-        features[row, : len(clip)] = torch.from_numpy(clip.astype(np.float32))
-        mask[row, : len(clip)] = 1
-    return features.transpose(1, 2).contiguous(), mask
+    features = [torch.from_numpy(clip.astype(np.float32)) for clip, _ in clips]
+    masks = [torch.ones(len(clip), dtype=torch.long) for clip in features]
+    padded, mask = (nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (features, masks))
+    return padded.transpose(1, 2).contiguous(), mask
 
 
 def spec_augment(features: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -140,25 +136,12 @@ def word_error_rate(encoder: nn.Module, head: nn.Linear, clips: list[tuple[np.nd
     return jiwer.wer([transcript for _, transcript in clips], readings)
 
 
-def load_recognizer(folder: str | Path) -> tuple[LsmAudioTower, nn.Linear]:
-    """Load a saved encoder and its CTC head."""
-    model = WhisperModel.from_pretrained(folder)
-    encoder = LsmAudioTower(model.config)
-    encoder.load_state_dict(model.encoder.state_dict())
-    weights = load_file(Path(folder) / HEAD_FILE)
-    head = nn.Linear(*reversed(weights["weight"].shape))
-    head.load_state_dict(weights)
-    return encoder.eval(), head
-
-
 def save(encoder: LsmAudioTower, head: nn.Linear, output: Path) -> None:
     model = WhisperModel(encoder.config)
     model.encoder.load_state_dict(encoder.state_dict())
     model.save_pretrained(output)
     WhisperFeatureExtractor().save_pretrained(output)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}, output / HEAD_FILE
-    )
+    save_model(head, output / HEAD_FILE)
 
 
 class TrainableTower(LsmAudioTower):

@@ -1,7 +1,8 @@
 """Draw the figures of the reports as PNG and SVG, half a page wide.
 
 Line styles, markers, hatches and colours from dark to light make them readable in grey. The same numbers give the same
-files, byte for byte. Nothing is drawn for a missing number (absent or None).
+files, byte for byte. Nothing is drawn for a missing number (absent or None). `stem` is the path of the files without
+suffix.
 """
 
 import itertools
@@ -79,10 +80,7 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
 @matplotlib.rc_context(PAPER)
 def plot_layers(biases: Mapping[str, dict], stem: str | Path) -> list[Path]:
     """Plot the shares of saliency and attention over layers, as the paper's Figures 3 and 5, with 95 % intervals.
-
-    Args:
-        biases: content of a `bias.json` by label. Models of different depth are drawn over relative depth.
-        stem: path of the files without suffix, as in `save`.
+    `biases` has the content of a `bias.json` by label. Models of different depth are drawn over relative depth.
 
     Raises:
         ValueError: there is no model, or a model has no layers.
@@ -118,16 +116,8 @@ def plot_layers(biases: Mapping[str, dict], stem: str | Path) -> list[Path]:
 
 @matplotlib.rc_context(PAPER)
 def plot_composition(bias: dict, stem: str | Path, title: str) -> list[Path]:
-    """Plot a model's five shares of saliency as stacked bars over layers.
-
-    Args:
-        bias: content of a `bias.json`.
-        stem: path of the files without suffix, as in `save`.
-        title: title of the figure.
-
-    Raises:
-        ValueError: there are no layers.
-    """
+    """Plot a model's five shares of saliency, of a `bias.json`, as stacked bars over layers. Raises ValueError if there
+    are none."""
     if not bias.get("layers"):
         raise ValueError(f"{title!r} has no layers; expected the content of a bias.json.")
     figure = Figure(figsize=(WIDTH, 2.4), layout="constrained")
@@ -152,7 +142,6 @@ def plot_similarity(similarity: dict, stem: str | Path) -> list[Path]:
     Args:
         similarity: `levels`, and for each level `cka`, `cosine` and `cosine_other` with their `intervals`; `examples`,
             the first of which has `tokens` and `maps`, arrays (speech tokens, text tokens) by level.
-        stem: path of the files without suffix, as in `save`.
 
     Raises:
         ValueError: the length of a curve is not the number of levels, or the width of a map not that of tokens.
@@ -182,11 +171,8 @@ def plot_bars(
 
     Args:
         scores: `value`, `low` and `high` by system and group.
-        stem: path of the files without suffix, as in `save`.
         order: groups from left to right; groups without scores are left out.
         styles: label, colour and hatch by system, in the order of the bars; systems without scores are left out.
-        ylabel: label of the vertical axis.
-        title: title of the figure.
 
     Raises:
         ValueError: a system has no style, or there are no scores.
@@ -236,7 +222,6 @@ def plot_study(
     Args:
         summaries: `value`, `low` and `high` by row and figure.
         panels: titles of the panels by figure, from left to right.
-        stem: path of the files without suffix, as in `save`.
         counts: figures that are counts and not shares.
         ceilings: `value` by figure, drawn as a line across all rows.
         layers: `instruction` and `speech` shares of all layers by row.
@@ -295,17 +280,13 @@ def _numbers(values: Sequence[float | None]) -> np.ndarray:
     return np.array(values, dtype=float)
 
 
-def _bounds(intervals: Sequence[Sequence[float] | None]) -> np.ndarray:
-    """Return the lower and upper ends as an array (2, points)."""
-    return np.array([bounds or (None, None) for bounds in intervals], dtype=float).T
-
-
 def _line(axes: Axes, where: np.ndarray, values: list | None, intervals: list | None, label: str, style: dict) -> None:
     """Draw a curve and its band of intervals; either may be None."""
     if not values:
         return
     if intervals:
-        axes.fill_between(where, *_bounds(intervals), color=style["color"], alpha=0.2, linewidth=0)
+        low, high = np.array([bounds or (None, None) for bounds in intervals], dtype=float).T
+        axes.fill_between(where, low, high, color=style["color"], alpha=0.2, linewidth=0)
     axes.plot(where, _numbers(values), label=label, markevery=max(1, len(where) // 8), **style)
 
 

@@ -38,14 +38,7 @@ accelerate launch recipes/sft.py --model_name_or_path {name} --dataset_name data
 
 
 def write_base_card(folder: str | Path, audio: str, text: str, config: LsmConfig) -> None:
-    """Write `FOLDER/README.md` of a newly composed LSM.
-
-    Args:
-        folder: folder of the LSM.
-        audio: Hub id or folder of the Whisper checkpoint.
-        text: Hub id or folder of the LLM.
-        config: configuration of the LSM.
-    """
+    """Write `FOLDER/README.md` of an LSM that was newly composed of the Whisper `audio` and the LLM `text`."""
     name = name_of(folder)
     data = ModelCardData(
         base_model=list(filter(is_hub_id, (audio, text))) or None,
@@ -70,13 +63,8 @@ def write_base_card(folder: str | Path, audio: str, text: str, config: LsmConfig
 
 
 def base_models_of(folder_or_repo: str | Path) -> list[str]:
-    """Return the base models in a checkpoint's card.
-
-    Args:
-        folder_or_repo: folder or Hub id of a checkpoint.
-
-    Returns:
-        Hub ids in the order of the card; an empty list if there is no card, or if it cannot be reached.
+    """Return the base models in a checkpoint's card: Hub ids in its order; an empty list if there is no card, or if it
+    cannot be reached.
 
     Raises:
         ValueError: the metadata of the card is not valid YAML, or the argument is neither a folder nor a Hub id.

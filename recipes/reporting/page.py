@@ -1,7 +1,7 @@
 """Write an HTML page from blocks: text, tables, pictures, examples with their audio, and facts.
 
 The page is self-contained: it needs no scripts, network or other files. All text is escaped. The same blocks give the
-same page, byte for byte.
+same page, byte for byte. They can also be written as Markdown, without the audio.
 """
 
 import base64
@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from dataset_builders.files import read_template, write_whole
+from recipes.reporting.markdown import to_markdown
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Facts:
 
 
 Block = Text | Table | Picture | Examples | Facts
+VERDICTS = {True: " ✓", False: " ✗", None: ""}  # of an answer
 
 
 def write_page(path: str | Path, title: str, subtitle: str, blocks: Sequence[Block]) -> None:
@@ -101,6 +103,28 @@ def render_page(title: str, subtitle: str, blocks: Sequence[Block]) -> str:
         headings=[block.heading for block in blocks if isinstance(block, Text) and block.heading],
         numeric=_numeric,
         picture=_picture,
+    )
+
+
+def render_markdown(title: str, blocks: Sequence[Block]) -> str:
+    """Return the blocks as Markdown, for a file in the folder of the pictures."""
+    return "\n\n".join([f"# {title}", *filter(None, map(_markdown, blocks))]) + "\n"
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Text():
+            return "\n\n".join([*([f"## {block.heading}"] if block.heading else []), *block.paragraphs])
+        case Table():
+            return to_markdown(block.header, [[_shown(cell) for cell in row] for row in block.rows])
+        case Picture():
+            return f"![{block.alt}]({Path(block.path).name}.png)\n\n{block.caption}"
+        case Facts():
+            return to_markdown(["", ""], [[name, _shown(value)] for name, value in block.facts.items()])
+    return "\n\n".join(
+        f"**{item['instruction']}** — *{item['transcript']}*\n\n"
+        + "\n".join(f"- {label}{VERDICTS[right]}: {text}" for label, text, right in item["answers"])
+        for item in block.items
     )
 
 

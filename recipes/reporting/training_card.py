@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from recipes.reporting import figures
-from recipes.reporting.markdown import to_markdown
+from recipes.reporting.markdown import percent, to_markdown
 from recipes.reporting.model_card import LOAD, METHOD, TAGS, is_hub_id, mention, name_of, named, save_card
 
 CITATION = """\
@@ -111,16 +111,8 @@ def write_trained_card(
 
 @matplotlib.rc_context(figures.PAPER)
 def plot_curves(log: Sequence[Mapping], following: Sequence[Mapping], stem: str | Path) -> list[Path]:
-    """Plot the loss over the steps of a training and, if it was measured, the following rate.
-
-    Args:
-        log: records of `log.jsonl`.
-        following: records of `following.jsonl`.
-        stem: path of the files without suffix, as in `figures.save`.
-
-    Returns:
-        The files that were written; an empty list if there is nothing to draw.
-    """
+    """Plot the loss over the steps of a training and, if it was measured, the following rate. Returns the files that
+    were written; an empty list if there is nothing to draw."""
     panels = {"loss per response token": _curve(log, "loss"), "following rate": _curve(following, "following")}
     panels = {label: points for label, points in panels.items() if points}
     if not panels:
@@ -199,8 +191,8 @@ def _results(log: Sequence[Mapping], following: Sequence[Mapping]) -> list[str]:
     lines, losses = ["## Results\n"], _curve(log, "loss")
     if following:
         last = following[-1]
-        cells = [[label, _percent(last[name])] for name, label in FIGURES.items() if name in last]
-        cells += [[f"{task}, right", _percent(share)] for task, share in sorted(last.get("tasks", {}).items())]
+        cells = [[label, percent(last[name])] for name, label in FIGURES.items() if name in last]
+        cells += [[f"{task}, right", percent(share)] for task, share in sorted(last.get("tasks", {}).items())]
         lines.append(f"Held-out instructions during the training, at step {last['step']}:\n")
         lines.append(to_markdown(["figure", "value"], cells) + "\n")
     if losses:
@@ -214,10 +206,6 @@ def _results(log: Sequence[Mapping], following: Sequence[Mapping]) -> list[str]:
 def _picture(files: Sequence[Path]) -> list[str]:
     # Not every page that shows a card can show SVG.
     return ["[![Loss and following rate over the steps](training.png)](training.svg)\n"] if files else []
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
 
 
 def _curve(lines: Sequence[Mapping], figure: str) -> list[tuple[int, float]]:

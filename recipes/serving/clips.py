@@ -21,29 +21,17 @@ class TooLargeError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """What a request may ask for."""
 
-    Args:
-        body: bytes of a request.
-        seconds: length of a clip.
-        clips: number of clips of a prompt.
-        tokens: tokens of an answer.
-        channels: channels of a clip.
-        rates: lowest and highest sampling rate of a clip in Hz.
-        upload_seconds: time in which a request must arrive, and then the files behind its URLs.
-        answer_seconds: time in which a request must be answered.
-        urls: whether clips may be http(s) URLs. Private addresses are never read.
-    """
-
-    body: int = 32 * 2**20
-    seconds: float = 600.0
-    clips: int = 8
-    tokens: int = 1024
-    channels: int = 8
-    rates: tuple[int, int] = (4_000, 192_000)
-    upload_seconds: float = 30.0
-    answer_seconds: float = 120.0
-    urls: bool = False
+    body: int = 32 * 2**20  # bytes of a request
+    seconds: float = 600.0  # length of a clip
+    clips: int = 8  # of a prompt
+    tokens: int = 1024  # of an answer
+    channels: int = 8  # of a clip
+    rates: tuple[int, int] = (4_000, 192_000)  # lowest and highest sampling rate of a clip in Hz
+    upload_seconds: float = 30.0  # time in which a request must arrive, and then the files behind its URLs
+    answer_seconds: float = 120.0  # time in which a request must be answered
+    urls: bool = False  # whether clips may be http(s) URLs; private addresses are never read
 
 
 def from_base64(data: object) -> bytes:
@@ -75,15 +63,7 @@ def from_url(url: object, limits: Limits) -> bytes | str:
 
 
 def read_clip(content: bytes, limits: Limits, target_rate: int = 16_000) -> np.ndarray:
-    """Decode an audio file.
-
-    Args:
-        content: bytes of the file.
-        limits: limits of the clip.
-        target_rate: rate of the result in Hz.
-
-    Returns:
-        `(samples,)` float32 in [-1, 1] at `target_rate`.
+    """Decode an audio file to `(samples,)` float32 in [-1, 1] at `target_rate` Hz.
 
     Raises:
         TooLargeError: the clip is too long, or has too many channels.
@@ -97,7 +77,9 @@ def read_clip(content: bytes, limits: Limits, target_rate: int = 16_000) -> np.n
             if channels > limits.channels:
                 raise TooLargeError(f"The clip has {channels} channels; this server takes {limits.channels}.")
             if file.frames > most:
-                raise TooLargeError(_too_long(file.frames / rate, limits))
+                raise TooLargeError(
+                    f"The clip has {file.frames / rate:.0f} s; this server takes clips of up to {limits.seconds:g} s."
+                )
             samples, read = np.empty(file.frames, np.float32), 0
             for block in file.blocks(BLOCK, dtype="float32", always_2d=True):  # channels are many times the memory
                 samples[read : read + len(block)] = block.mean(axis=1)
@@ -106,7 +88,3 @@ def read_clip(content: bytes, limits: Limits, target_rate: int = 16_000) -> np.n
         reason = str(getattr(error, "error_string", error)).rstrip(".")
         raise ValueError(f"The clip cannot be read as audio: {reason}.") from error
     return load_audio(samples[:read], rate, target_rate)
-
-
-def _too_long(seconds: float, limits: Limits) -> str:
-    return f"The clip has {seconds:.0f} s; this server takes clips of up to {limits.seconds:g} s."

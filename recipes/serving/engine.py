@@ -47,31 +47,18 @@ class Event:
 
 @dataclass(eq=False)
 class Job:
-    """A request to the model.
+    """A request to the model."""
 
-    Args:
-        inputs: output of the processor for one prompt, with tensors on the CPU.
-        emit: called with each `Event`, in the engine's thread.
-        max_tokens: largest number of tokens of the answer.
-        temperature: 0 for greedy decoding.
-        top_p: only the most probable tokens with this total probability are drawn.
-        seed: of the random numbers; None for other numbers each time.
-        stop: texts at whose first occurrence the answer ends; it does not contain them.
-        cancelled: whether the client has left.
-        tokens: the tokens that were written so far.
-        written: the text that was emitted so far.
-    """
-
-    inputs: BatchFeature
-    emit: Callable[[Event], None]
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    cancelled: bool = False
-    tokens: list[int] = field(default_factory=list)
-    written: str = ""
+    inputs: BatchFeature  # output of the processor for one prompt, with tensors on the CPU
+    emit: Callable[[Event], None]  # called in the engine's thread
+    max_tokens: int  # of the answer
+    temperature: float = 0.0  # 0 for greedy decoding
+    top_p: float = 1.0  # only the most probable tokens with this total probability are drawn
+    seed: int | None = None  # of the random numbers; None for other numbers each time
+    stop: Sequence[str] = ()  # texts at whose first occurrence the answer ends; it does not contain them
+    cancelled: bool = False  # whether the client has left
+    tokens: list[int] = field(default_factory=list)  # that were written so far
+    written: str = ""  # the text that was emitted so far
 
     def __post_init__(self):
         self.generator = torch.Generator()
@@ -167,14 +154,7 @@ def give_back_memory() -> None:
 
 
 class Engine(threading.Thread):
-    """The thread that runs the model.
-
-    Args:
-        model: the LSM.
-        tokenizer: its tokenizer.
-        max_batch: largest number of requests that are answered together.
-        max_waiting: largest number of requests that wait.
-    """
+    """The thread that runs the model. It answers `max_batch` requests together, while `max_waiting` may wait."""
 
     def __init__(
         self,

@@ -37,21 +37,13 @@ class RequestError(ValueError):
 
 @dataclass
 class Question:
-    """A request that can be answered.
+    """A request that can be answered."""
 
-    Args:
-        messages: messages as in transformers; audio parts have no clips, which are in `files`.
-        files: bytes or URLs of the clips' files, in the order of the audio parts.
-        settings: `max_tokens`, `temperature`, `top_p`, `seed` and `stop`.
-        stream: whether the answer is sent in parts.
-        usage: whether a stream ends with the numbers of tokens.
-    """
-
-    messages: list[dict]
-    files: list[bytes | str] = field(default_factory=list)
-    settings: dict = field(default_factory=dict)
-    stream: bool = False
-    usage: bool = False
+    messages: list[dict]  # as in transformers; audio parts have no clips, which are in `files`
+    files: list[bytes | str] = field(default_factory=list)  # bytes or URLs, in the order of the audio parts
+    settings: dict = field(default_factory=dict)  # `max_tokens`, `temperature`, `top_p`, `seed` and `stop`
+    stream: bool = False  # whether the answer is sent in parts
+    usage: bool = False  # whether a stream ends with the numbers of tokens
 
 
 def read_json(body: bytes) -> dict:
@@ -100,14 +92,7 @@ def read_chat(body: dict, limits: Limits) -> Question:
 
 
 def read_transcription(form: dict, file: bytes, instruction: str, limits: Limits) -> Question:
-    """Check a request for a transcription. Arguments and errors are as in `read_chat`.
-
-    Args:
-        form: text fields of the form.
-        file: bytes of the clip's file.
-        instruction: what the model is asked.
-        limits: limits of the request.
-    """
+    """Check a request for a transcription, of which `form` has the text fields. Errors are as in `read_chat`."""
     values = {name: value for name, value in form.items() if value != ""}
     if unknown := sorted(values.keys() - TRANSCRIPTION_FIELDS):
         raise RequestError(f"{shown(unknown[0])} is not supported.", shown(unknown[0])[1:-1])

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset_builders.files import read_lines, read_yaml, write_whole
-from recipes.evaluation.metrics import FIGURES
-from recipes.evaluation.tables import main_figure
+from recipes.evaluation.metrics import FIGURES, main_figure
 from recipes.reporting.figures import plot_study
 from recipes.reporting.markdown import to_markdown
 from recipes.studies.stages import Stage, make, plan, seconds
@@ -89,11 +88,8 @@ def merge(settings: Mapping, changes: Mapping) -> dict:
 
 
 def read(config: str | Path, values: Mapping[str, str] | None = None) -> dict:
-    """Read a study's configuration.
-
-    Args:
-        config: YAML file with the keys `base`, `rows`, `trained`, `unseen` and `seeds`, and perhaps `values`.
-        values: replace those of the file.
+    """Read a study's configuration, a YAML file with the keys `base`, `rows`, `trained`, `unseen` and `seeds`, and
+    perhaps `values`, some of which the argument replaces.
 
     Raises:
         ValueError: the file has other keys, or a value that replaces none.
@@ -111,13 +107,8 @@ def read(config: str | Path, values: Mapping[str, str] | None = None) -> dict:
 
 
 def jobs_of(config: Mapping, names: Sequence[str], seeds: Sequence[int], folder: Path) -> list[Job]:
-    """Return the jobs of a study, in order.
-
-    Args:
-        config: the configuration, from `read`.
-        names: names of the rows; all if empty.
-        seeds: seeds of every row; if empty, those of the row or of the configuration.
-        folder: folder of the study.
+    """Return the jobs of a study, in order: of all rows if there are no names, and with the seeds of the row or of the
+    configuration if there are no seeds.
 
     Raises:
         ValueError: as in `overrides` and `plan`. Names the row.

@@ -3,10 +3,11 @@
 import logging
 import math
 import os
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 
 import torch
+from transformers.hf_argparser import HfArg
 from trl import ScriptArguments, SFTConfig
 
 from language_models.checkpoints import has_fast_bf16
@@ -55,75 +56,56 @@ def refuse_without_effect(args) -> None:
 class LsmScriptArguments(ScriptArguments):
     """Arguments for the LSM and the rows that it is trained on."""
 
-    audio: str | None = field(
+    audio: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Hub id or folder of the Whisper of a new LSM; `audio` and `text` replace `model_name_or_path`."
-        },
+        help="Hub id or folder of the Whisper of a new LSM; `audio` and `text` replace `model_name_or_path`.",
     )
-    text: str | None = field(default=None, metadata={"help": "Hub id or folder of the LLM of a new LSM."})
-    composition: dict | None = field(
-        default=None, metadata={"help": "More options of `recipes.compose` (YAML: `window_frames: 17`, ...)."}
+    text: str | None = HfArg(default=None, help="Hub id or folder of the LLM of a new LSM.")
+    composition: dict | None = HfArg(
+        default=None, help="More options of `recipes.compose` (YAML: `window_frames: 17`, ...)."
     )
-    llm: str = field(
-        default="frozen",
-        metadata={"help": "How the LLM is trained: frozen (only the projector is trained), lora, qlora or full."},
+    llm: str = HfArg(
+        default="frozen", help="How the LLM is trained: frozen (only the projector is trained), lora, qlora or full."
     )
-    dataset_config: str = field(default="all", metadata={"help": "Configuration of the set: a task, or `all`."})
-    tasks: list[str] | None = field(
+    dataset_config: str = HfArg(default="all", help="Configuration of the set: a task, or `all`.")
+    tasks: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Train on the rows of these tasks only. `intent=2` gives a task a weight: rows are left out until "
-            "the shares fit."
-        },
+        help="Train on the rows of these tasks only. `intent=2` gives a task a weight: rows are left out until "
+        "the shares fit.",
     )
-    transcription_ratio: float | None = field(
-        default=None, metadata={"help": "Transcription rows per row of another task, at most; if unset, all are kept."}
+    transcription_ratio: float | None = HfArg(
+        default=None, help="Transcription rows per row of another task, at most; if unset, all are kept."
     )
-    text_ratio: float = field(
-        default=0.0,
-        metadata={
-            "help": "Rows with the transcript in place of the speech, per row with speech: the LLM keeps reading."
-        },
+    text_ratio: float = HfArg(
+        default=0.0, help="Rows with the transcript in place of the speech, per row with speech: the LLM keeps reading."
     )
-    projector_only: bool = field(
+    projector_only: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Save the projector alone in the end, for `--llm frozen`; loading joins it to its encoder and LLM."
-        },
+        help="Save the projector alone in the end, for `--llm frozen`; loading joins it to its encoder and LLM.",
     )
-    allow_foreign_responses: bool = field(
-        default=False, metadata={"help": "Train on rows that another LLM or prompt template wrote."}
+    allow_foreign_responses: bool = HfArg(
+        default=False, help="Train on rows that another LLM or prompt template wrote."
     )
-    shuffle_buffer: int = field(
-        default=2000, metadata={"help": "Size, in rows, of the buffer that shuffles a streamed set."}
+    shuffle_buffer: int = HfArg(default=2000, help="Size, in rows, of the buffer that shuffles a streamed set.")
+    audio_feature_store: str | None = HfArg(
+        default=None, help="Folder for the frozen tower's output, computed once and shared by runs."
     )
-    audio_feature_store: str | None = field(
-        default=None, metadata={"help": "Folder for the frozen tower's output, computed once and shared by runs."}
+    following_corpus: str | None = HfArg(
+        default=None, help="ASR corpus about whose clips the model is asked held-out instructions during the training."
     )
-    following_corpus: str | None = field(
+    following_split: str = HfArg(default="validation", help="Split of `following_corpus`.")
+    following_limit: int = HfArg(default=64, help="Number of clips of `following_corpus`.")
+    following_steps: int = HfArg(default=200, help="Steps between two evaluations on `following_corpus`.")
+    pool: str | None = HfArg(
         default=None,
-        metadata={"help": "ASR corpus about whose clips the model is asked held-out instructions during the training."},
+        help="YAML file of tasks and their wordings, of which the held-out ones are asked about "
+        "`following_corpus`; by default dataset_builders/instructions.yaml.",
     )
-    following_split: str = field(default="validation", metadata={"help": "Split of `following_corpus`."})
-    following_limit: int = field(default=64, metadata={"help": "Number of clips of `following_corpus`."})
-    following_steps: int = field(default=200, metadata={"help": "Steps between two evaluations on `following_corpus`."})
-    pool: str | None = field(
+    checker: str = HfArg(default=BY_FORM, help="Module whose function `is_correct` scores the answers.")
+    preflight: bool = HfArg(default=False, help="Check everything, run two steps on random weights, and stop.")
+    target: dict | None = HfArg(
         default=None,
-        metadata={
-            "help": "YAML file of tasks and their wordings, of which the held-out ones are asked about "
-            "`following_corpus`; by default dataset_builders/instructions.yaml."
-        },
-    )
-    checker: str = field(default=BY_FORM, metadata={"help": "Module whose function `is_correct` scores the answers."})
-    preflight: bool = field(
-        default=False, metadata={"help": "Check everything, run two steps on random weights, and stop."}
-    )
-    target: dict | None = field(
-        default=None,
-        metadata={
-            "help": "The machine of the training, for a preflight on another one (YAML: `devices`, `memory_gib`, ...)."
-        },
+        help="The machine of the training, for a preflight on another one (YAML: `devices`, `memory_gib`, ...).",
     )
 
     def __post_init__(self):
@@ -147,51 +129,41 @@ class LsmScriptArguments(ScriptArguments):
 class LsmTrainingArguments(SFTConfig):
     """TRL's training arguments, with more options and with defaults for speech."""
 
-    objective: str = field(
+    objective: str = HfArg(
         default="distill",
-        metadata={
-            "help": "distill: KL to the same LLM reading the transcript. response: cross-entropy on the rows' "
-            "responses, as in the paper."
-        },
+        help="distill: KL to the same LLM reading the transcript. response: cross-entropy on the rows' "
+        "responses, as in the paper.",
     )
-    temperature: float = field(default=2.0, metadata={"help": "Temperature of both distributions in `distill`."})
-    distill_top_k: int | None = field(
+    temperature: float = HfArg(default=2.0, help="Temperature of both distributions in `distill`.")
+    distill_top_k: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "For `distill`: learn the k likeliest tokens of the reading LLM, and all others as one; if unset, "
-            "all tokens."
-        },
+        help="For `distill`: learn the k likeliest tokens of the reading LLM, and all others as one; if unset, "
+        "all tokens.",
     )
-    response_tasks: list[str] | None = field(
-        default=None, metadata={"help": "With `distill`: tasks whose rows are learned by cross-entropy instead."}
+    response_tasks: list[str] | None = HfArg(
+        default=None, help="With `distill`: tasks whose rows are learned by cross-entropy instead."
     )
-    align_steps: int | None = field(
+    align_steps: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Steps of the alignment before the training: the projector learns with CTC to read speech "
-            "as the LLM's own word pieces. 0 for none; if unset, 3000 for a projector that was never trained."
-        },
+        help="Steps of the alignment before the training: the projector learns with CTC to read speech "
+        "as the LLM's own word pieces. 0 for none; if unset, 3000 for a projector that was never trained.",
     )
-    align_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the alignment."})
-    align_batch_size: int = field(default=16, metadata={"help": "Clips on each device in a step of the alignment."})
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Rows of one step on all devices together; it sets `gradient_accumulation_steps`."},
+    align_learning_rate: float = HfArg(default=1e-3, help="Learning rate of the alignment.")
+    align_batch_size: int = HfArg(default=16, help="Clips on each device in a step of the alignment.")
+    global_batch_size: int | None = HfArg(
+        default=None, help="Rows of one step on all devices together; it sets `gradient_accumulation_steps`."
     )
-    projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the projector; `learning_rate` if unset."}
+    projector_learning_rate: float | None = HfArg(
+        default=None, help="Learning rate of the projector; `learning_rate` if unset."
     )
-    peak_tflops: float | None = field(
-        default=None,
-        metadata={
-            "help": "Peak rate of one device, for MFU; if unset, the rate of a large matrix product is measured."
-        },
+    peak_tflops: float | None = HfArg(
+        default=None, help="Peak rate of one device, for MFU; if unset, the rate of a large matrix product is measured."
     )
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "group_by_length (rows of similar cost), random or sequential."}
+    train_sampling_strategy: str = HfArg(
+        default="group_by_length", help="group_by_length (rows of similar cost), random or sequential."
     )
     # A NaN is shown and stops the training, where transformers would log the average of the losses before it.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are NaN or infinite."})
+    logging_nan_inf_filter: bool = HfArg(default=False, help="Hide losses that are NaN or infinite.")
 
     def __post_init__(self):
         refuse_without_effect(self)

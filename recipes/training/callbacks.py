@@ -43,16 +43,10 @@ class LogCallback(TrainerCallback):
 
 
 class FollowingCallback(TrainerCallback):
-    """Lets the model answer held-out instructions every few steps.
+    """Lets the model answer held-out instructions every few steps, which `args` name with the corpus and the pool.
 
     The scores and a hash of the instruction pool are appended to `following.jsonl`, and the scores are also in the next
     log of the trainer.
-
-    Args:
-        trainer: the trainer.
-        args: arguments that name the corpus, the pool of instructions and the interval.
-        processor: the LSM's processor.
-        store: store of the audio tower's output for the corpus, if there is one.
     """
 
     def __init__(self, trainer, args: LsmScriptArguments, processor, store: AudioFeatureStore | None):

@@ -65,11 +65,7 @@ def settings_of(*arguments) -> dict:
 
 def contents_of(script_args, model_args, corpus: Corpus | None = None) -> dict[str, str]:
     """Return fingerprints of the models and the set of a training, because the content at their paths may change.
-
-    Args:
-        script_args, model_args: arguments of the recipe.
-        corpus: corpus of the training, if its clips do not come from a set.
-    """
+    `corpus` is that of the training if its clips do not come from a set."""
     contents = {name: content_of(getattr(script_args, name)) for name in ("audio", "text")}
     contents["model_name_or_path"] = content_of(model_args.model_name_or_path, model_args.model_revision)
     contents["dataset_name"] = corpus.revision if corpus else content_of(script_args.dataset_name, repo_type="dataset")

@@ -26,23 +26,14 @@ def count(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of training a model, forward and backward pass together.
+    """FLOPs of training a model, forward and backward pass together."""
 
-    Args:
-        frame: FLOPs of audio tower and projector per encoder frame (50 per second).
-        frame_pair: FLOPs of the tower's attention per pair of encoder frames of a chunk.
-        speech_token: FLOPs of the projector per speech token.
-        token: FLOPs of the LLM per token.
-        token_pair: FLOPs of the LLM's causal attention per pair of a token with itself or an earlier one.
-        label: FLOPs of the head per labelled token.
-    """
-
-    frame: float
-    frame_pair: float
-    speech_token: float
-    token: float
-    token_pair: float
-    label: float
+    frame: float  # of audio tower and projector, per encoder frame (50 per second)
+    frame_pair: float  # of the tower's attention, per pair of encoder frames of a chunk
+    speech_token: float  # of the projector
+    token: float  # of the LLM
+    token_pair: float  # of the LLM's causal attention, per pair of a token with itself or an earlier one
+    label: float  # of the head, per labelled token
 
     @classmethod
     def of(cls, model: LsmForConditionalGeneration, llm: str, stored: bool = False, distill: bool = False) -> "Costs":
@@ -77,14 +68,8 @@ class Costs:
         )
 
     def row(self, frames, speech_tokens, tokens, labels):
-        """Return the FLOPs of rows. All arguments are arrays or tensors `(rows,)`.
-
-        Args:
-            frames: encoder frames of the clips.
-            speech_tokens: speech tokens of the clips.
-            tokens: tokens of prompt and response together, including speech tokens.
-            labels: tokens of the responses.
-        """
+        """Return the FLOPs of rows, from their encoder frames, speech tokens, all tokens of prompt and response, and
+        tokens of the response. All are arrays or tensors `(rows,)`."""
         chunk = frames.clip(max=CHUNK_FRAMES)  # the chunks of a longer clip do not attend to each other
         encoder = frames * self.frame + frames * chunk * self.frame_pair
         decoder = tokens * self.token + tokens * tokens * self.token_pair + labels * self.label

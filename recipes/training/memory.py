@@ -20,19 +20,13 @@ OVERHEAD_GIB = 1.5  # for a CUDA context, libraries and fragmentation
 
 @dataclass(frozen=True)
 class Target:
-    """The machines on which the training will run.
+    """The machines on which the training will run."""
 
-    Args:
-        devices: number of GPUs.
-        memory_gib: memory of one GPU.
-        peak_tflops: peak rate of one GPU in the training's precision, to estimate the time.
-        sharding: what the GPUs divide among themselves: nothing (ddp), the optimizer's state (zero1), also gradients
-            (zero2), or also weights (zero3, fsdp2).
-    """
-
-    devices: int = 1
-    memory_gib: float | None = None
-    peak_tflops: float | None = None
+    devices: int = 1  # number of GPUs
+    memory_gib: float | None = None  # of one GPU
+    peak_tflops: float | None = None  # peak rate of one GPU in the training's precision, to estimate the time
+    # What the GPUs divide among themselves: nothing (ddp), the optimizer's state (zero1), also gradients (zero2), or
+    # also weights (zero3, fsdp2).
     sharding: str = "ddp"
 
     def __post_init__(self):

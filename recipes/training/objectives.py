@@ -50,12 +50,8 @@ def distillation_loss(
 
 
 def most_likely(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reduce logits to the `k` most likely tokens of each position, and one logit for all other tokens together.
-
-    Args:
-        logits: `(positions, vocabulary)`.
-        k: number of tokens to keep.
-        temperature: temperature at which the probabilities of the other tokens are summed.
+    """Reduce logits `(positions, vocabulary)` to the `k` most likely tokens of each position, and one logit for all
+    other tokens together, whose probabilities are summed at `temperature`.
 
     Returns:
         Logits `(positions, k + 1)` float32, the last for all other tokens, and the tokens `(positions, k)` int64.

@@ -39,14 +39,8 @@ def group(costs: Sequence[float], batch_size: int, random: np.random.Generator) 
 
 
 class EpochSampler(Sampler[int]):
-    """Sampler of rows in an order that depends on seed and epoch. If `costs` are given, a batch has similar costs.
-
-    Args:
-        length: number of rows.
-        seed: seed of the order.
-        costs: costs of the rows, in any unit.
-        batch_size: rows of a step on all devices.
-    """
+    """Sampler of rows in an order that depends on seed and epoch. If `costs` are given, in any unit, a batch of
+    `batch_size` rows, those of a step on all devices, has similar costs."""
 
     def __init__(self, length: int, seed: int, costs: Sequence[float] | None = None, batch_size: int = 1):
         self.length, self.seed, self.batch_size = length, seed, batch_size

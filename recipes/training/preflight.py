@@ -37,11 +37,7 @@ SMALL = 2e12  # most FLOPs for a CPU
 
 
 class Preflight:
-    """Checks a training. Each check returns its result, or raises an error that says why the training would fail.
-
-    Args:
-        script_args, training_args, model_args: arguments of the recipe.
-    """
+    """Checks a training. Each check returns its result, or raises an error that says why the training would fail."""
 
     def __init__(self, script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig):
         self.script_args, self.training_args, self.model_args = script_args, training_args, model_args

@@ -166,12 +166,8 @@ def count_tasks(dataset: Dataset) -> dict[str, int]:
 
 
 class RowSizes:
-    """Measures rows without decoding audio: texts are tokenised, and the length of a clip comes from `duration`.
-
-    Args:
-        processor: the LSM's processor.
-        context: number of positions of the LLM, None if unknown.
-    """
+    """Measures rows without decoding audio: texts are tokenised, and the length of a clip comes from `duration`. The
+    LLM has `context` positions, None if unknown."""
 
     def __init__(self, processor: LsmProcessor, context: int | None = None):
         self.processor, self.context = processor, context
@@ -216,13 +212,7 @@ def stream_rows(
     """Stream the training rows of a set, without end.
 
     Tasks are mixed by weight (equal by default) and shuffled within `shuffle_buffer` rows, in an order that depends on
-    the seed. Batches have rows of similar cost, as in a whole set.
-
-    Args:
-        args, seed, responder: as in `load_rows`.
-        costs: costs of the model.
-        processor: the LSM's processor.
-        batch_size: rows of a step on all devices.
+    the seed. Batches, of the rows of a step on all devices, have rows of similar cost, as in a whole set.
 
     Raises:
         ValueError: as in `load_rows`, but a bad row is found only when it is read.

@@ -109,13 +109,13 @@ def responses(rows):
 
 def test_responses_of_the_rows_are_kept(set_dir):
     rows, parrot = load_rows(str(set_dir), "train", 3), Parrot()
-    assert with_targets(rows, parrot, "response", ["other"] * 3, None) == rows
+    assert with_targets(rows, parrot, "response", ["other"] * 3) == rows
     assert not parrot.asked
 
 
 def test_without_responses_the_model_answers_the_transcript():
     parrot = Parrot()
-    found = with_targets(ASKED, parrot, "response", ["other"] * 2, None, batch_size=4)
+    found = with_targets(ASKED, parrot, "response", ["other"] * 2, batch_size=4)
     assert responses(found) == {"0": "one", "1": "two"}
     assert parrot.asked == [(2, "transcript", {"batch_size": 4})]
     assert "response" not in ASKED[0]
@@ -123,16 +123,16 @@ def test_without_responses_the_model_answers_the_transcript():
 
 def test_own_answers_replace_the_responses():
     parrot, rows = Parrot(), [row | {"response": "given"} for row in ASKED]
-    assert responses(with_targets(rows, parrot, "own", ["a", "b"], None)) == {"0": "a", "1": "b"}
+    assert responses(with_targets(rows, parrot, "own", ["a", "b"])) == {"0": "a", "1": "b"}
     assert not parrot.asked
 
 
 def test_rows_with_an_empty_response_are_left_out():
-    assert responses(with_targets(ASKED, Parrot(), "own", [" \n", "b"], None)) == {"1": "b"}
+    assert responses(with_targets(ASKED, Parrot(), "own", [" \n", "b"])) == {"1": "b"}
     with pytest.raises(ValueError, match="all 2 responses are empty"):
-        with_targets(ASKED, Parrot(), "own", ["", " "], None)
+        with_targets(ASKED, Parrot(), "own", ["", " "])
 
 
 def test_an_unknown_target_is_refused():
     with pytest.raises(ValueError, match="unknown target 'gold'; expected one of .*own"):
-        with_targets(ASKED, Parrot(), "gold", ["", ""], None)
+        with_targets(ASKED, Parrot(), "gold", ["", ""])

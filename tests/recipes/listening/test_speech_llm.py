@@ -355,7 +355,7 @@ def test_likelihoods_stand_in_order_and_do_not_depend_on_the_batch(open_llm, spo
 @torch.no_grad()
 def test_an_answer_is_as_likely_as_its_tokens_one_after_the_other(open_llm, spoken):
     llm, row = open_llm("lsm"), answered(spoken)[1]
-    ids = [token for token in llm.response_ids(row, "audio") if token != llm.model.generation_config.eos_token_id]
+    ids = [token for token in llm.response_ids(row) if token != llm.model.generation_config.eos_token_id]
     inputs, total = llm.inputs([row]), 0.0
     for token in ids:
         logits = llm.logits(inputs, torch.tensor([inputs["input_ids"].shape[1] - 1]))[0, 0]

@@ -10,7 +10,7 @@ import soundfile
 from html_page import Page
 
 from recipes.reporting.figures import plot_composition
-from recipes.reporting.page import Examples, Facts, Picture, Table, Text, render_page, write_page
+from recipes.reporting.page import Examples, Facts, Picture, Table, Text, render_markdown, render_page, write_page
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'{{ 7 * 7 }}"
 
@@ -218,3 +218,15 @@ def test_a_picture_that_is_broken_or_needs_something_else_is_refused(tmp_path, c
 def test_a_row_of_another_length_than_the_header_is_refused():
     with pytest.raises(ValueError, match=r"'Scores': the row \[1\] has 1 cells; expected 2"):
         Table("Scores", ["a", "b"], [[1]])
+
+
+def test_the_same_blocks_are_markdown(blocks):
+    text = render_markdown("Report", blocks)
+    assert text.startswith("# Report\n\n## What was measured\n\nOne.\n\nTwo.\n\n|  | following | model |\n")
+    assert "| vanilla | – | b |" in text
+    assert "\n\n![Bars of five shares.](composition.v1.png)\n\nShares.\n\n" in text
+    answers = "- text LLM ✓: cat\n- vanilla LSM ✗: the cat sat\n- self-powered LSM: a cat\n"
+    assert f"**Name the animal.** — *the cat sat*\n\n{answers}" in text
+    assert text.endswith(
+        '## Settings\n\n|  |  |\n| --- | --- |\n| seed | 0 |\n| decoding | {"do_sample": false} |\n| revision | – |\n'
+    )
