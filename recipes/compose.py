@@ -10,7 +10,7 @@ import argparse
 import logging
 
 from language_models.tokenizers import parse_template_settings
-from recipes.listening.composing import compose
+from recipes.listening.composing import QFORMER_INITS, compose
 
 
 def main() -> None:
@@ -42,10 +42,19 @@ def main() -> None:
         help="number of word pieces whose embeddings are averaged for a speech token; 0 leaves the reader out",
     )
     parser.add_argument("--qformer-layers", type=int, default=2, help="layers of the Q-Former")
-    parser.add_argument("--qformer-hidden", type=int, default=768, help="hidden size of the Q-Former")
-    parser.add_argument("--qformer-heads", type=int, default=12, help="attention heads of the Q-Former")
+    parser.add_argument("--qformer-hidden", type=int, help="hidden size of the Q-Former; that of Whisper by default")
+    parser.add_argument(
+        "--qformer-heads", type=int, help="attention heads of the Q-Former; those of Whisper by default"
+    )
     parser.add_argument(
         "--qformer-ffn", type=int, help="width of the Q-Former's feed-forward layers; 4 × hidden size by default"
+    )
+    parser.add_argument(
+        "--qformer-init",
+        default="auto",
+        choices=QFORMER_INITS,
+        help="first weights of the Q-Former: decoder: the last layers of Whisper's decoder; random: as in the paper; "
+        "auto: decoder if the Q-Former has its sizes",
     )
     parser.add_argument(
         "--instruction-first",

@@ -29,6 +29,8 @@ from recipes.reporting.model_card import write_base_card
 
 logger = logging.getLogger(__name__)
 
+QFORMER_INITS = ("auto", "decoder", "random")
+QUERY_SHARE = 0.2  # of what a layer reads from the speech, that the query is beside it at first
 READING_MARGIN = 6.0  # nats by which a piece that is met exactly exceeds all others together
 
 
@@ -44,9 +46,10 @@ def compose(
     audio_padding: str = "longest",
     pieces_per_token: int = 8,
     qformer_layers: int = 2,
-    qformer_hidden: int = 768,
-    qformer_heads: int = 12,
+    qformer_hidden: int | None = None,
+    qformer_heads: int | None = None,
     qformer_ffn: int | None = None,
+    qformer_init: str = "auto",
     instruction_first: bool = True,
     template_settings: dict | None = None,
     dtype: str | torch.dtype = "auto",
@@ -64,8 +67,11 @@ def compose(
         output: folder for model, processor, code and card; None to save nothing. It appears once it can be loaded.
         window_frames, context_frames, window_mode, queries_per_window, audio_padding, pieces_per_token: as in
             [`LsmConfig`].
-        qformer_layers, qformer_hidden, qformer_heads: size of the Q-Former.
+        qformer_layers: number of layers of the Q-Former.
+        qformer_hidden, qformer_heads: hidden size and attention heads of the Q-Former; those of Whisper if None.
         qformer_ffn: width of the Q-Former's feed-forward layers, four times its hidden size if None.
+        qformer_init: initial weights of the Q-Former: `"decoder"`, the last layers of Whisper's decoder, see
+            [`start_from_decoder`]; `"random"`, as in the paper; or `"auto"`, the decoder's if they have its size.
         instruction_first: whether the instruction precedes the speech in the prompt.
         template_settings: settings of the chat template, as in [`LsmProcessor`].
         dtype: data type of the whole model; `"auto"` is the LLM checkpoint's.
@@ -79,7 +85,11 @@ def compose(
         raise ValueError(
             f"an LSM without weights cannot be saved to {output}; leave out `output`, or set `weights=True`."
         )
+    if qformer_init not in QFORMER_INITS:
+        raise ValueError(f"qformer_init {qformer_init!r} is unknown; expected one of {', '.join(QFORMER_INITS)}.")
     whisper, feature_extractor, llm, tokenizer = _load(audio, text, dtype, weights)
+    qformer_hidden = qformer_hidden or whisper.config.d_model
+    qformer_heads = qformer_heads or whisper.config.decoder_attention_heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         audio_token_id = make_room(llm, tokenizer)
@@ -103,6 +113,8 @@ def compose(
             lm_head_bias=llm.get_output_embeddings().bias is not None,
         )
         model = _assemble(config, whisper, llm)
+    if weights and qformer_init != "random":
+        start_from_decoder(model.model.projector.qformer, whisper.decoder, required=qformer_init == "decoder")
     if weights and pieces_per_token:
         set_reading_scale(model)
 
@@ -130,6 +142,52 @@ def compose(
             processor.save_pretrained(partial)
             write_base_card(partial, audio, text, config)
     return model, processor
+
+
+@torch.no_grad()
+def start_from_decoder(qformer: PreTrainedModel, decoder: PreTrainedModel, required: bool) -> None:
+    """Start the Q-Former from the last layers of Whisper's decoder, which has learned on far more speech than an
+    alignment has what the encoder's frames say (`docs/real.md`).
+
+    A layer of both attends to the encoder and has a feed-forward network. The keys, values and outputs of that
+    attention, the network and the norm before it are copied. The decoder's queries and its attention to its own text
+    ask for the next word after those before, which a window does not know: queries stay random, and self-attention
+    starts as zero.
+
+    Raises:
+        ValueError: `required`, and the decoder has other sizes or fewer layers.
+    """
+    ours, theirs = qformer.config, decoder.config
+    sizes = (ours.hidden_size, ours.num_attention_heads, ours.intermediate_size)
+    known = (theirs.d_model, theirs.decoder_attention_heads, theirs.decoder_ffn_dim)
+    layers = [layer for layer in qformer.encoder.layer if layer.has_cross_attention]
+    if sizes != known or len(layers) > len(decoder.layers):
+        said = "the Q-Former has {} hidden units, {} heads, {} feed-forward units".format(*sizes)
+        said += (
+            f" and {len(layers)} layers, and Whisper's decoder {', '.join(map(str, known))} and {len(decoder.layers)}"
+        )
+        if required:
+            raise ValueError(f"{said}: leave out --qformer-hidden, -heads and -ffn, or give --qformer-init random.")
+        logger.info("%s, so the Q-Former starts with random weights", said)
+        return
+    for layer, read in zip(layers, decoder.layers[-len(layers) :], strict=True):
+        cross = layer.crossattention
+        for new, old in (
+            (cross.attention.key, read.encoder_attn.k_proj),
+            (cross.attention.value, read.encoder_attn.v_proj),
+            (cross.output.dense, read.encoder_attn.out_proj),
+            (cross.output.LayerNorm, read.final_layer_norm),
+            (layer.intermediate_query.dense, read.fc1),
+            (layer.output_query.dense, read.fc2),
+        ):
+            new.weight.copy_(old.weight)
+            if old.bias is None:  # of Whisper's keys, where it has no effect
+                new.bias.zero_()
+            else:
+                new.bias.copy_(old.bias)
+        layer.attention.output.dense.weight.zero_()
+        layer.attention.output.dense.bias.zero_()
+        layer.attention.output.LayerNorm.weight.fill_(QUERY_SHARE)
 
 
 @torch.no_grad()

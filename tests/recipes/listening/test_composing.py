@@ -116,6 +116,54 @@ def test_the_llm_keeps_its_data_type_where_it_is_slow(compose_tiny, whisper_dir,
     assert compose_tiny(str(whisper_dir), str(tmp_path / "llm"))[0].dtype == torch.float16
 
 
+@pytest.fixture
+def reading_whisper_dir(whisper_dir, tmp_path):
+    """A Whisper with a decoder that has the sizes of a Q-Former of two layers."""
+    sizes = {"decoder_layers": 3, "decoder_ffn_dim": 128, "decoder_attention_heads": 4}
+    torch.manual_seed(1)
+    WhisperModel(WhisperConfig.from_pretrained(whisper_dir, **sizes, init_std=0.2)).save_pretrained(
+        tmp_path / "whisper"
+    )
+    WhisperFeatureExtractor.from_pretrained(whisper_dir).save_pretrained(tmp_path / "whisper")
+    return tmp_path / "whisper"
+
+
+def test_the_qformer_starts_from_the_last_layers_of_whispers_decoder(reading_whisper_dir, llm_dir):
+    model, _ = compose(str(reading_whisper_dir), str(llm_dir))
+    decoder, frames = WhisperModel.from_pretrained(reading_whisper_dir).decoder, torch.randn(5, 24, 32)
+    hidden = torch.randn(5, 1, 32)
+    for layer, known in zip(model.model.projector.qformer.encoder.layer, decoder.layers[1:], strict=True):
+        cross = layer.crossattention
+        cross.attention.query.load_state_dict(known.encoder_attn.q_proj.state_dict())
+        read = cross.output.dense(cross.attention(hidden, encoder_hidden_states=frames)[0])
+        torch.testing.assert_close(read, known.encoder_attn(hidden, key_value_states=frames)[0])
+        through = layer.output_query.dense(layer.intermediate_query(cross.output.LayerNorm(hidden)))
+        expected = known.fc2(known.activation_fn(known.fc1(known.final_layer_norm(hidden))))
+        torch.testing.assert_close(through, expected, rtol=1e-4, atol=1e-4)  # their norms have another epsilon
+
+
+def test_the_papers_qformer_starts_with_random_weights(reading_whisper_dir, llm_dir):
+    def first_keys(init):
+        model, _ = compose(str(reading_whisper_dir), str(llm_dir), qformer_init=init)
+        return model.model.projector.qformer.encoder.layer[0].crossattention.attention.key.weight
+
+    assert torch.equal(first_keys("auto"), first_keys("decoder"))
+    assert not torch.equal(first_keys("auto"), first_keys("random"))
+
+
+def test_a_decoder_of_other_sizes_is_left_or_refused(reading_whisper_dir, llm_dir):
+    def keys(**settings):
+        model, _ = compose(str(reading_whisper_dir), str(llm_dir), **settings)
+        return model.model.projector.qformer.encoder.layer[0].crossattention.attention.key.weight
+
+    for sizes in ({"qformer_hidden": 48}, {"qformer_heads": 2}, {"qformer_ffn": 64}, {"qformer_layers": 4}):
+        assert torch.equal(keys(**sizes), keys(**sizes, qformer_init="random"))
+        with pytest.raises(ValueError, match="Whisper's decoder 32, 4, 128 and 3: leave out --qformer-hidden"):
+            keys(**sizes, qformer_init="decoder")
+    with pytest.raises(ValueError, match="qformer_init 'bert' is unknown; expected one of auto, decoder, random"):
+        keys(qformer_init="bert")
+
+
 def test_parts_that_do_not_fit_are_refused(compose_tiny, whisper_dir, llm_dir, tmp_path):
     folder = tmp_path / "whisper"
     shutil.copytree(whisper_dir, folder)
