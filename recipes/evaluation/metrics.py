@@ -7,6 +7,7 @@ error rates are fractions (0.05 is 5 %); BLEU and chrF go from 0 to 100, as in s
 Arguments have an item for each row. It is a ValueError if there are no rows, or if arguments differ in length.
 """
 
+import bisect
 import re
 import string
 from collections import Counter, defaultdict
@@ -22,6 +23,7 @@ from whisper_normalizer.english import EnglishTextNormalizer
 
 DRAWS = 1000
 CELLS = 10**6  # resampled rows in memory at the same time
+OCCURRENCES, LEAST_OCCURRENCES = ("0", "1-4", "5-49", "50+"), (0, 1, 5, 50)  # of words in a training set
 BLEU_CELLS = 5 * 10**6  # sacrebleu keeps all draws in memory, with up to 80 bytes for each of their rows
 
 # Three-letter codes, as in FLEURS and FLORES, of the languages that need a special treatment.
@@ -181,6 +183,29 @@ def error_rate(references: Sequence[str], hypotheses: Sequence[str], language: s
             errors.append(sum(max(ref, hyp) for ref, hyp, kind in spans if kind != "equal"))
             lengths.append(len(reference))
     return name, bootstrap_ratio(errors, lengths)
+
+
+def missed_by_occurrence(
+    references: Sequence[str], hypotheses: Sequence[str], occurrences: Mapping[str, int]
+) -> dict[str, dict]:
+    """Return which reference words are not recognised (substituted or deleted), by how often they occur in a training
+    set: `{"0": {"words": 1112, "missed": 0.94}, "1-4": ..., "5-49": ..., "50+": ...}`, without classes that have no
+    words.
+
+    Args:
+        occurrences: number of occurrences of each word after `normalize_text`.
+    """
+    words, missed = Counter(), Counter()
+    output = jiwer.process_words(
+        *([normalize_text(text, "en") for text in texts] for texts in (references, hypotheses))
+    )
+    for reference, alignment in zip(output.references, output.alignments, strict=True):
+        for chunk in alignment:
+            for word in reference[chunk.ref_start_idx : chunk.ref_end_idx]:
+                name = OCCURRENCES[bisect.bisect(LEAST_OCCURRENCES, occurrences.get(word, 0)) - 1]
+                words[name] += 1
+                missed[name] += chunk.type != "equal"
+    return {name: {"words": words[name], "missed": missed[name] / words[name]} for name in OCCURRENCES if words[name]}
 
 
 # Translations

@@ -10,7 +10,8 @@ import logging
 import math
 import random
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from dataset_builders.files import append_lines
 from language_models.tokenizers import non_text_token_ids
 from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
-from recipes.evaluation.metrics import error_rate
+from recipes.evaluation.metrics import error_rate, missed_by_occurrence, normalize_text
 from recipes.listening.collator import SpeechResponseCollator, render_prompt
 from recipes.listening.features import AudioFeatureStore, audio_key
 from recipes.training.callbacks import LOG, LogCallback
@@ -298,33 +299,47 @@ class _Epochs(TrainerCallback):
 
 
 class ReadingCallback(TrainerCallback):
-    """Measures the word error rate of the greedy decoding every few steps, and writes it to the alignment's
-    `log.jsonl`.
+    """Measures the word error rate of the greedy decoding every few steps, and the words that are missed by how often
+    the training has them, and writes both to the alignment's `log.jsonl`.
 
     Args:
         model: the model that is trained.
         collator: the collator of the training.
         rows: held-out clips from [`alignment_rows`].
         every: steps between two measurements; the last step is also measured.
+        transcripts: those of the training.
     """
 
-    def __init__(self, model: AlignmentModel, collator: AlignmentCollator, rows: Dataset, every: int):
+    def __init__(
+        self,
+        model: AlignmentModel,
+        collator: AlignmentCollator,
+        rows: Dataset,
+        every: int,
+        transcripts: Iterable[str],
+    ):
         self.model, self.collator, self.rows, self.every = model, collator, rows, every
+        self.occurrences = Counter(word for text in transcripts for word in normalize_text(text, "en").split())
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero and (
             state.global_step % self.every == 0 or state.global_step == state.max_steps
         ):
-            rate = reading_error_rate(self.model, self.collator, self.rows)
+            transcripts, readings = self.rows["transcript"][:], read_clips(self.model, self.collator, self.rows)
+            rate = error_rate(transcripts, readings)[1].value
             logger.info("step %d of the alignment: WER %.1f %% on held-out clips", state.global_step, 100 * rate)
-            record = {"step": state.global_step, "max_steps": state.max_steps, "reading_wer": rate}
+            missed = missed_by_occurrence(transcripts, readings, self.occurrences)
+            record = {
+                "step": state.global_step,
+                "max_steps": state.max_steps,
+                "reading_wer": rate,
+                "missed_words": missed,
+            }
             append_lines(Path(args.output_dir) / LOG, [record])
 
 
-def reading_error_rate(
-    model: AlignmentModel, collator: AlignmentCollator, rows: Dataset, batch_size: int = 32
-) -> float:
-    """Return the word error rate of the greedy decoding, after Whisper's text normaliser."""
+def read_clips(model: AlignmentModel, collator: AlignmentCollator, rows: Dataset, batch_size: int = 32) -> list[str]:
+    """Return the greedy decoding of each clip."""
     tokenizer, device, was_training = collator.processor.tokenizer, model.projector.reader.scale.device, model.training
     model.eval()
     readings: list[str] = []
@@ -333,7 +348,7 @@ def reading_error_rate(
         audio = {name: batch[name].to(device) for name in batch if name.startswith(("input_features", "audio_"))}
         readings += tokenizer.batch_decode(model.read(batch["chunks"], **audio))
     model.train(was_training)
-    return error_rate(rows["transcript"], readings)[1].value
+    return readings
 
 
 def validation_rows(args, store: AudioFeatureStore | None) -> Dataset | None:
@@ -434,7 +449,7 @@ def align(
     trainer.add_callback(_Epochs(trainer))
     if validation is not None:
         held_out = alignment_rows(validation, processor, embeddings)
-        trainer.add_callback(ReadingCallback(aligned, collator, held_out, validation_steps))
+        trainer.add_callback(ReadingCallback(aligned, collator, held_out, validation_steps, rows["transcript"]))
     if checkpoint is not None and checkpoint.endswith(f"-{settings.max_steps}"):
         trainer._load_from_checkpoint(checkpoint)
     else:

@@ -77,6 +77,7 @@ def test_a_model_that_is_opened_takes_it_unless_another_was_named(lsm_dir, monke
     model = open_model(lsm_dir, attn_implementation="sdpa")
     assert {getattr(model.model, part).config._attn_implementation for part in parts} == {"sdpa"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert open_model(lsm_dir).config._attn_implementation == "sdpa"
 
 

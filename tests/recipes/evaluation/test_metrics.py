@@ -16,6 +16,7 @@ from recipes.evaluation.metrics import (
     error_rate,
     macro_f1,
     mean,
+    missed_by_occurrence,
     normalize_text,
     set_f1,
     squad,
@@ -151,6 +152,17 @@ def test_what_is_said_where_the_reference_is_silent_counts():
 
 def test_no_answer_misses_every_word():
     assert error_rate(ENGLISH, [""] * 3)[1] == Metric(1, 1, 1)
+
+
+def test_missed_words_are_counted_by_their_occurrences_in_a_training():
+    """Of the words of "the cat sat on the mat", one "the" is heard as "a"."""
+    assert missed_by_occurrence(ENGLISH[:1], HEARD[:1], {"the": 50, "cat": 49, "sat": 1, "a": 9}) == {
+        "0": {"words": 2, "missed": 0.0},
+        "1-4": {"words": 1, "missed": 0.0},
+        "5-49": {"words": 1, "missed": 0.0},
+        "50+": {"words": 2, "missed": 0.5},
+    }
+    assert missed_by_occurrence(["", "old"], ["said more", ""], {}) == {"0": {"words": 1, "missed": 1.0}}
 
 
 def test_rows_beyond_one_batch_count_like_the_others():

@@ -93,7 +93,7 @@ def clips_of(transcripts, seconds):
 def run(aligned_dir, words_dir, tmp_path, parts_of):
     """Return `run(align_steps=2, ...)`, which runs the command on the corpus and returns its folder."""
 
-    def go(**options):
+    def go(held_out=None, **options):
         defaults = {
             "model_name_or_path": str(aligned_dir),
             "output_dir": str(tmp_path / "out"),
@@ -103,7 +103,10 @@ def run(aligned_dir, words_dir, tmp_path, parts_of):
         defaults |= {"align_batch_size": 4, "align_steps": 2, "logging_steps": 1, "save_steps": 1, "disable_tqdm": True}
         options = {**defaults, **options}
         _, training_args, model_args = parts_of(options | {"dataset_name": "-"})
-        command.run(command.AlignArguments(corpus=str(words_dir)), training_args, model_args)
+        script_args = command.AlignArguments(
+            corpus=str(words_dir), following_corpus=held_out, following_split="train", following_steps=2
+        )
+        command.run(script_args, training_args, model_args)
         return Path(options["output_dir"])
 
     return go
@@ -258,6 +261,15 @@ def test_only_the_projector_changes_and_the_result_can_answer(run, small_lsm):
     row = {"instruction": "Listen.", "audio": clips_of(SAID[:1], 1.0)[0]["audio"]}
     assert len(Lsm(model, processor).respond([row], max_new_tokens=2, progress=False)) == 1
     assert len(losses(output)) == 2 and "alignment" in (output / "README.md").read_text()
+
+
+def test_held_out_clips_are_read_every_few_steps_and_at_the_end(run, words_dir):
+    log = read_lines(run(align_steps=3, held_out=str(words_dir)) / "alignment" / "log.jsonl")
+    read = [line for line in log if "reading_wer" in line]
+    assert [line["step"] for line in read] == [2, 3]
+    words = sum(len(said.split()) for said in SAID)
+    assert all(sum(found["words"] for found in line["missed_words"].values()) == words for line in read)
+    assert "0" not in read[0]["missed_words"]  # the training has all words of its own clips
 
 
 def test_the_loss_gets_smaller(run):
