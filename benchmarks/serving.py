@@ -35,7 +35,7 @@ import torch
 from benchmarks.machine import describe
 from dataset_builders.corpora.audio import encode
 from dataset_builders.nano.corpus import NanoCorpus
-from language_models.generation import GREEDY
+from language_models.generation import GREEDY, read_answers
 from processing_lsm import load_audio
 from recipes.listening.speech_llm import load
 
@@ -173,8 +173,13 @@ def first_tokens(llm, client: Client, asked: list[Question]) -> dict:
 
 def expected_answers(llm, asked: list[Question]) -> list[str]:
     """Return the answer to each question alone."""
-    rows = [{"instruction": instruction, "audio": file} for instruction, file in asked]
-    return [reply.text for reply in llm.respond(rows, batch_size=1, max_new_tokens=TOKENS)]
+    answers = []
+    for instruction, file in asked:
+        inputs = llm.inputs([{"instruction": instruction, "audio": file}])
+        with torch.inference_mode():  # transformers' own loop, and not the one that the server has, too
+            output = llm.model.generate(**inputs, **GREEDY, max_new_tokens=TOKENS, pad_token_id=0)
+        answers.extend(read_answers(llm.tokenizer, output[:, inputs["input_ids"].shape[1] :].tolist()))
+    return answers
 
 
 # Clients that behave badly

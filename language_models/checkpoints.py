@@ -124,7 +124,7 @@ def has_fast_bf16() -> bool:
     """Whether matrix products in bfloat16 have hardware here; elsewhere they are slower than in float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last: ARM
 
 
 def slow_dtypes() -> set[torch.dtype]:

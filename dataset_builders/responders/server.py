@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 for _transport in ("httpx", "httpx2"):  # they log every request at INFO
     logging.getLogger(_transport).setLevel(logging.WARNING)
 
+TAKE_TEXT = "; if the server takes no token ids, use prompt_format='text'"
 TRANSIENT = {408, 409, 424, 425, 429}  # retried, like 500 and above; TGI's 424 is a failed generation
 MAX_WAIT = 120.0  # seconds, before a retry
 _jitter = random.Random()  # separate, so that it does not change the caller's random state
@@ -200,11 +201,12 @@ class ServerResponder(Responder):
                     )
                 return self._read(answer.http_response.text)
             except (openai.APIError, TimeoutError, MalformedAnswerError) as error:
-                hint = "; if the server takes no token ids, use prompt_format='text'" * isinstance(content, list)
+                hint = TAKE_TEXT if isinstance(content, list) else ""
                 if not _is_transient(error):
                     raise ValueError(f"{self.server} refuses a request: {_describe(error)}{hint}") from error
                 if attempt == self.max_retries:
-                    hint *= _kind(error) == "HTTP 500"  # so llama-cpp-python refuses token ids
+                    if _kind(error) != "HTTP 500":  # with which llama-cpp-python answers token ids
+                        hint = ""
                     raise ConnectionError(
                         f"{self.server} failed {attempt + 1} times for one request, at last with: {_describe(error)}"
                         f"{hint}. The finished shards are kept; run the same command again to continue."

@@ -30,7 +30,7 @@ from recipes.reporting.model_card import write_base_card
 logger = logging.getLogger(__name__)
 
 QFORMER_INITS = ("auto", "decoder", "random")
-QUERY_SHARE = 0.2  # of what a layer reads from the speech, that the query is beside it at first
+QUERY_SCALE = 0.2  # of the query, to which a layer that starts from the decoder adds what it reads from the speech
 READING_MARGIN = 6.0  # nats by which a piece that is met exactly exceeds all others together
 
 
@@ -128,14 +128,9 @@ def compose(
         instruction_first=instruction_first,
         template_settings=template_settings,
     )
-    origin = identify(text)
-    config.responder = {**origin, "template": processor.template_hash}
+    config.responder = {**identify(text), "template": processor.template_hash}
     if weights and adapter_of(text) is None:  # the LLM with a merged adapter exists only here
-        state = model.state_dict()
-        config.sources = {
-            part: {**source, "content": content_of(state, part, model.dtype)}
-            for part, source in {"audio": identify(audio), "text": origin}.items()
-        }
+        config.sources = _sources(model, audio=audio, text=text)
     if output is not None:
         with whole_checkpoint(output) as partial:
             model.save_pretrained(partial)
@@ -155,20 +150,24 @@ def start_from_decoder(qformer: PreTrainedModel, decoder: PreTrainedModel, requi
     starts as zero.
 
     Raises:
-        ValueError: `required`, and the decoder has other sizes or fewer layers.
+        ValueError: `required`, and the decoder has other sizes or too few layers with weights.
     """
-    ours, theirs = qformer.config, decoder.config
-    sizes = (ours.hidden_size, ours.num_attention_heads, ours.intermediate_size)
-    known = (theirs.d_model, theirs.decoder_attention_heads, theirs.decoder_ffn_dim)
-    layers = [layer for layer in qformer.encoder.layer if layer.has_cross_attention]
-    if sizes != known or len(layers) > len(decoder.layers):
-        said = "the Q-Former has {} hidden units, {} heads, {} feed-forward units".format(*sizes)
-        said += (
-            f" and {len(layers)} layers, and Whisper's decoder {', '.join(map(str, known))} and {len(decoder.layers)}"
+    ours, theirs, layers = qformer.config, decoder.config, qformer.encoder.layer
+    sizes = {
+        "--qformer-hidden": (ours.hidden_size, theirs.d_model),
+        "--qformer-heads": (ours.num_attention_heads, theirs.decoder_attention_heads),
+        "--qformer-ffn": (ours.intermediate_size, theirs.decoder_ffn_dim),
+    }
+    unlike = [f"{option} is {size}, not {known}" for option, (size, known) in sizes.items() if size != known]
+    if len(layers) > len(decoder.layers):
+        unlike.append(f"--qformer-layers is {len(layers)}, not at most {len(decoder.layers)}")
+    if unlike and required:
+        raise ValueError(
+            f"the Q-Former cannot start from Whisper's decoder: {'; '.join(unlike)}. Give it these sizes, or "
+            "--qformer-init random."
         )
-        if required:
-            raise ValueError(f"{said}: leave out --qformer-hidden, -heads and -ffn, or give --qformer-init random.")
-        logger.info("%s, so the Q-Former starts with random weights", said)
+    if unlike:
+        logger.info("the Q-Former starts with random weights and not from Whisper's decoder: %s", "; ".join(unlike))
         return
     for layer, read in zip(layers, decoder.layers[-len(layers) :], strict=True):
         cross = layer.crossattention
@@ -187,7 +186,7 @@ def start_from_decoder(qformer: PreTrainedModel, decoder: PreTrainedModel, requi
                 new.bias.copy_(old.bias)
         layer.attention.output.dense.weight.zero_()
         layer.attention.output.dense.bias.zero_()
-        layer.attention.output.LayerNorm.weight.fill_(QUERY_SHARE)
+        layer.attention.output.LayerNorm.weight.fill_(QUERY_SCALE)
 
 
 @torch.no_grad()
@@ -235,6 +234,8 @@ def _load(audio: str, text: str, dtype: str | torch.dtype, weights: bool) -> tup
         llm = open_model(text, dtype=dtype, run=False, generation_config=settings)
         whisper, loaded = WhisperModel.from_pretrained(audio, dtype=llm.dtype, output_loading_info=True)
         refuse_missing(audio, {key for key in loaded["missing_keys"] if key.startswith("encoder.")})
+        if any(key.startswith("decoder.layers.") for key in loaded["missing_keys"]):
+            del whisper.decoder.layers[:]  # transformers made them of random numbers
     else:
         with torch.device("meta"):
             llm = AutoModelForCausalLM.from_config(text_config, **({} if dtype == "auto" else {"dtype": dtype}))
@@ -242,6 +243,14 @@ def _load(audio: str, text: str, dtype: str | torch.dtype, weights: bool) -> tup
     feature_extractor = WhisperFeatureExtractor.from_pretrained(audio)
     _check_parts(whisper, feature_extractor, llm)
     return whisper, feature_extractor, llm, tokenizer
+
+
+def _sources(model: LsmForConditionalGeneration, **checkpoints: str) -> dict[str, dict]:
+    """Return where the frozen weights of each part come from, for `LsmConfig.sources`."""
+    state = model.state_dict()
+    return {
+        part: {**identify(name), "content": content_of(state, part, model.dtype)} for part, name in checkpoints.items()
+    }
 
 
 def _check_llm(text: str, config) -> None:

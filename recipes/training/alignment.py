@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -319,22 +320,22 @@ class ReadingCallback(TrainerCallback):
         transcripts: Iterable[str],
     ):
         self.model, self.collator, self.rows, self.every = model, collator, rows, every
-        self.occurrences = Counter(word for text in transcripts for word in normalize_text(text, "en").split())
+        self.transcripts = transcripts
+
+    @cached_property
+    def occurrences(self) -> Counter:
+        """Number of occurrences of each word in the training. Only the process that writes the log counts them."""
+        return Counter(word for text in self.transcripts for word in normalize_text(text, "en").split())
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero and (
             state.global_step % self.every == 0 or state.global_step == state.max_steps
         ):
-            transcripts, readings = self.rows["transcript"][:], read_clips(self.model, self.collator, self.rows)
-            rate = error_rate(transcripts, readings)[1].value
+            texts = self.rows["transcript"][:], read_clips(self.model, self.collator, self.rows)
+            rate = error_rate(*texts)[1].value
             logger.info("step %d of the alignment: WER %.1f %% on held-out clips", state.global_step, 100 * rate)
-            missed = missed_by_occurrence(transcripts, readings, self.occurrences)
-            record = {
-                "step": state.global_step,
-                "max_steps": state.max_steps,
-                "reading_wer": rate,
-                "missed_words": missed,
-            }
+            measured = {"reading_wer": rate, "missed_words": missed_by_occurrence(*texts, self.occurrences)}
+            record = {"step": state.global_step, "max_steps": state.max_steps, **measured}
             append_lines(Path(args.output_dir) / LOG, [record])
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from language_models.checkpoints import open_model
+from language_models.checkpoints import has_fast_bf16, open_model
 
 
 def stored_in(folder, llm_dir, dtype):
@@ -37,6 +37,13 @@ def test_half_precision_is_left_where_a_cpu_multiplies_it_slowly(
     llm = stored_in(tmp_path, llm_dir, stored)
     assert open_model(llm).dtype == open_model(llm, dtype="auto").dtype == getattr(torch, opened)
     assert open_model(llm, run=False).dtype == getattr(torch, stored)  # a model that is only written
+
+
+@pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_bf16", "bf16"])  # the last is that of ARM
+def test_a_cpu_may_have_bfloat16_in_several_ways(monkeypatch, instructions):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: True, "architecture": "any"})
+    assert has_fast_bf16()
 
 
 @pytest.mark.parametrize("with_bf16", [True, False])

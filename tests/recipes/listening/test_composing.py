@@ -5,6 +5,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -156,12 +157,26 @@ def test_a_decoder_of_other_sizes_is_left_or_refused(reading_whisper_dir, llm_di
         model, _ = compose(str(reading_whisper_dir), str(llm_dir), **settings)
         return model.model.projector.qformer.encoder.layer[0].crossattention.attention.key.weight
 
-    for sizes in ({"qformer_hidden": 48}, {"qformer_heads": 2}, {"qformer_ffn": 64}, {"qformer_layers": 4}):
+    for sizes, unlike in (
+        ({"qformer_hidden": 48, "qformer_ffn": 128}, "--qformer-hidden is 48, not 32"),
+        ({"qformer_heads": 2, "qformer_ffn": 64}, "--qformer-heads is 2, not 4; --qformer-ffn is 64, not 128"),
+        ({"qformer_layers": 4}, "--qformer-layers is 4, not at most 3"),
+    ):
         assert torch.equal(keys(**sizes), keys(**sizes, qformer_init="random"))
-        with pytest.raises(ValueError, match="Whisper's decoder 32, 4, 128 and 3: leave out --qformer-hidden"):
+        with pytest.raises(ValueError, match=f"cannot start from Whisper's decoder: {unlike}. Give it these sizes"):
             keys(**sizes, qformer_init="decoder")
     with pytest.raises(ValueError, match="qformer_init 'bert' is unknown; expected one of auto, decoder, random"):
         keys(qformer_init="bert")
+
+
+def test_a_decoder_without_weights_is_not_copied(reading_whisper_dir, llm_dir):
+    """transformers would fill it with random numbers, which no seed of ours decides."""
+    file = reading_whisper_dir / "model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if "decoder" not in name}, file, {"format": "pt"})
+    first, second = (compose(str(reading_whisper_dir), str(llm_dir))[0].state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(ValueError, match="--qformer-layers is 2, not at most 0"):
+        compose(str(reading_whisper_dir), str(llm_dir), qformer_init="decoder")
 
 
 def test_parts_that_do_not_fit_are_refused(compose_tiny, whisper_dir, llm_dir, tmp_path):
