@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 WINDOW_MODES = ("fixed", "proportional")
 AUDIO_PADDINGS = ("longest", "max_length")
+READING_EMBEDDINGS = ("text", "audio")
 
 _AUTO_MAP = {
     "AutoConfig": "configuration_lsm.LsmConfig",
@@ -112,6 +113,9 @@ class LsmConfig(PretrainedConfig):
             the padding; `"max_length"` pads with silence to Whisper's 30 s and attends to it, as in Whisper's training.
         pieces_per_token (`int`, defaults to 8): number of the LLM's word pieces that a speech token is composed of, see
             [`LsmReader`]. With 0, there is only a linear map, as in the paper and the original code.
+        reading_embeddings (`str`, defaults to `"text"`): the vectors of word pieces that speech is compared with:
+            `"text"`, the LLM's input embeddings, or `"audio"`, those made of Whisper's decoder's, see
+            [`reading_vectors`].
         non_text_token_ids (`list[int]`, *optional*): ids that no speech token is composed of: special tokens, and
             unused embeddings.
         projector_trained (`bool`, defaults to `False`): whether the projector was trained. If not, `recipes/sft.py`
@@ -144,6 +148,7 @@ class LsmConfig(PretrainedConfig):
         queries_per_window=1,
         audio_padding="longest",
         pieces_per_token=8,
+        reading_embeddings="text",
         non_text_token_ids=None,
         projector_trained=False,
         audio_token_id=None,
@@ -158,6 +163,11 @@ class LsmConfig(PretrainedConfig):
         if context_frames and window_mode != "fixed":
             raise ValueError(f"`context_frames` {context_frames} needs windows of a fixed length; set it to 0.")
         _validate_count("pieces_per_token", pieces_per_token)
+        if reading_embeddings not in READING_EMBEDDINGS[: 1 if pieces_per_token == 0 else 2]:
+            raise ValueError(
+                f"`reading_embeddings` must be one of {READING_EMBEDDINGS}, and 'text' if `pieces_per_token` is 0, got "
+                f"{reading_embeddings!r}."
+            )
         self.audio_config = _sub_config("audio_config", audio_config, "whisper")
         qformer_defaults = {
             "num_hidden_layers": 2,
@@ -174,6 +184,7 @@ class LsmConfig(PretrainedConfig):
         self.queries_per_window = queries_per_window
         self.audio_padding = audio_padding
         self.pieces_per_token = pieces_per_token
+        self.reading_embeddings = reading_embeddings
         self.non_text_token_ids = list(non_text_token_ids or ())
         self.projector_trained = projector_trained
         self.audio_token_id = audio_token_id
@@ -194,6 +205,11 @@ class LsmConfig(PretrainedConfig):
         # `register_for_auto_class` saves only one auto class.
         kwargs["auto_map"] = kwargs.get("auto_map") or dict(_AUTO_MAP)
         super().__init__(**kwargs)
+
+    @property
+    def reading_size(self) -> int:
+        """Width of the projector's linear map: of the vectors that speech is compared with."""
+        return self.audio_config.d_model if self.reading_embeddings == "audio" else self.text_config.hidden_size
 
     @property
     def windowing(self) -> dict:

@@ -5,7 +5,9 @@ Architecture: "Self-Powered LLM Modality Expansion for Large Speech-Text Models"
 
 import contextlib
 import copy
+import functools
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +20,15 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
+    AutoTokenizer,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     WhisperModel,
 )
 from transformers import initialization as init
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention
@@ -42,7 +47,7 @@ logger = logging.get_logger(__name__)
 BLANK_BIAS, READING_SCALE = 3.0, 10.0
 VOCABULARY_CHUNK = 16_384  # embeddings that are compared with speech at the same time
 # Prefixes of the names of the weights that come from another checkpoint.
-PARTS = {"audio": ("model.audio_tower.",), "text": ("model.language_model.", "lm_head.")}
+PARTS = {"audio": ("model.audio_tower.", "model.reading_embeddings."), "text": ("model.language_model.", "lm_head.")}
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 SAMPLE = 256  # number of values of a weight in its hash
 AUDIO_INPUTS = ("input_features", "input_features_mask", "audio_hidden_states", "audio_embeds")
@@ -93,7 +98,19 @@ class LsmPreTrainedModel(PreTrainedModel):
             init.constant_(module.scale, READING_SCALE)
 
 
-class LsmAudioTower(WhisperEncoder):
+class Frozen(nn.Module):
+    """A module that never learns: `from_pretrained` enables gradients, and then calls `eval()`."""
+
+    def train(self, mode: bool = True):
+        self.requires_grad_(False)
+        return super().train(False)
+
+
+class LsmReadingEmbeddings(Frozen, nn.Embedding):
+    """A vector of each of the LLM's word pieces, made by [`reading_vectors`]."""
+
+
+class LsmAudioTower(Frozen, WhisperEncoder):
     """Whisper's encoder for clips of up to 30 s, always frozen and in eval mode.
 
     The parameters have the names of `WhisperEncoder`. The output for a clip does not depend on other clips in the batch
@@ -104,10 +121,6 @@ class LsmAudioTower(WhisperEncoder):
     def __init__(self, config):
         super().__init__(config)
         self.eval()
-
-    def train(self, mode: bool = True):
-        self.requires_grad_(False)  # `from_pretrained` enables gradients and then calls `eval()`
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
@@ -203,16 +216,17 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
 
 
 class LsmReader(nn.Module):
-    """Reads speech tokens as word pieces, by their cosines with the LLM's input embeddings, times a learned scale.
+    """Reads speech tokens as word pieces, by their cosines with a vector of each piece, times a learned scale.
 
-    A token without a word piece is read as the blank of CTC (Graves et al., 2006), a learned vector with a bias. The
-    lengths of embeddings have no effect, so scaled ones (Gemma) need no special treatment.
+    The vectors are the LLM's input embeddings, or [`LsmReadingEmbeddings`]. A token without a word piece is read as the
+    blank of CTC (Graves et al., 2006), a learned vector with a bias. The lengths of vectors have no effect, so scaled
+    embeddings (Gemma) need no special treatment.
     """
 
     def __init__(self, config: LsmConfig):
         super().__init__()
         self.config = config
-        self.blank = nn.Parameter(torch.empty(config.text_config.hidden_size))
+        self.blank = nn.Parameter(torch.empty(config.reading_size))
         self.blank_bias = nn.Parameter(torch.empty(1))  # not scalars, which FSDP2 cannot shard
         self.scale = nn.Parameter(torch.empty(1))
 
@@ -221,8 +235,8 @@ class LsmReader(nn.Module):
 
         Args:
             speech: `(tokens, hidden)` float, output of the projector's linear map.
-            pieces: embeddings of the word pieces to choose from, `(pieces, hidden)` float, or
-                `(tokens, pieces, hidden)` if each token has its own.
+            pieces: vectors of the word pieces to choose from, `(pieces, hidden)` float, or `(tokens, pieces, hidden)`
+                if each token has its own.
 
         Returns:
             `(tokens, 1 + pieces)` float32 (float64 for a model in float64); the blank comes first.
@@ -235,26 +249,30 @@ class LsmReader(nn.Module):
         bias = nn.functional.pad(self.blank_bias.to(dtype), (0, cosines.shape[-1]))
         return self.scale.to(dtype) * torch.cat([blank[:, None], cosines], -1) + bias
 
-    def forward(self, speech: torch.Tensor, embeddings: Callable, num_tokens: list[int]) -> torch.Tensor:
+    def forward(
+        self, speech: torch.Tensor, vectors: Callable, embeddings: Callable, num_tokens: list[int]
+    ) -> torch.Tensor:
         """Express speech in the LLM's input embeddings, as LegoSLM does (arXiv 2505.11352).
 
-        A speech token becomes the mean of its `pieces_per_token` nearest embeddings, weighted by their probabilities. A
-        blank, or a repetition of the token before, becomes zeros, which disturb an LLM less than any text-like vector
-        (`docs/real.md`). In each chunk, the words come before the blanks, so that the LLM gets them next to each other,
-        as in a text.
+        A speech token becomes the mean of the embeddings of its `pieces_per_token` nearest pieces, weighted by their
+        probabilities. A blank, or a repetition of the token before, becomes zeros, which disturb an LLM less than any
+        text-like vector (`docs/real.md`). In each chunk, the words come before the blanks, so that the LLM gets them
+        next to each other, as in a text.
 
         Args:
-            speech: `(total_tokens, hidden)` float.
-            embeddings: function from ids to the LLM's embeddings. The weights themselves may be offloaded or sharded
-                until their module is called, and accelerate would move a module.
+            speech: `(total_tokens, reading_size)` float.
+            vectors: function from ids to the vectors that speech is compared with. The weights themselves may be
+                offloaded or sharded until their module is called, and accelerate would move a module.
+            embeddings: function from ids to the LLM's embeddings.
             num_tokens: number of speech tokens of each chunk.
 
         Returns:
             `(total_tokens, hidden)`.
         """
-        ids = self._search(speech, embeddings)
-        pieces = embeddings(ids).to(speech)  # dtype and device: with a device map, the LLM may be elsewhere
-        probabilities = self.logits(speech, pieces).softmax(-1)
+        ids = self._search(speech, vectors)
+        # To the speech's dtype and device, because with a device map, the LLM may be elsewhere.
+        probabilities = self.logits(speech, vectors(ids).to(speech)).softmax(-1)
+        pieces = embeddings(ids).to(speech)
         chunk = torch.arange(len(num_tokens)).repeat_interleave(torch.tensor(num_tokens)).to(speech.device)
         best = probabilities.argmax(-1, keepdim=True)
         read = torch.cat([ids.new_full((len(ids), 1), -1), ids], 1).gather(1, best)[:, 0]
@@ -266,13 +284,17 @@ class LsmReader(nn.Module):
         return words[(2 * chunk + is_blank).argsort(stable=True)].to(speech.dtype)
 
     @torch.no_grad()
-    def _search(self, speech: torch.Tensor, embeddings: Callable) -> torch.Tensor:
-        """Return the ids `(tokens, pieces_per_token)` of the embeddings with the largest cosines with each token."""
-        speech, device = nn.functional.normalize(speech, dim=-1), speech.device
+    def _search(self, speech: torch.Tensor, vectors: Callable) -> torch.Tensor:
+        """Return the ids `(tokens, pieces_per_token)` of the vectors with the largest cosines with each token."""
+        # In float32, because bfloat16 does not tell apart cosines that differ by 0.004.
+        speech, device = (
+            nn.functional.normalize(speech.to(torch.promote_types(speech.dtype, torch.float32)), dim=-1),
+            speech.device,
+        )
         never = torch.tensor(self.config.non_text_token_ids, dtype=torch.long, device=device)
         scores, ids = speech.new_empty(len(speech), 0), torch.empty(len(speech), 0, dtype=torch.long, device=device)
         for chunk in torch.arange(self.config.text_config.vocab_size, device=device).split(VOCABULARY_CHUNK):
-            cosines = speech @ nn.functional.normalize(embeddings(chunk).to(speech), dim=-1).T
+            cosines = speech @ nn.functional.normalize(vectors(chunk).to(speech), dim=-1).T
             cosines = cosines.masked_fill(torch.isin(chunk, never), -torch.inf)
             scores, ids = torch.cat([scores, cosines], 1), torch.cat([ids, chunk.expand(len(speech), -1)], 1)
             scores, kept = scores.topk(min(self.config.pieces_per_token, scores.shape[1]))
@@ -300,7 +322,7 @@ class LsmProjector(LsmPreTrainedModel):
         for layer in self.qformer.encoder.layer:
             if layer.has_cross_attention:
                 layer.crossattention.attention = LsmWindowAttention(self.qformer.config, is_cross_attention=True)
-        self.linear = nn.Linear(qformer_config.hidden_size, config.text_config.hidden_size)
+        self.linear = nn.Linear(qformer_config.hidden_size, config.reading_size)
         if config.pieces_per_token:
             self.reader = LsmReader(config)
         self.post_init()
@@ -339,14 +361,19 @@ class LsmProjector(LsmPreTrainedModel):
         return windows[real], mask[real].long()
 
     def forward(
-        self, hidden_states: torch.Tensor, encoder_frames: list[int], embeddings: Callable | None = None
+        self,
+        hidden_states: torch.Tensor,
+        encoder_frames: list[int],
+        vectors: Callable | None = None,
+        embeddings: Callable | None = None,
     ) -> torch.Tensor:
         """Return the speech embeddings `(total_tokens, hidden)` of all chunks, one chunk after the other.
 
         Args:
             hidden_states: `(chunks, frames, d_audio)` float.
             encoder_frames: number of real frames of each chunk.
-            embeddings: function from ids to the LLM's embeddings, for the reader; if None, the reader is not used.
+            vectors, embeddings: for the reader, see [`LsmReader.forward`]. If None, the output is what it would read,
+                `(total_tokens, reading_size)`.
         """
         windows, mask = self.cut_windows(hidden_states, encoder_frames)
         windows = self.layer_norm(windows.to(self.layer_norm.weight.dtype))
@@ -362,7 +389,7 @@ class LsmProjector(LsmPreTrainedModel):
         speech = self.linear(output.last_hidden_state).flatten(0, 1)
         if embeddings is None or not self.config.pieces_per_token:
             return speech
-        return self.reader(speech, embeddings, num_audio_tokens(encoder_frames, **self.config.windowing))
+        return self.reader(speech, vectors, embeddings, num_audio_tokens(encoder_frames, **self.config.windowing))
 
 
 class LsmModel(LsmPreTrainedModel):
@@ -371,6 +398,9 @@ class LsmModel(LsmPreTrainedModel):
     def __init__(self, config: LsmConfig):
         super().__init__(config)
         self.audio_tower = LsmAudioTower._from_config(config.audio_config)
+        if config.reading_embeddings == "audio":
+            vocabulary, width = config.text_config.vocab_size, config.reading_size
+            self.reading_embeddings = LsmReadingEmbeddings(vocabulary, width)
         self.projector = LsmProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -387,6 +417,11 @@ class LsmModel(LsmPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
+
+    def get_reading_embeddings(self) -> nn.Module:
+        """Return the module from the LLM's ids to the vectors that the reader compares speech with."""
+        own = self.config.reading_embeddings == "audio"
+        return self.reading_embeddings if own else self.get_input_embeddings()
 
     def get_audio_features(
         self,
@@ -417,7 +452,12 @@ class LsmModel(LsmPreTrainedModel):
         hidden_states, encoder_frames = self.encode_audio(input_features, input_features_mask, audio_hidden_states)
         return LsmAudioOutput(
             last_hidden_state=hidden_states,
-            pooler_output=self.projector(hidden_states, encoder_frames, self.get_input_embeddings().__call__),
+            pooler_output=self.projector(
+                hidden_states,
+                encoder_frames,
+                self.get_reading_embeddings().__call__,
+                self.get_input_embeddings().__call__,
+            ),
             num_tokens=torch.tensor(self._num_audio_tokens(encoder_frames)),
         )
 
@@ -596,6 +636,62 @@ def content_of(weights: Mapping[str, torch.Tensor], part: str, dtype: torch.dtyp
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
+def reading_vectors(
+    words: torch.Tensor, audio_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, config: LsmConfig
+) -> torch.Tensor:
+    """Return the reading embeddings of `reading_embeddings="audio"`: a vector of each of the LLM's word pieces, made of
+    the embeddings of Whisper's decoder, which are also its output matrix.
+
+    What Whisper's decoder reads from the encoder points to the words that are said, also to those that the training of
+    the projector does not have (`docs/real.md`). A piece that Whisper divides has, seen from the mean of all, the
+    direction of the sum and the mean length of its parts. A piece without text has zeros.
+
+    Args:
+        words: `(audio vocabulary, d_audio)` float, `WhisperModel.decoder.embed_tokens.weight`.
+        audio_tokenizer, tokenizer: the tokenizers of Whisper and of the LLM.
+        config: the LSM's configuration, of which `non_text_token_ids` and the number of embeddings are used.
+
+    Returns:
+        `(vocab_size, d_audio)` float64, because another order of summation should not change what is rounded to the
+        model's data type.
+    """
+    words, vocabulary = words.detach().cpu().double(), config.text_config.vocab_size
+    special = [id for id in audio_tokenizer.added_tokens_decoder if id < len(words)]
+    ordinary = torch.ones(len(words), dtype=torch.bool).index_fill_(0, torch.tensor(special, dtype=torch.long), False)
+    mean = words[ordinary].mean(0)
+    differences = words - mean
+
+    ids = torch.tensor(sorted(set(range(vocabulary)) - set(config.non_text_token_ids)))
+    parts = _divide(tokenizer.convert_ids_to_tokens(ids.tolist()), tokenizer, audio_tokenizer)
+    lengths = torch.tensor([len(part) for part in parts])
+    piece = ids.repeat_interleave(lengths)
+    said = differences[[id for part in parts for id in part]]
+    sums = torch.zeros(vocabulary, words.shape[1], dtype=words.dtype).index_add_(0, piece, said)
+    norms = torch.zeros(vocabulary, dtype=words.dtype).index_add_(0, piece, said.norm(dim=-1))
+    vectors = torch.zeros_like(sums)
+    ids, lengths = ids[lengths > 0], lengths[lengths > 0, None]
+    vectors[ids] = mean + nn.functional.normalize(sums[ids], dim=-1) * norms[ids, None] / lengths
+    return vectors
+
+
+def _divide(tokens: list[str], tokenizer, audio_tokenizer) -> list[list[int]]:
+    """Return the ids of Whisper's word pieces that have the text of each token of the LLM."""
+    characters = bytes_to_unicode()
+    codes = {character: byte for byte, character in characters.items()}
+    # A decoder for whole sentences would drop sentencepiece's first space.
+    texts = [
+        token.replace("\u2581", " ") if "\u2581" in token else tokenizer.convert_tokens_to_string([token])
+        for token in tokens
+    ]
+    parts = audio_tokenizer(texts, add_special_tokens=False).input_ids
+    for place, (token, text) in enumerate(zip(tokens, texts, strict=True)):
+        if "\ufffd" in text:  # bytes that are only a part of a character
+            byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)  # as sentencepiece writes them
+            found = [int(byte[1], 16)] if byte else [codes[character] for character in token if character in codes]
+            parts[place] = audio_tokenizer.convert_tokens_to_ids([characters[code] for code in found])
+    return parts
+
+
 def _join(
     source, config: LsmConfig, replacements: Mapping[str, str | None], allow_other_weights: bool, place: Mapping
 ) -> dict[str, torch.Tensor]:
@@ -613,7 +709,9 @@ def _join(
     """
     hub = {name: value for name, value in place.items() if name in HUB_OPTIONS}
     weights = load_file(cached_file(source, SAFE_WEIGHTS_NAME, **place))
-    for part, load in {"audio": _load_tower, "text": _load_llm}.items():
+    load_audio = functools.partial(_load_audio, load_tokenizer=lambda: AutoTokenizer.from_pretrained(source, **place))
+    loads: dict[str, Callable] = {"audio": load_audio, "text": _load_llm}
+    for part, load in loads.items():
         origin = config.sources[part]
         name, revision = replacements[part], None
         try:
@@ -650,10 +748,18 @@ def _folder_near(source, name: str) -> Path:
     return existing[0]
 
 
-def _load_tower(source: str, config: LsmConfig, options: dict) -> dict[str, torch.Tensor]:
+def _load_audio(source: str, config: LsmConfig, options: dict, load_tokenizer: Callable) -> dict[str, torch.Tensor]:
     whisper, loaded = WhisperModel.from_pretrained(source, dtype="auto", output_loading_info=True, **options)
-    _refuse_missing(source, [name for name in loaded["missing_keys"] if name.startswith("encoder.")])
-    return {PARTS["audio"][0] + name: value for name, value in whisper.encoder.state_dict().items()}
+    reads_with_words = config.reading_embeddings == "audio"
+    needed = ("encoder.", "decoder.embed_tokens.") if reads_with_words else "encoder."
+    _refuse_missing(source, [name for name in loaded["missing_keys"] if name.startswith(needed)])
+    tower, reading = PARTS["audio"]
+    weights = {tower + name: value for name, value in whisper.encoder.state_dict().items()}
+    if reads_with_words:
+        words = whisper.decoder.embed_tokens.weight.to(config.dtype or torch.float32)
+        audio_tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        weights[f"{reading}weight"] = reading_vectors(words, audio_tokenizer, load_tokenizer(), config)
+    return weights
 
 
 def _load_llm(source: str, config: LsmConfig, options: dict) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Align an LSM's projector with its LLM's embeddings. After that, the LSM can already answer questions about speech.
+"""Align an LSM's projector with its LLM's words. After that, the LSM can already answer questions about speech.
 
     # On the clips of a self-powered set, or of an ASR corpus, which has no responses
     python -m recipes.align --model_name_or_path checkpoints/base --dataset_name data/self_powered \
@@ -9,9 +9,9 @@
     # The output can be used for chat, or trained further by `recipes.sft`.
     python -m recipes.chat --model checkpoints/aligned --audio clip.wav
 
-The projector learns the transcript's word pieces with CTC on the LLM's input embeddings
-(`recipes/training/alignment.py`), without running the LLM. `recipes.sft --align_steps 3000` does alignment and training
-in one command. To resume an interrupted alignment, run the same command again.
+The projector learns to read the transcript's word pieces, with CTC (`recipes/training/alignment.py`), without running
+the LLM. `recipes.sft --align_steps 3000` does alignment and training in one command. To resume an interrupted
+alignment, run the same command again.
 """
 
 import logging

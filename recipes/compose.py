@@ -10,7 +10,7 @@ import argparse
 import logging
 
 from language_models.tokenizers import parse_template_settings
-from recipes.listening.composing import QFORMER_INITS, compose
+from recipes.listening.composing import QFORMER_INITS, READING_EMBEDDINGS, compose
 
 
 def main() -> None:
@@ -40,6 +40,13 @@ def main() -> None:
         type=int,
         default=8,
         help="number of word pieces whose embeddings are averaged for a speech token; 0 leaves the reader out",
+    )
+    parser.add_argument(
+        "--reading-embeddings",
+        default="auto",
+        choices=READING_EMBEDDINGS,
+        help="vectors of word pieces that speech is compared with: audio: those of Whisper's decoder; text: the LLM's; "
+        "auto: audio if the Whisper checkpoint has a decoder and a tokenizer",
     )
     parser.add_argument("--qformer-layers", type=int, default=2, help="layers of the Q-Former")
     parser.add_argument("--qformer-hidden", type=int, help="hidden size of the Q-Former; that of Whisper by default")

@@ -69,6 +69,18 @@ def whisper_dir(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def reading_whisper_dir(whisper_dir, tmp_path) -> Path:
+    """A Whisper with a tokenizer, and a decoder that has the sizes of a Q-Former of two layers."""
+    folder = tmp_path / "reading-whisper"
+    sizes = {"decoder_layers": 3, "decoder_ffn_dim": 128, "decoder_attention_heads": 4, "vocab_size": 300}
+    torch.manual_seed(1)
+    WhisperModel(WhisperConfig.from_pretrained(whisper_dir, **sizes, init_std=0.2)).save_pretrained(folder)
+    WhisperFeatureExtractor.from_pretrained(whisper_dir).save_pretrained(folder)
+    tiny_tokenizer("and is what says the ear hears speech").save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def llm_dir(tmp_path_factory) -> Path:
     """A Llama of width 48 with grouped queries, an untied head and a chat template."""

@@ -53,10 +53,18 @@ def equal(one: LsmForConditionalGeneration, other: LsmForConditionalGeneration) 
     return mine.keys() == theirs.keys() and all(same)
 
 
+@pytest.fixture(params=["LLM's words", "Whisper's words"])
+def any_parts(request, parts, reading_whisper_dir):
+    """Parts of an LSM that compares speech with the embeddings of its LLM, or of its Whisper's decoder."""
+    if request.param == "LLM's words":
+        return parts
+    return {**parts, "audio": str(shutil.move(reading_whisper_dir, Path(parts["audio"]).parent))}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_projector_is_saved_alone_and_joined_to_the_same_model(parts, tmp_path, dtype):
-    model = save(parts, tmp_path / "parts" / "ears", dtype=dtype)
+def test_a_projector_is_saved_alone_and_joined_to_the_same_model(any_parts, tmp_path, dtype):
+    model = save(any_parts, tmp_path / "parts" / "ears", dtype=dtype)
     processor = load_processor(tmp_path / "parts" / "ears")
     weights = load_file(tmp_path / "parts" / "ears" / "model.safetensors")
     assert weights and all(name.startswith("model.projector.") for name in weights)

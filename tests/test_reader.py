@@ -49,7 +49,7 @@ def test_what_is_like_an_embedding_is_read_as_its_piece_whatever_the_lengths():
 
 def test_words_become_the_llms_embeddings_and_blanks_say_nothing(embeddings):
     reader, said = make_reader(), near(embeddings.weight[[3, 9, 5]])
-    found = reader(torch.cat([said, near(reader.blank[None], 2.0)]), embeddings, [4])
+    found = reader(torch.cat([said, near(reader.blank[None], 2.0)]), embeddings, embeddings, [4])
     torch.testing.assert_close(found[:3], embeddings.weight[[3, 9, 5]], atol=0.05, rtol=0)
     assert not found[3].any()
 
@@ -58,12 +58,16 @@ def test_a_piece_that_the_token_before_has_too_is_said_once(embeddings):
     """As CTC decodes: it was heard in two windows. With a blank between, it was said twice, and so in another chunk."""
     reader = make_reader()
     heard = near(embeddings.weight[[3, 3, 3, 9]])
-    output = reader(heard, embeddings, [4])
+    output = reader(heard, embeddings, embeddings, [4])
     torch.testing.assert_close(output[:2], embeddings.weight[[3, 9]], atol=0.05, rtol=0)
     assert not output[2:].any()
     twice = torch.cat([heard[:1], near(reader.blank[None]), heard[:1]])
-    torch.testing.assert_close(reader(twice, embeddings, [3])[:2], embeddings.weight[[3, 3]], atol=0.05, rtol=0)
-    torch.testing.assert_close(reader(heard[:2], embeddings, [1, 1]), embeddings.weight[[3, 3]], atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        reader(twice, embeddings, embeddings, [3])[:2], embeddings.weight[[3, 3]], atol=0.05, rtol=0
+    )
+    torch.testing.assert_close(
+        reader(heard[:2], embeddings, embeddings, [1, 1]), embeddings.weight[[3, 3]], atol=0.05, rtol=0
+    )
 
 
 def test_what_is_more_likely_a_blank_says_nothing_of_its_words(embeddings):
@@ -71,16 +75,18 @@ def test_what_is_more_likely_a_blank_says_nothing_of_its_words(embeddings):
     unsure = torch.nn.functional.normalize(0.8 * near(reader.blank) + 0.6 * near(embeddings.weight[3]), dim=0)[None]
     pieces = embeddings(reader._search(unsure, embeddings))
     assert 0.5 < reader.logits(unsure, pieces).softmax(-1)[0, 0] < 1
-    assert not reader(unsure, embeddings, [1]).any()
+    assert not reader(unsure, embeddings, embeddings, [1]).any()
 
 
 def test_the_words_of_each_chunk_come_first_in_their_order(embeddings):
     reader = make_reader()
     word, blank = near(embeddings.weight[[3, 9, 5, 4]]), near(reader.blank.expand(3, -1))
     time = torch.stack([blank[0], word[0], blank[1], word[1], word[2], blank[2], word[3]])
-    found = reader(time, embeddings, [4, 3])
+    found = reader(time, embeddings, embeddings, [4, 3])
     order = [1, 3, 0, 2, 4, 6, 5]
-    torch.testing.assert_close(found, torch.cat([reader(token[None], embeddings, [1]) for token in time[order]]))
+    torch.testing.assert_close(
+        found, torch.cat([reader(token[None], embeddings, embeddings, [1]) for token in time[order]])
+    )
 
 
 def test_speech_is_never_read_as_what_is_no_text(embeddings):
@@ -107,7 +113,7 @@ def test_the_scaling_of_embeddings_is_in_the_words():
             return super().forward(ids) * 5
 
     reader, embeddings = make_reader(), Scaled(VOCABULARY, WIDTH)
-    found = reader(near(embeddings.weight[[3]]), embeddings, [1])
+    found = reader(near(embeddings.weight[[3]]), embeddings, embeddings, [1])
     torch.testing.assert_close(found, 5 * embeddings.weight[[3]], atol=0.25, rtol=0)
 
 

@@ -11,11 +11,14 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperModel,
 )
+from transformers.utils import cached_file
 
 from configuration_lsm import LsmConfig
 from dataset_builders.files import partial_of
@@ -23,15 +26,19 @@ from language_models.checkpoints import adapter_of, load_config, open_model, ref
 from language_models.generation import generation_settings
 from language_models.identity import identify
 from language_models.tokenizers import load_tokenizer, make_room, non_text_token_ids, speech_processor
-from modeling_lsm import LsmForConditionalGeneration, LsmProjector, content_of
+from modeling_lsm import LsmForConditionalGeneration, LsmProjector, content_of, reading_vectors
 from processing_lsm import LsmProcessor
 from recipes.reporting.model_card import write_base_card
 
 logger = logging.getLogger(__name__)
 
+READING_EMBEDDINGS = ("auto", "audio", "text")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 QFORMER_INITS = ("auto", "decoder", "random")
 QUERY_SCALE = 0.2  # of the query, to which a layer that starts from the decoder adds what it reads from the speech
-READING_MARGIN = 6.0  # nats by which a piece that is met exactly exceeds all others together
+BLANK_SCALE = 0.3  # standard deviation of the blank around the mean of Whisper's words, in terms of theirs
+# Nats by which a piece that is met exactly exceeds all others together, by `reading_embeddings`.
+READING_MARGINS = {"text": 6.0, "audio": 1.0}
 
 
 def compose(
@@ -45,6 +52,7 @@ def compose(
     queries_per_window: int = 1,
     audio_padding: str = "longest",
     pieces_per_token: int = 8,
+    reading_embeddings: str = "auto",
     qformer_layers: int = 2,
     qformer_hidden: int | None = None,
     qformer_heads: int | None = None,
@@ -67,6 +75,8 @@ def compose(
         output: folder for model, processor, code and card; None to save nothing. It appears once it can be loaded.
         window_frames, context_frames, window_mode, queries_per_window, audio_padding, pieces_per_token: as in
             [`LsmConfig`].
+        reading_embeddings: as in [`LsmConfig`]; `"auto"` is `"audio"` if the Whisper checkpoint has a decoder and a
+            tokenizer.
         qformer_layers: number of layers of the Q-Former.
         qformer_hidden, qformer_heads: hidden size and attention heads of the Q-Former; those of Whisper if None.
         qformer_ffn: width of the Q-Former's feed-forward layers, four times its hidden size if None.
@@ -85,9 +95,14 @@ def compose(
         raise ValueError(
             f"an LSM without weights cannot be saved to {output}; leave out `output`, or set `weights=True`."
         )
-    if qformer_init not in QFORMER_INITS:
-        raise ValueError(f"qformer_init {qformer_init!r} is unknown; expected one of {', '.join(QFORMER_INITS)}.")
+    for name, value, known in (
+        ("qformer_init", qformer_init, QFORMER_INITS),
+        ("reading_embeddings", reading_embeddings, READING_EMBEDDINGS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is unknown; expected one of {', '.join(known)}.")
     whisper, feature_extractor, llm, tokenizer = _load(audio, text, dtype, weights)
+    audio_tokenizer = _audio_tokenizer(audio, whisper, reading_embeddings) if pieces_per_token else None
     qformer_hidden = qformer_hidden or whisper.config.d_model
     qformer_heads = qformer_heads or whisper.config.decoder_attention_heads
     with torch.random.fork_rng(devices=[]):
@@ -108,15 +123,19 @@ def compose(
             queries_per_window=queries_per_window,
             audio_padding=audio_padding,
             pieces_per_token=pieces_per_token,
+            reading_embeddings="text" if audio_tokenizer is None else "audio",
             non_text_token_ids=non_text_token_ids(tokenizer, llm.get_input_embeddings().weight.shape[0]),
             audio_token_id=audio_token_id,
             lm_head_bias=llm.get_output_embeddings().bias is not None,
         )
         model = _assemble(config, whisper, llm)
+    if weights and audio_tokenizer is not None:
+        vectors = reading_vectors(whisper.decoder.embed_tokens.weight, audio_tokenizer, tokenizer, config)
+        model.model.reading_embeddings.load_state_dict({"weight": vectors.to(model.dtype)}, assign=True)
     if weights and qformer_init != "random":
-        start_from_decoder(model.model.projector.qformer, whisper.decoder, required=qformer_init == "decoder")
+        start_from_decoder(model.model.projector, whisper, required=qformer_init == "decoder")
     if weights and pieces_per_token:
-        set_reading_scale(model)
+        start_reader(model)
 
     processor = speech_processor(
         feature_extractor,
@@ -140,18 +159,20 @@ def compose(
 
 
 @torch.no_grad()
-def start_from_decoder(qformer: PreTrainedModel, decoder: PreTrainedModel, required: bool) -> None:
+def start_from_decoder(projector: LsmProjector, whisper: WhisperModel, required: bool) -> None:
     """Start the Q-Former from the last layers of Whisper's decoder, which has learned on far more speech than an
     alignment has what the encoder's frames say (`docs/real.md`).
 
     A layer of both attends to the encoder and has a feed-forward network. The keys, values and outputs of that
     attention, the network and the norm before it are copied. The decoder's queries and its attention to its own text
     ask for the next word after those before, which a window does not know: queries stay random, and self-attention
-    starts as zero.
+    starts as zero. The norm of the frames starts as nearly no change of the encoder's output, and if speech is compared
+    with Whisper's words, the linear map starts as the decoder's last norm without its division.
 
     Raises:
         ValueError: `required`, and the decoder has other sizes or too few layers with weights.
     """
+    qformer, decoder = projector.qformer, whisper.decoder
     ours, theirs, layers = qformer.config, decoder.config, qformer.encoder.layer
     sizes = {
         "--qformer-hidden": (ours.hidden_size, theirs.d_model),
@@ -187,23 +208,31 @@ def start_from_decoder(qformer: PreTrainedModel, decoder: PreTrainedModel, requi
         layer.attention.output.dense.weight.zero_()
         layer.attention.output.dense.bias.zero_()
         layer.attention.output.LayerNorm.weight.fill_(QUERY_SCALE)
+    last = whisper.encoder.layer_norm
+    projector.layer_norm.weight.fill_((last.weight.float().square().mean() + last.bias.float().var()).sqrt())
+    if projector.config.reading_embeddings == "audio":
+        projector.linear.weight.copy_(torch.diag(decoder.layer_norm.weight))
+        projector.linear.bias.copy_(decoder.layer_norm.bias)
 
 
 @torch.no_grad()
-def set_reading_scale(model: LsmForConditionalGeneration) -> None:
-    """Set the scale of the reader's cosines so that a speech token in the direction of a word piece is read as it.
+def start_reader(model: LsmForConditionalGeneration) -> None:
+    """Set the scale of the reader's cosines so that a speech token in the direction of a word piece is read as it, and
+    the blank so that it is like any piece.
 
     With a scale s, that piece has the logit s, and the V others together have about ln V + s c, if c is the mean cosine
     of two pieces. The scale hardly changes at the learning rates of a projector: with 10, the right one of SmolLM2's
     49,000 pieces, whose mean cosine is 0.44, could never become likely.
     """
-    embeddings = model.get_input_embeddings().weight.float()
-    text = torch.ones(len(embeddings), dtype=torch.bool)
+    vectors, reader = model.model.get_reading_embeddings().weight.float(), model.model.projector.reader
+    text = torch.ones(len(vectors), dtype=torch.bool)
     text[model.config.non_text_token_ids] = False
-    directions = torch.nn.functional.normalize(embeddings[text], dim=-1)
+    directions = torch.nn.functional.normalize(vectors[text], dim=-1)
     pieces = len(directions)
     cosine = (float(directions.sum(0).square().sum()) - pieces) / (pieces * (pieces - 1))
-    model.model.projector.reader.scale.fill_((math.log(pieces) + READING_MARGIN) / (1 - cosine))
+    reader.scale.fill_((math.log(pieces) + READING_MARGINS[model.config.reading_embeddings]) / (1 - cosine))
+    if model.config.reading_embeddings == "audio":  # the blank is random, and pieces are in one half of the space
+        reader.blank.mul_(BLANK_SCALE * vectors[text].std(0)).add_(vectors[text].mean(0))
 
 
 @contextlib.contextmanager
@@ -234,8 +263,11 @@ def _load(audio: str, text: str, dtype: str | torch.dtype, weights: bool) -> tup
         llm = open_model(text, dtype=dtype, run=False, generation_config=settings)
         whisper, loaded = WhisperModel.from_pretrained(audio, dtype=llm.dtype, output_loading_info=True)
         refuse_missing(audio, {key for key in loaded["missing_keys"] if key.startswith("encoder.")})
+        # transformers makes what is missing of random numbers.
         if any(key.startswith("decoder.layers.") for key in loaded["missing_keys"]):
-            del whisper.decoder.layers[:]  # transformers made them of random numbers
+            del whisper.decoder.layers[:]
+        if "decoder.embed_tokens.weight" in loaded["missing_keys"]:
+            whisper.decoder.embed_tokens = None
     else:
         with torch.device("meta"):
             llm = AutoModelForCausalLM.from_config(text_config, **({} if dtype == "auto" else {"dtype": dtype}))
@@ -251,6 +283,24 @@ def _sources(model: LsmForConditionalGeneration, **checkpoints: str) -> dict[str
     return {
         part: {**identify(name), "content": content_of(state, part, model.dtype)} for part, name in checkpoints.items()
     }
+
+
+def _audio_tokenizer(audio: str, whisper: WhisperModel, reading_embeddings: str) -> PreTrainedTokenizerBase | None:
+    """Return Whisper's tokenizer if speech is compared with Whisper's words, otherwise None.
+
+    Raises:
+        ValueError: it should be, but the checkpoint has no tokenizer or no decoder.
+    """
+    if reading_embeddings == "text":
+        return None
+    files = [cached_file(audio, name, _raise_exceptions_for_missing_entries=False) for name in TOKENIZER_FILES]
+    lacking = ["a tokenizer"] * (not any(files)) + ["a decoder"] * (whisper.decoder.embed_tokens is None)
+    if not lacking:
+        return AutoTokenizer.from_pretrained(audio)
+    if reading_embeddings == "audio":
+        raise ValueError(f"{audio} has not {' and '.join(lacking)}, which --reading-embeddings audio needs; give text.")
+    logger.info("speech is compared with the LLM's embeddings, because %s has not %s", audio, " and ".join(lacking))
+    return None
 
 
 def _check_llm(text: str, config) -> None:

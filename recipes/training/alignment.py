@@ -1,7 +1,7 @@
-"""Alignment: the projector learns to express the transcript in the LLM's own input embeddings.
+"""Alignment: the projector learns to read the transcript as the LLM's own word pieces.
 
 The loss is CTC (Graves et al., 2006) over the word pieces of the transcript. Each speech token is compared, by cosines,
-with the LLM's embeddings of the pieces; only the blank is new. Speech then lies close to text, and the LLM learns to
+with the reading embeddings of the pieces; only the blank is new. Speech then lies close to text, and the LLM learns to
 listen in a fraction of the steps. The LLM itself is not run, so a step is cheap enough for one CPU core.
 """
 
@@ -38,8 +38,11 @@ from recipes.training.order import EpochSampler
 logger = logging.getLogger(__name__)
 
 FOLDER = "alignment"  # subfolder of the training's folder
+NEAR_PIECES = 6  # for each of the batch's own
 OTHER_PIECES = 1500  # pieces in a step besides the batch's own; the whole vocabulary would cost many times as much
 STEPS, WARMUP_STEPS = 3000, 100
+# By `reading_embeddings`. Larger steps lose what Whisper's decoder knows of words that the training does not have.
+LEARNING_RATES = {"text": 1e-3, "audio": 3e-4}
 MARK = "\ue000"  # a character for private use, which no transcript has
 BLANK = 0
 
@@ -79,9 +82,9 @@ class AlignmentModel(nn.Module):
         speech = self.projector(states, frames)
         counts = torch.tensor(num_audio_tokens(frames, **self.lsm.config.windowing))
         lengths = torch.stack([clip.sum() for clip in counts.split(chunks.tolist())])
-        embeddings = self.lsm.get_input_embeddings().weight
-        pieces = embeddings[pieces.to(embeddings.device)].detach()
-        return self.projector.reader.logits(speech, pieces).log_softmax(-1), lengths
+        vectors = self.lsm.model.get_reading_embeddings().weight
+        vectors = vectors[pieces.to(vectors.device)].detach()
+        return self.projector.reader.logits(speech, vectors).log_softmax(-1), lengths
 
     def forward(
         self,
@@ -237,21 +240,27 @@ class AlignmentCollator(SpeechResponseCollator):
 
     Args:
         weights: `(vocabulary,)` float, for drawing ids besides the batch's own; see [`piece_weights`].
+        near: `(vocabulary, n)` int64, ids that are to be told apart from each of the batch's own; see [`near_pieces`].
         others: number of ids to draw. The draw depends only on the batch, so that a resumed training draws the same.
     """
 
     weights: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    near: torch.Tensor | None = None
     others: int = OTHER_PIECES
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         audio, num_samples = self._audio(rows)
         pieces = torch.tensor([id for row in rows for id in row["pieces"]])
         own, labels = pieces.unique(return_inverse=True)
+        others = self._draw(own, zlib.crc32(pieces.numpy().tobytes()))
+        if self.near is not None:
+            others = torch.cat([others, self.near[own].flatten()]).unique()
+            others = others[~torch.isin(others, own)]
         return {
             "labels": labels + 1,
             "label_lengths": torch.tensor([len(row["pieces"]) for row in rows]),
             "chunks": torch.tensor([len(self.processor.chunk_lengths(samples)) for samples in num_samples]),
-            "pieces": torch.cat([own, self._draw(own, zlib.crc32(pieces.numpy().tobytes()))]),
+            "pieces": torch.cat([own, others]),
             **audio,
         }
 
@@ -377,6 +386,21 @@ def piece_weights(rows: Dataset, pieces: torch.Tensor, vocabulary: int) -> torch
     return weights
 
 
+@torch.no_grad()
+def near_pieces(rows: Dataset, pieces: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Return the ids of `pieces` whose vectors are nearest to that of each id, `(vocabulary, 1 + NEAR_PIECES)` int64,
+    with itself among them; for ids that do not occur in `rows`, itself alone. Other spellings of a word, with a capital
+    or without a space, are near, and a draw from all pieces hardly ever has them."""
+    vectors = vectors.detach().float()
+    vectors = nn.functional.normalize(vectors - vectors[pieces].mean(0), dim=-1)
+    count = min(1 + NEAR_PIECES, len(pieces))
+    near = torch.arange(len(vectors))[:, None].repeat(1, count)
+    occurring = {id for clip in rows["pieces"] for id in clip}
+    for ids in torch.tensor(sorted(occurring)).split(1024):
+        near[ids] = pieces[(vectors[ids] @ vectors[pieces].T).topk(count).indices.cpu()]
+    return near
+
+
 def needs_alignment(model: LsmForConditionalGeneration, args) -> bool:
     """Return whether a training begins with the alignment. If `args.align_steps` is None, it is set here.
 
@@ -431,6 +455,8 @@ def align(
     Raises:
         ValueError: no clip can be aligned, or the folder holds an alignment with other settings.
     """
+    if args.align_learning_rate is None:
+        args.align_learning_rate = LEARNING_RATES[model.config.reading_embeddings]
     settings = alignment_arguments(args)
     resume = "false" if (args.resume_from_checkpoint or "").lower() == "false" else None
     embeddings = model.get_input_embeddings().weight.shape[0]
@@ -439,7 +465,12 @@ def align(
     made_of = settings_of(settings) | (identity or {}) | clips
     checkpoint = find_checkpoint(settings.output_dir, made_of, resume, main_process)
     pieces = text_pieces(processor, embeddings)
-    collator = AlignmentCollator(processor, store, weights=piece_weights(rows, pieces, embeddings))
+    collator = AlignmentCollator(
+        processor,
+        store,
+        weights=piece_weights(rows, pieces, embeddings),
+        near=near_pieces(rows, pieces, model.model.get_reading_embeddings().weight),
+    )
     if model.device != settings.device:  # weights in 4 bits are already there and cannot be moved
         model.to(settings.device)
     aligned = AlignmentModel(model, pieces)

@@ -148,7 +148,11 @@ class LsmTrainingArguments(SFTConfig):
         help="Steps of the alignment before the training: the projector learns with CTC to read speech "
         "as the LLM's own word pieces. 0 for none; if unset, 3000 for a projector that was never trained.",
     )
-    align_learning_rate: float = HfArg(default=1e-3, help="Learning rate of the alignment.")
+    align_learning_rate: float | None = HfArg(
+        default=None,
+        help="Learning rate of the alignment; if unset, 1e-3, or 3e-4 for an LSM that reads with the words of "
+        "Whisper's decoder, from which its projector starts.",
+    )
     align_batch_size: int = HfArg(default=16, help="Clips on each device in a step of the alignment.")
     global_batch_size: int | None = HfArg(
         default=None, help="Rows of one step on all devices together; it sets `gradient_accumulation_steps`."

@@ -24,6 +24,12 @@ def count(module: nn.Module) -> int:
     return sum(packed * size for packed, size in sizes)
 
 
+def count_frozen_audio(model: LsmForConditionalGeneration) -> int:
+    """Return the number of weights of the audio tower and of the reading embeddings, which never learn."""
+    parts = model.model.named_children()
+    return sum(count(module) for name, module in parts if name not in ("projector", "language_model"))
+
+
 @dataclass(frozen=True)
 class Costs:
     """FLOPs of training a model, forward and backward pass together."""
@@ -54,8 +60,8 @@ class Costs:
         once = count(layers[0].attention) + count(readers[0].query)  # the same for all windows
         body = count(model.model.language_model) - count(model.get_input_embeddings())
         head = model.lm_head.in_features * model.lm_head.out_features
-        # The reader compares speech tokens with all embeddings, in the forward pass only.
-        search = 2 * text.vocab_size * text.hidden_size if model.config.pieces_per_token else 0
+        # The reader compares speech tokens with all word pieces, in the forward pass only.
+        search = 2 * text.vocab_size * model.config.reading_size if model.config.pieces_per_token else 0
         encoder = count(tower.layers) + count(tower.conv2) + 2 * count(tower.conv1)  # conv1 runs per mel frame
         return cls(
             frame=(0 if stored else 2 * encoder) + 6 * reads,

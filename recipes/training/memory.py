@@ -9,7 +9,7 @@ from accelerate import PartialState
 from configuration_lsm import LsmConfig
 from modeling_lsm import LsmForConditionalGeneration
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
-from recipes.training.costs import count
+from recipes.training.costs import count, count_frozen_audio
 from recipes.training.objectives import CHUNK
 
 GIB = 2**30
@@ -98,7 +98,7 @@ def _llm_weights(model: LsmForConditionalGeneration) -> int:
 def _weights(model: LsmForConditionalGeneration, mode: str, model_args) -> tuple[int, float]:
     """Return the number of weights that learn, and the bytes of the frozen weights."""
     llm, size = _llm_weights(model), BYTES[model_args.dtype]
-    learning, frozen = count(model.model.projector), count(model.model.audio_tower) * size
+    learning, frozen = count(model.model.projector), count_frozen_audio(model) * size
     if mode == "full":
         learning += llm
     elif mode == "qlora":

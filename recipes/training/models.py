@@ -223,6 +223,8 @@ def load_teacher(
 
 
 def drop_audio_modules(model: LsmForConditionalGeneration) -> LsmForConditionalGeneration:
-    """Remove audio tower and projector from a model, and freeze it."""
-    del model.model.audio_tower, model.model.projector
+    """Remove all but the LLM from a model, and freeze it."""
+    for name, _ in list(model.model.named_children()):
+        if name != "language_model":
+            delattr(model.model, name)
     return model.requires_grad_(False).eval()

@@ -23,7 +23,7 @@ from modeling_lsm import LsmForConditionalGeneration
 from recipes.listening.collator import SpeechResponseCollator, render_prompt, render_response
 from recipes.listening.composing import compose
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
-from recipes.training.costs import Costs, count
+from recipes.training.costs import Costs, count, count_frozen_audio
 from recipes.training.memory import Target, estimate
 from recipes.training.models import check_model, check_vocabulary, drop_audio_modules, prepare, update_template
 from recipes.training.rows import RowSizes, check_response_tasks, check_row, open_stream, refuse_foreign, task_names
@@ -107,7 +107,7 @@ class Preflight:
             distill=self.training_args.objective == "distill",
         )
         parts = {
-            "audio tower (frozen)": count(self.shapes.model.audio_tower),
+            "audio tower and its words (frozen)": count_frozen_audio(self.shapes),
             "projector (learns)": count(self.shapes.model.projector),
             f"LLM ({script_args.llm})": count(self.shapes.model.language_model) + count(self.shapes.lm_head),
         }

@@ -117,18 +117,6 @@ def test_the_llm_keeps_its_data_type_where_it_is_slow(compose_tiny, whisper_dir,
     assert compose_tiny(str(whisper_dir), str(tmp_path / "llm"))[0].dtype == torch.float16
 
 
-@pytest.fixture
-def reading_whisper_dir(whisper_dir, tmp_path):
-    """A Whisper with a decoder that has the sizes of a Q-Former of two layers."""
-    sizes = {"decoder_layers": 3, "decoder_ffn_dim": 128, "decoder_attention_heads": 4}
-    torch.manual_seed(1)
-    WhisperModel(WhisperConfig.from_pretrained(whisper_dir, **sizes, init_std=0.2)).save_pretrained(
-        tmp_path / "whisper"
-    )
-    WhisperFeatureExtractor.from_pretrained(whisper_dir).save_pretrained(tmp_path / "whisper")
-    return tmp_path / "whisper"
-
-
 def test_the_qformer_starts_from_the_last_layers_of_whispers_decoder(reading_whisper_dir, llm_dir):
     model, _ = compose(str(reading_whisper_dir), str(llm_dir))
     decoder, frames = WhisperModel.from_pretrained(reading_whisper_dir).decoder, torch.randn(5, 24, 32)
@@ -177,6 +165,38 @@ def test_a_decoder_without_weights_is_not_copied(reading_whisper_dir, llm_dir):
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(ValueError, match="--qformer-layers is 2, not at most 0"):
         compose(str(reading_whisper_dir), str(llm_dir), qformer_init="decoder")
+    with pytest.raises(ValueError, match="reading-whisper has not a decoder, which --reading-embeddings audio needs"):
+        compose(str(reading_whisper_dir), str(llm_dir), reading_embeddings="audio")
+
+
+def test_speech_is_compared_with_whispers_words_if_it_has_a_decoder_and_a_tokenizer(reading_whisper_dir, llm_dir):
+    def reading(**settings):
+        return compose(str(reading_whisper_dir), str(llm_dir), **settings)[0].config.reading_embeddings
+
+    assert (reading(), reading(weights=False), reading(reading_embeddings="audio")) == ("audio",) * 3
+    assert reading(reading_embeddings="text") == reading(pieces_per_token=0) == "text"
+    (reading_whisper_dir / "tokenizer.json").unlink()
+    assert reading() == "text"
+    with pytest.raises(ValueError, match="has not a tokenizer, which --reading-embeddings audio needs; give text"):
+        reading(reading_embeddings="audio")
+    with pytest.raises(ValueError, match="reading_embeddings 'whisper' is unknown; expected one of auto, audio, text"):
+        reading(reading_embeddings="whisper")
+
+
+@torch.no_grad()
+def test_a_state_of_whispers_decoder_is_read_as_the_word_that_it_says(reading_whisper_dir, llm_dir):
+    """The Q-Former's last norm and the linear map are the decoder's last norm, and the scale makes a word likely."""
+    model, processor = compose(str(reading_whisper_dir), str(llm_dir))
+    decoder, states = WhisperModel.from_pretrained(reading_whisper_dir).decoder, torch.randn(6, 32)
+    divided = torch.nn.functional.layer_norm(states, (32,))
+    torch.testing.assert_close(model.model.projector.linear(divided), decoder.layer_norm(states))
+    frames = torch.nn.functional.layer_norm(torch.randn(500, 32), (32,))
+    heard = WhisperModel.from_pretrained(reading_whisper_dir).encoder.layer_norm(frames)
+    torch.testing.assert_close(model.model.projector.layer_norm(heard).std(), heard.std(), rtol=0.05, atol=0)
+    vectors, reader = model.model.reading_embeddings.weight, model.model.projector.reader
+    said = processor.tokenizer("what", add_special_tokens=False).input_ids
+    likely = reader.logits(vectors[said], vectors).softmax(-1)
+    assert likely.argmax(-1).tolist() == [id + 1 for id in said] and likely.amax(-1).min() > 0.5
 
 
 def test_parts_that_do_not_fit_are_refused(compose_tiny, whisper_dir, llm_dir, tmp_path):

@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 from dataset_builders.files import read_lines
 from recipes import align as command
+from recipes.listening.composing import compose
 from recipes.listening.speech_llm import Lsm
 from recipes.training.alignment import (
+    NEAR_PIECES,
     STEPS,
     AlignmentCollator,
     AlignmentModel,
@@ -29,6 +31,7 @@ from recipes.training.alignment import (
     Slot,
     alignment_rows,
     ctc_loss,
+    near_pieces,
     needs_alignment,
     piece_weights,
     speech_tokens_needed,
@@ -247,6 +250,22 @@ def test_a_small_vocabulary_is_chosen_from_as_a_whole(processor, clips):
     assert sorted(batch["pieces"].tolist()) == pieces.tolist()
 
 
+def test_a_step_also_chooses_among_the_nearest_pieces(processor, clips):
+    """The other spellings of a word are nearest, and drawn from all pieces they hardly ever come."""
+    rows, pieces = alignment_rows(clips, processor, 300), text_pieces(processor, 300)
+    torch.manual_seed(0)
+    vectors = torch.randn(300, 16)
+    said, alike = rows["pieces"][0][0], next(id for id in pieces.tolist() if id not in rows["pieces"][0])
+    vectors[alike] = vectors[said] + 0.01 * torch.randn(16)
+    near = near_pieces(rows, pieces, vectors)
+    assert near.shape == (300, 1 + NEAR_PIECES) and near[said, :2].tolist() == [said, alike]
+    batch = AlignmentCollator(processor, weights=torch.zeros(300), near=near)(list(rows.select([0])))
+    own = rows["pieces"][0]
+    assert batch["pieces"][: len(set(own))].tolist() == sorted(set(own))
+    assert set(batch["pieces"].tolist()) == {*own, *near[own].flatten().tolist()} and alike in batch["pieces"]
+    assert len(batch["pieces"].unique()) == len(batch["pieces"])
+
+
 # The training
 
 
@@ -261,6 +280,18 @@ def test_only_the_projector_changes_and_the_result_can_answer(run, small_lsm):
     row = {"instruction": "Listen.", "audio": clips_of(SAID[:1], 1.0)[0]["audio"]}
     assert len(Lsm(model, processor).respond([row], max_new_tokens=2, progress=False)) == 1
     assert len(losses(output)) == 2 and "alignment" in (output / "README.md").read_text()
+
+
+def test_an_lsm_that_reads_with_whispers_words_keeps_them(run, reading_whisper_dir, llm_dir, tmp_path):
+    before, _ = compose(str(reading_whisper_dir), str(llm_dir), str(tmp_path / "lsm"), window_frames=2)
+    after = AutoModelForCausalLM.from_pretrained(
+        run(model_name_or_path=str(tmp_path / "lsm"), align_steps=20), trust_remote_code=True
+    )
+    assert before.config.reading_embeddings == "audio"
+    assert torch.equal(before.model.reading_embeddings.weight, after.model.reading_embeddings.weight)
+    assert not torch.equal(before.model.projector.linear.weight, after.model.projector.linear.weight)
+    log = read_lines(tmp_path / "out" / "alignment" / "log.jsonl")
+    assert log[0]["learning_rate"] < max(line.get("learning_rate", 0) for line in log) <= 3e-4
 
 
 def test_held_out_clips_are_read_every_few_steps_and_at_the_end(run, words_dir):

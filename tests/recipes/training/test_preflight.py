@@ -42,6 +42,14 @@ def test_two_models_are_checked_before_they_are_composed(check, whisper_dir, llm
     assert not Path(defaults["output_dir"]).exists()
 
 
+@pytest.mark.parametrize("llm", ["full", "frozen"])  # with `full`, a second LLM is the teacher
+def test_an_lsm_that_reads_with_whispers_words_is_checked_too(check, reading_whisper_dir, llm_dir, llm):
+    parts = {"model_name_or_path": None, "audio": str(reading_whisper_dir), "text": str(llm_dir)}
+    code, lines = check(**parts, llm=llm, objective="distill")
+    assert code == 0, lines
+    assert "audio tower and its words (frozen)" in lines["model"]
+
+
 def test_checks_that_need_a_failed_check_are_skipped(check):
     code, lines = check(model_name_or_path=None)
     assert code == 1
