@@ -255,9 +255,9 @@ class LsmReader(nn.Module):
         """Express speech in the LLM's input embeddings, as LegoSLM does (arXiv 2505.11352).
 
         A speech token becomes the mean of the embeddings of its `pieces_per_token` nearest pieces, weighted by their
-        probabilities. A blank, or a repetition of the token before, becomes zeros, which disturb an LLM less than any
-        text-like vector (`docs/real.md`). In each chunk, the words come before the blanks, so that the LLM gets them
-        next to each other, as in a text.
+        probabilities. A blank, or a repetition of the token before, becomes zeros, which the LLM does not attend to
+        ([`without_blanks`]). In each chunk, the words come before the blanks, so that the LLM gets them next to each
+        other also where nothing can be masked (vLLM).
 
         Args:
             speech: `(total_tokens, reading_size)` float.
@@ -300,6 +300,24 @@ class LsmReader(nn.Module):
             scores, kept = scores.topk(min(self.config.pieces_per_token, scores.shape[1]))
             ids = ids.gather(1, kept)
         return ids
+
+
+def without_blanks(
+    attention_mask: torch.Tensor, embeds: torch.Tensor, places: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the mask of a prompt without its blanks, the speech tokens of zeros. The LLM then sees the words that were
+    said and nothing else, at the positions of a text; any vector for a blank would disturb it (`docs/real.md`).
+
+    Args:
+        attention_mask: `(batch, length)`, 1 for real tokens, also for those in a cache, which come first.
+        embeds: embeddings of the new tokens, `(batch, new tokens, hidden)`, or of `places` alone, `(places, hidden)`.
+        places: `(batch, new tokens)` bool.
+    """
+    says = embeds.any(-1)
+    if places is not None:
+        says = (~places).masked_scatter(places, says.to(places.device))
+    cached = attention_mask.shape[1] - says.shape[1]
+    return attention_mask * nn.functional.pad(says, (cached, 0), value=True).to(attention_mask)
 
 
 class LsmProjector(LsmPreTrainedModel):
@@ -569,6 +587,19 @@ class LsmModel(LsmPreTrainedModel):
         speech = speech.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(placeholders[..., None], speech)
 
+    def _mask_blanks(self, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, past_key_values):
+        """Return the mask without blanks. A mask of more axes, of a static cache, was made from one without them; vLLM
+        masks nothing."""
+        if _is_in_vllm(self.config) or (attention_mask is not None and attention_mask.ndim != 2):
+            return attention_mask
+        if attention_mask is not None:
+            return without_blanks(attention_mask, inputs_embeds)
+        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        batch, length = inputs_embeds.shape[:2]
+        mask = torch.ones(batch, cached + length, dtype=torch.long, device=inputs_embeds.device)
+        mask = without_blanks(mask, inputs_embeds)
+        return None if mask.all() else mask
+
     def _run_on_silence(self) -> torch.Tensor:
         """Run tower and projector on silence and return zero, for batches of text in training. With DDP, FSDP and ZeRO,
         all processes must use the same modules in each step, or they wait for each other forever."""
@@ -596,13 +627,17 @@ class LsmModel(LsmPreTrainedModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if not _is_in_vllm(self.config):  # there, a row has the tokens of many prompts, whose lengths vLLM checks
             self._check_length(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, past_key_values)
+        may_have_blanks = inputs_embeds is not None
         if inputs_embeds is None:
             audio = (input_features, input_features_mask, audio_hidden_states, audio_embeds)
+            may_have_blanks = any(value is not None for value in audio)
             inputs_embeds = self._embed(input_ids, past_key_values, *audio)
         elif any(audio is not None for audio in (input_features, audio_hidden_states, audio_embeds)):
             raise ValueError(
                 "Audio needs `input_ids` with placeholder tokens; `inputs_embeds` already contain speech embeddings."
             )
+        if may_have_blanks:
+            attention_mask = self._mask_blanks(attention_mask, inputs_embeds, past_key_values)
         if position_ids is None and past_key_values is None and attention_mask is not None and attention_mask.ndim == 2:
             # As in `generate`: padding on the left must not shift positions.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -928,6 +963,9 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Run the model on a batch of prompts.
 
+        Blanks in speech are masked. `generate` masks them in all steps; another loop with a cache needs
+        [`without_blanks`], too.
+
         Args:
             input_ids: `(batch, length)` int64, with audio placeholders in the places of the speech embeddings.
             attention_mask: `(batch, length)`, 1 for real tokens.
@@ -986,6 +1024,37 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
         logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    @torch.no_grad()
+    def generate(self, inputs=None, **kwargs):
+        """Generate as in transformers. Speech is read first, because its blanks are masked in every step."""
+        ids, embeds, places = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds"), None
+        audio = {name: kwargs.get(name) for name in AUDIO_INPUTS}
+        if embeds is None and ids is not None and any(value is not None for value in audio.values()):
+            self.model._check_length(ids, kwargs.get("attention_mask"), None)  # before the speech is encoded
+            embeds, places = self.model._speech(**audio), ids == self.config.audio_token_id
+            if kwargs.get("assistant_model") is None:  # which may be an LSM with embeddings of its own
+                kwargs.update(dict.fromkeys(audio), audio_embeds=embeds)
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if embeds is not None and (places is None or int(places.sum()) == len(embeds)):  # `forward` refuses others
+            prompt = embeds if ids is None or places is None else ids
+            mask = self._real_tokens(prompt, **kwargs) if mask is None else mask
+            kwargs["attention_mask"] = without_blanks(mask, embeds, places)
+            if cache is not None:
+                cache.attention_mask = kwargs["attention_mask"]
+        elif (before := getattr(cache, "attention_mask", None)) is not None and mask is not None:
+            mask = mask.clone()
+            mask[:, : before.shape[1]] *= before[:, : mask.shape[1]]
+            kwargs["attention_mask"] = mask
+        return super().generate(inputs, **kwargs)
+
+    def _real_tokens(self, prompt: torch.Tensor, pad_token_id: int | None = None, **kwargs) -> torch.Tensor:
+        """Return the mask that transformers uses if none is given: all tokens, or all but pad tokens."""
+        mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+        pad, eos = pad_token_id, self.generation_config.eos_token_id
+        pad = self.generation_config.pad_token_id if pad is None else pad
+        is_end = pad in (eos if isinstance(eos, list) else [eos])
+        return mask if prompt.ndim == 3 or pad is None or is_end else (prompt != pad).long()
 
     def prepare_inputs_for_generation(
         self, input_ids, *args, inputs_embeds=None, is_first_iteration: bool = False, **kwargs

@@ -179,6 +179,66 @@ def test_a_draft_changes_no_word(lsm, lsm_dir, processor, clip, heard, draft):
     assert torch.equal(lsm.generate(**inputs, **GREEDY, **settings), expected)
 
 
+def words_and_blanks(lsm, processor, said, blanks):
+    """Return the inputs of prompts in which these words are heard and then blanks, and those in which they are read."""
+
+    def ids(text):
+        return processor.tokenizer(text, add_special_tokens=False).input_ids
+
+    def padded(rows):
+        return dict(processor.tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
+
+    before, after, words = ids("Repeat: "), ids(" Do."), [ids(text) for text in said]
+    heard = [[*before, *[processor.audio_token_id] * (len(row) + blanks), *after] for row in words]
+    silence = torch.zeros(blanks, lsm.config.text_config.hidden_size)
+    speech = [torch.cat([lsm.get_input_embeddings()(torch.tensor(row)), silence]) for row in words]
+    return {**padded(heard), "audio_embeds": torch.cat(speech)}, padded([[*before, *row, *after] for row in words])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+def test_words_that_are_heard_are_what_is_read_however_many_blanks_there_are(lsm, processor, way):
+    heard, read = words_and_blanks(lsm, processor, ["the speech says", "what"], blanks=5)
+    settings = GREEDY | WAYS[way]
+    if way in ("penalties", "prompt lookup"):  # these count the ids of the prompt, which are placeholders
+        settings = GREEDY
+    torch.manual_seed(0)
+    expected = new_tokens(read, lsm.generate(**read, **settings))
+    torch.manual_seed(0)
+    assert torch.equal(new_tokens(heard, lsm.generate(**heard, **settings)), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_the_logits_after_blanks_are_those_of_the_text(lsm, processor, padding_side, monkeypatch):
+    monkeypatch.setattr(processor.tokenizer, "padding_side", padding_side)
+    heard, read = words_and_blanks(lsm, processor, ["the speech says", "what"], blanks=5)
+    logits, expected = lsm(**heard).logits, lsm(**read).logits
+    for row in range(2):
+        after_hearing, after_reading = (
+            inputs["attention_mask"][row].nonzero()[-4:, 0] for inputs in (heard, read)
+        )  # " Do." comes after the speech
+        torch.testing.assert_close(logits[row, after_hearing], expected[row, after_reading], rtol=1e-4, atol=1e-4)
+    alone = {name: value[:1] for name, value in heard.items() if name == "input_ids"}
+    if padding_side == "left":
+        spoken = int((heard["input_ids"][0] == processor.audio_token_id).sum())
+        without_mask = lsm(**alone, audio_embeds=heard["audio_embeds"][:spoken]).logits
+        torch.testing.assert_close(without_mask[0, -4:], logits[0, -4:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("audio_again", [True, False])
+def test_a_cache_that_has_blanks_is_gone_on_from(lsm, processor, audio_again):
+    heard, _ = words_and_blanks(lsm, processor, ["the speech says"], blanks=5)
+    cache = DynamicCache()
+    ids = lsm.generate(**heard, **GREEDY, past_key_values=cache)
+    ids = torch.cat([ids, heard["input_ids"][:, -3:]], dim=1)
+    more = {**heard, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = lsm.generate(**more, **GREEDY)
+    if not audio_again:
+        more = {name: more[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(lsm.generate(**more, **GREEDY, past_key_values=cache), expected)
+
+
 @pytest.mark.parametrize("audio_again", [True, False])
 def test_a_cache_is_gone_on_from(lsm, processor, clip, audio_again):
     inputs, cache = ask(processor, [clip(1.3)], ["what is said?"]), DynamicCache()

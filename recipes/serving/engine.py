@@ -20,7 +20,7 @@ from transformers import BatchFeature, DynamicCache, PreTrainedTokenizerBase, Te
 from transformers.cache_utils import DynamicLayer
 
 from language_models.generation import GREEDY, read_answers
-from modeling_lsm import LsmForConditionalGeneration
+from modeling_lsm import LsmForConditionalGeneration, without_blanks
 from processing_lsm import FEATURES
 from recipes.listening.features import SHAPES
 
@@ -256,6 +256,8 @@ class Engine(threading.Thread):
             return
         speech = [heard[job] for job in jobs if heard[job] is not None]
         ids, mask = self._prompts(jobs)
+        if speech:
+            mask = without_blanks(mask, torch.cat(speech), ids == self.model.config.audio_token_id)
         outputs = self.model(
             input_ids=ids,
             attention_mask=mask,
