@@ -588,9 +588,10 @@ class LsmModel(LsmPreTrainedModel):
         return inputs_embeds.masked_scatter(placeholders[..., None], speech)
 
     def _mask_blanks(self, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, past_key_values):
-        """Return the mask without blanks. A mask of more axes, of a static cache, was made from one without them; vLLM
-        masks nothing."""
-        if _is_in_vllm(self.config) or (attention_mask is not None and attention_mask.ndim != 2):
+        """Return the mask without blanks. A static cache's masks of more axes, or a dict of them, were made from one
+        without blanks; vLLM masks nothing."""
+        made = attention_mask is not None and getattr(attention_mask, "ndim", None) != 2
+        if made or _is_in_vllm(self.config):
             return attention_mask
         if attention_mask is not None:
             return without_blanks(attention_mask, inputs_embeds)
@@ -1046,7 +1047,9 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             mask = mask.clone()
             mask[:, : before.shape[1]] *= before[:, : mask.shape[1]]
             kwargs["attention_mask"] = mask
-        return super().generate(inputs, **kwargs)
+        if inputs is not None:
+            kwargs["inputs"] = inputs
+        return super().generate(**kwargs)
 
     def _real_tokens(self, prompt: torch.Tensor, pad_token_id: int | None = None, **kwargs) -> torch.Tensor:
         """Return the mask that transformers uses if none is given: all tokens, or all but pad tokens."""

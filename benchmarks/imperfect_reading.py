@@ -5,7 +5,8 @@
 The LLM answers an instruction about each transcript. Then it gets the same transcripts in other ways:
 
 - `zeros`, `mean`, `space`: all words are right, and blanks follow them up to 6.25 speech tokens per second, as the
-  reader gives them where they are not masked. A blank is a vector of zeros, the mean of all embeddings, or the embedding of a space.
+  reader gives them where they are not masked. A blank is a vector of zeros, the mean of all embeddings, or the
+  embedding of a space.
 - `wrong P %`: this share of the words is another word of the split.
 
 `lost` is the log-likelihood that its own answers lose, in nats per token, and `chrf` compares its new answers with

@@ -8,10 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GraniteConfig, MistralConfig
 
+from modeling_lsm import without_blanks
 from recipes.bias import saliency
 from recipes.bias.roles import ROLES, teacher_forced
 from recipes.listening.collator import SpeechResponseCollator
-from recipes.listening.speech_llm import load
+from recipes.listening.speech_llm import Lsm, load
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 LOUD = {"num_hidden_layers": 2, "initializer_range": 0.2}
@@ -51,6 +52,18 @@ def find(open_llm, windowed, scaled):
     return lambda name: {"mistral": windowed, "granite": scaled}.get(name) or open_llm(name)
 
 
+@torch.no_grad()
+def visible_tokens(llm, batch, row) -> list[bool]:
+    """Return which tokens of a row the LLM may attend to: all but the blanks of an LSM."""
+    ids = batch.inputs["input_ids"]
+    mask = torch.ones_like(ids)
+    if isinstance(llm, Lsm) and "input_features" in batch.inputs:
+        audio = {name: value for name, value in batch.inputs.items() if name != "input_ids"}
+        speech = llm.model.get_audio_features(**audio).pooler_output
+        mask = without_blanks(mask, speech, ids == llm.audio_token_id)
+    return mask[row].bool().tolist()
+
+
 def by_hand(llm, row, slot):
     """Compute the result of `measure` for one row from attention matrices and their gradients."""
     eager = copy.deepcopy(llm.model)
@@ -62,14 +75,14 @@ def by_hand(llm, row, slot):
     logits[:, eager.generation_config.suppress_tokens or []] = -torch.inf
     loss = torch.nn.functional.cross_entropy(logits, ids[0, start:])
     window = llm.model.config.get_text_config().__dict__.get("sliding_window") or ids.shape[1]
-    layers = []
+    layers, visible = [], visible_tokens(llm, batch, 0)
     for attention, gradient in zip(output.attentions, torch.autograd.grad(loss, output.attentions), strict=True):
         rows = slice(start - 1, ids.shape[1] - 1)
         map_, attended = (attention * gradient)[0].sum(0).abs()[rows], attention[0].mean(0)[rows].mean(0)
         figures = {name: dict.fromkeys(ROLES, 0.0) for name in FIGURES}
         seen = dict.fromkeys(ROLES, 0)
         for query, place in enumerate(range(rows.start, rows.stop)):
-            for key in range(max(0, place - window + 1), place + 1):
+            for key in filter(visible.__getitem__, range(max(0, place - window + 1), place + 1)):
                 role = ROLES[batch.roles[0, key]]
                 figures["layers"][role] += map_[query, key].item()
                 seen[role] += 1
@@ -119,9 +132,10 @@ def test_a_token_is_measured_by_the_average_of_those_that_are_seen(open_llm, ans
     batch = teacher_forced(open_llm("lsm"), answered)
     for row, layers in enumerate(saliency.measure(open_llm("lsm"), batch)):
         queries, seen = batch.queries(row), dict.fromkeys(ROLES, 0)
+        visible = visible_tokens(open_llm("lsm"), batch, row)
         for place in range(queries.start, queries.stop):
-            for role in batch.roles[row, : place + 1].tolist():
-                seen[ROLES[role]] += 1
+            for key in filter(visible.__getitem__, range(place + 1)):
+                seen[ROLES[batch.roles[row, key]]] += 1
         for layer in layers:
             weighted = {role: layer["per_token"][role] * seen[role] / sum(seen.values()) for role in ROLES}
             assert weighted == pytest.approx(layer["layers"], abs=1e-5)

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, GenerationMixin
 from dataset_builders.instructions import SELF_POWERED_TASKS, TRANSCRIPTION, load_pool
 from dataset_builders.nano.tasks import POOL_PATH, answers
 from dataset_builders.responders.exchange import Reply
+from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import load_audio
 from recipes import evaluate
 from recipes.evaluate import parse_overrides
@@ -157,7 +158,8 @@ def given(nano, lsm_dir, llm_dir, tmp_path, monkeypatch):
         return torch.cat([inputs["input_ids"], inputs["input_ids"][:, :1]], dim=1)
 
     monkeypatch.setattr(Lsm, "inputs", inputs)
-    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    for model in (GenerationMixin, LsmForConditionalGeneration):
+        monkeypatch.setattr(model, "generate", generate)
 
     def run(name, system=None):
         taken.clear(), asked.clear()
