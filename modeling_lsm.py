@@ -1038,14 +1038,14 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
                 kwargs.update(dict.fromkeys(audio), audio_embeds=embeds)
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if embeds is not None and (places is None or int(places.sum()) == len(embeds)):  # `forward` refuses others
-            prompt = embeds if ids is None or places is None else ids
-            mask = self._real_tokens(prompt, **kwargs) if mask is None else mask
+            mask = self._real_tokens(embeds if places is None else ids, **kwargs) if mask is None else mask
             kwargs["attention_mask"] = without_blanks(mask, embeds, places)
-            if cache is not None:
+            if cache is not None:  # for a prompt that goes on without the audio
                 cache.attention_mask = kwargs["attention_mask"]
-        elif (before := getattr(cache, "attention_mask", None)) is not None and mask is not None:
-            mask = mask.clone()
-            mask[:, : before.shape[1]] *= before[:, : mask.shape[1]]
+        elif (before := getattr(cache, "attention_mask", None)) is not None and ids is not None:
+            mask = (self._real_tokens(ids, **kwargs) if mask is None else mask).clone()
+            cached = min(int(cache.get_seq_length()), before.shape[1])  # 0 if the cache was reset
+            mask[:, :cached] *= before[:, :cached]
             kwargs["attention_mask"] = mask
         if inputs is not None:
             kwargs["inputs"] = inputs

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from packaging import version
-from transformers import CompileConfig, DynamicCache, TextIteratorStreamer, pipeline
+from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorStreamer, pipeline
 from transformers.utils import is_librosa_available
 
 from modeling_lsm import LsmForConditionalGeneration
@@ -237,6 +237,15 @@ def test_a_cache_that_has_blanks_is_gone_on_from(lsm, processor, audio_again):
     if not audio_again:
         more = {name: more[name] for name in ("input_ids", "attention_mask")}
     assert torch.equal(lsm.generate(**more, **GREEDY, past_key_values=cache), expected)
+
+
+def test_a_cache_that_was_reset_remembers_no_blanks(lsm, processor):
+    heard, read = words_and_blanks(lsm, processor, ["the speech says"], blanks=5)
+    cache = StaticCache(config=lsm.config.get_text_config(), max_cache_len=64)
+    settings = GREEDY | {"disable_compile": True}
+    lsm.generate(**heard, **settings, past_key_values=cache)
+    cache.reset()
+    assert torch.equal(lsm.generate(**read, **settings, past_key_values=cache), lsm.generate(**read, **settings))
 
 
 @pytest.mark.parametrize("audio_again", [True, False])
