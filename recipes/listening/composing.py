@@ -294,12 +294,13 @@ def _audio_tokenizer(audio: str, whisper: WhisperModel, reading_embeddings: str)
     if reading_embeddings == "text":
         return None
     files = [cached_file(audio, name, _raise_exceptions_for_missing_entries=False) for name in TOKENIZER_FILES]
-    lacking = ["a tokenizer"] * (not any(files)) + ["a decoder"] * (whisper.decoder.embed_tokens is None)
+    lacking = ["tokenizer"] * (not any(files)) + ["decoder"] * (whisper.decoder.embed_tokens is None)
     if not lacking:
         return AutoTokenizer.from_pretrained(audio)
+    problem = f"{audio} has no {' and no '.join(lacking)}"
     if reading_embeddings == "audio":
-        raise ValueError(f"{audio} has not {' and '.join(lacking)}, which --reading-embeddings audio needs; give text.")
-    logger.info("speech is compared with the LLM's embeddings, because %s has not %s", audio, " and ".join(lacking))
+        raise ValueError(f"{problem}, which --reading-embeddings audio needs; give --reading-embeddings text.")
+    logger.info("speech is compared with the LLM's embeddings, because %s", problem)
     return None
 
 

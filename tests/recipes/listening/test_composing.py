@@ -165,7 +165,7 @@ def test_a_decoder_without_weights_is_not_copied(reading_whisper_dir, llm_dir):
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(ValueError, match="--qformer-layers is 2, not at most 0"):
         compose(str(reading_whisper_dir), str(llm_dir), qformer_init="decoder")
-    with pytest.raises(ValueError, match="reading-whisper has not a decoder, which --reading-embeddings audio needs"):
+    with pytest.raises(ValueError, match="reading-whisper has no decoder, which --reading-embeddings audio needs"):
         compose(str(reading_whisper_dir), str(llm_dir), reading_embeddings="audio")
 
 
@@ -177,7 +177,9 @@ def test_speech_is_compared_with_whispers_words_if_it_has_a_decoder_and_a_tokeni
     assert reading(reading_embeddings="text") == reading(pieces_per_token=0) == "text"
     (reading_whisper_dir / "tokenizer.json").unlink()
     assert reading() == "text"
-    with pytest.raises(ValueError, match="has not a tokenizer, which --reading-embeddings audio needs; give text"):
+    with pytest.raises(
+        ValueError, match="has no tokenizer, which --reading-embeddings audio needs; give --reading-embeddings text"
+    ):
         reading(reading_embeddings="audio")
     with pytest.raises(ValueError, match="reading_embeddings 'whisper' is unknown; expected one of auto, audio, text"):
         reading(reading_embeddings="whisper")
