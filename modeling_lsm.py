@@ -107,7 +107,7 @@ class Frozen(nn.Module):
 
 
 class LsmReadingEmbeddings(Frozen, nn.Embedding):
-    """A vector of each of the LLM's word pieces, made by [`reading_vectors`]."""
+    """The vectors `(vocab_size, d_audio)` of the LLM's word pieces that [`reading_vectors`] makes."""
 
 
 class LsmAudioTower(Frozen, WhisperEncoder):
@@ -1051,13 +1051,12 @@ class LsmForConditionalGeneration(LsmPreTrainedModel, GenerationMixin):
             kwargs["inputs"] = inputs
         return super().generate(**kwargs)
 
-    def _real_tokens(self, prompt: torch.Tensor, pad_token_id: int | None = None, **kwargs) -> torch.Tensor:
-        """Return the mask that transformers uses if none is given: all tokens, or all but pad tokens."""
-        mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
-        pad, eos = pad_token_id, self.generation_config.eos_token_id
-        pad = self.generation_config.pad_token_id if pad is None else pad
-        is_end = pad in (eos if isinstance(eos, list) else [eos])
-        return mask if prompt.ndim == 3 or pad is None or is_end else (prompt != pad).long()
+    def _real_tokens(self, prompt: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Return the mask that transformers uses if none is given."""
+        settings = copy.deepcopy(self.generation_config)
+        settings.update(**kwargs)
+        self._prepare_special_tokens(settings, kwargs_has_attention_mask=True, device=prompt.device)
+        return self._prepare_attention_mask_for_generation(prompt, settings, {})
 
     def prepare_inputs_for_generation(
         self, input_ids, *args, inputs_embeds=None, is_first_iteration: bool = False, **kwargs

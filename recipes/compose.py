@@ -9,8 +9,9 @@ python -m recipes.compose \
 import argparse
 import logging
 
+from configuration_lsm import READING_EMBEDDINGS
 from language_models.tokenizers import parse_template_settings
-from recipes.listening.composing import QFORMER_INITS, READING_EMBEDDINGS, compose
+from recipes.listening.composing import QFORMER_INITS, compose
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--reading-embeddings",
         default="auto",
-        choices=READING_EMBEDDINGS,
+        choices=("auto", *READING_EMBEDDINGS),
         help="vectors of word pieces that speech is compared with: audio: those of Whisper's decoder; text: the LLM's; "
         "auto: audio if the Whisper checkpoint has a decoder and a tokenizer",
     )

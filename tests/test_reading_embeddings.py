@@ -50,7 +50,7 @@ def test_a_piece_that_whisper_has_too_has_its_vector(words, heard):
 
 def test_a_piece_that_whisper_divides_has_the_direction_of_the_sum_of_its_parts(words, heard):
     tokenizer = tiny_tokenizer()
-    ids = heard("Ġasked".replace("Ġ", " "), add_special_tokens=False).input_ids
+    ids = heard(" asked", add_special_tokens=False).input_ids
     assert len(ids) > 1
     vector = vectors_of(words, heard, tokenizer)[tokenizer.convert_tokens_to_ids("Ġasked")]
     torch.testing.assert_close(vector, spelled(ids, words, heard))

@@ -1,5 +1,5 @@
-"""The calls of vLLM's backend for transformers models (0.32), which serves an LSM without a plugin. That its answers
-are those of transformers is checked with vLLM itself, by `benchmarks/vllm_answers.py`."""
+"""The calls of vLLM's backend for transformers models (0.32), which serves an LSM without a plugin. Its answers are
+compared with those of transformers by `benchmarks/vllm_answers.py`, with vLLM itself."""
 
 import pytest
 import torch

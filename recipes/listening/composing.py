@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from configuration_lsm import LsmConfig
+from configuration_lsm import READING_EMBEDDINGS, LsmConfig
 from dataset_builders.files import partial_of
 from language_models.checkpoints import adapter_of, load_config, open_model, refuse_missing
 from language_models.generation import generation_settings
@@ -32,7 +32,6 @@ from recipes.reporting.model_card import write_base_card
 
 logger = logging.getLogger(__name__)
 
-READING_EMBEDDINGS = ("auto", "audio", "text")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 QFORMER_INITS = ("auto", "decoder", "random")
 QUERY_SCALE = 0.2  # of the query, to which a layer that starts from the decoder adds what it reads from the speech
@@ -97,7 +96,7 @@ def compose(
         )
     for name, value, known in (
         ("qformer_init", qformer_init, QFORMER_INITS),
-        ("reading_embeddings", reading_embeddings, READING_EMBEDDINGS),
+        ("reading_embeddings", reading_embeddings, ("auto", *READING_EMBEDDINGS)),
     ):
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown; expected one of {', '.join(known)}.")

@@ -41,7 +41,7 @@ FOLDER = "alignment"  # subfolder of the training's folder
 NEAR_PIECES = 6  # for each of the batch's own
 OTHER_PIECES = 1500  # pieces in a step besides the batch's own; the whole vocabulary would cost many times as much
 STEPS, WARMUP_STEPS = 3000, 100
-# By `reading_embeddings`. Larger steps lose what Whisper's decoder knows of words that the training does not have.
+# By `reading_embeddings`. What starts from Whisper's decoder reads better after smaller steps.
 LEARNING_RATES = {"text": 1e-3, "audio": 3e-4}
 MARK = "\ue000"  # a character for private use, which no transcript has
 BLANK = 0
@@ -465,14 +465,10 @@ def align(
     made_of = settings_of(settings) | (identity or {}) | clips
     checkpoint = find_checkpoint(settings.output_dir, made_of, resume, main_process)
     pieces = text_pieces(processor, embeddings)
-    collator = AlignmentCollator(
-        processor,
-        store,
-        weights=piece_weights(rows, pieces, embeddings),
-        near=near_pieces(rows, pieces, model.model.get_reading_embeddings().weight),
-    )
     if model.device != settings.device:  # weights in 4 bits are already there and cannot be moved
         model.to(settings.device)
+    near = near_pieces(rows, pieces, model.model.get_reading_embeddings().weight)
+    collator = AlignmentCollator(processor, store, weights=piece_weights(rows, pieces, embeddings), near=near)
     aligned = AlignmentModel(model, pieces)
     model.config.projector_trained = True
     trainer = AlignmentTrainer(

@@ -181,7 +181,7 @@ def test_speech_is_compared_with_whispers_words_if_it_has_a_decoder_and_a_tokeni
         ValueError, match="has no tokenizer, which --reading-embeddings audio needs; give --reading-embeddings text"
     ):
         reading(reading_embeddings="audio")
-    with pytest.raises(ValueError, match="reading_embeddings 'whisper' is unknown; expected one of auto, audio, text"):
+    with pytest.raises(ValueError, match="reading_embeddings 'whisper' is unknown; expected one of auto, text, audio"):
         reading(reading_embeddings="whisper")
 
 

@@ -35,7 +35,7 @@ batches = torch.load(batches)
 
 def train(model, step_of):
     # What a random reader reads changes with larger steps, and rounding to bfloat16 swallows smaller ones.
-    rate = 1e-3 if dtype == "bfloat16" else 3e-4
+    rate = {("full", "float32"): 3e-4, ("frozen", "float32"): 3e-5, ("frozen", "bfloat16"): 1e-3}[llm, dtype]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, foreach=False)
     losses = []
     for halves in batches:
@@ -78,9 +78,9 @@ assert local < 0.6 * sum(parameter.numel() for parameter in model.parameters()),
 found = train(model, sharded)
 for one, two in zip(expected, found, strict=True):
     assert abs(one - two) < float(dtype == "bfloat16") * 5e-3 + 1e-4, (expected, found)
-assert expected[4] != expected[0], expected  # of the same batch
-if (llm, dtype) != ("frozen", "float32"):  # what a random reader reads may become worse
-    assert expected[4] < expected[0] and expected[-1] < expected[0], expected
+assert expected[4] < expected[0], expected  # of the same batch
+if (llm, dtype) != ("frozen", "float32"):  # the last batch is another, which a projector that reads begins worse on
+    assert expected[-1] < expected[0]
 if rank == 0:
     print("sharded", found)
 dist.destroy_process_group()
