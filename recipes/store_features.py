@@ -2,11 +2,11 @@
 
     python -m recipes.store_features --model checkpoints/base --corpus CORPUS --splits train test --output features
 
-`--audio_feature_store` of `recipes.sft` and `--audio-feature-store` of `recipes.evaluate` read the folder.
+`--audio_feature_store` of `recipes.align` and `recipes.sft`, and `--audio-feature-store` of `recipes.evaluate` read the
+folder. The same command on another corpus adds its clips to it.
 """
 
 import argparse
-from pathlib import Path
 
 from language_models.extras import extra
 
@@ -16,7 +16,7 @@ with extra("data"):
     from dataset_builders.corpora.opening import open_corpus
     from language_models.checkpoints import load_processor, open_model
     from modeling_lsm import LsmForConditionalGeneration
-    from recipes.listening.features import AudioFeatureStore, audio_key, refuse_other_clips, warn_of_language
+    from recipes.listening.features import AudioFeatureStore, warn_of_language
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of an LSM with the audio tower")
     parser.add_argument("--corpus", required=True, help="ASR corpus, as dataset_builders.self_powered build takes it")
     parser.add_argument("--splits", nargs="+", default=["train"], help="splits of the corpus")
-    parser.add_argument("--output", required=True, help="folder of the store")
+    parser.add_argument("--output", required=True, help="folder of the store; if there is one, it grows")
     parser.add_argument("--batch-size", type=int, default=32, help="clips per batch")
     args = parser.parse_args()
     model = open_model(args.model, LsmForConditionalGeneration, merge=False).eval()
@@ -35,10 +35,7 @@ def main() -> None:
 
     for split in args.splits:
         warn_of_language(model.config, args.corpus, open_corpus(args.corpus, split).language)
-    there = Path(args.output).exists()
     store = AudioFeatureStore.build(args.output, model, load_processor(args.model), clips(), args.batch_size)
-    if there:
-        refuse_other_clips(store, map(audio_key, clips()), "--output")
     print(f"{args.output}: {len(store.clips)} clips, {len(store.frames)} frames")
 
 

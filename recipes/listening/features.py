@@ -1,7 +1,7 @@
 """Store the output of the frozen audio tower on disk. It never changes, so epochs and models can share it.
 
-`recipes.store_features` builds a store; `--audio_feature_store` of `recipes.sft` and `--audio-feature-store` of
-`recipes.evaluate` read it.
+`recipes.store_features` builds a store; `--audio_feature_store` of `recipes.align` and `recipes.sft` reads it and adds
+the clips that it lacks, and `--audio-feature-store` of `recipes.evaluate` reads it.
 """
 
 import fcntl
@@ -61,7 +61,7 @@ class AudioFeatureStore:
 
     Only clips of at most one chunk (30 s) can be stored. `clips.jsonl` has a line about the encoder, then a line for
     each clip with its key, encoder frames and samples. A build appends a line after the clip's frames are on disk, so
-    an interrupted build can continue.
+    an interrupted build can continue, and a store can grow while others read it.
 
     Raises:
         ValueError: the folder is not a store, or has an older format that does not name the encoder.
@@ -75,7 +75,8 @@ class AudioFeatureStore:
                 "so that it is built again, or name another folder."
             )
         self.encoder, self.clips = _read_clips(self.folder)
-        self.frames = np.memmap(self.folder / FRAMES, np.float16, mode="r").reshape(-1, self.encoder["width"])
+        shape = sum(frames for _, frames, _ in self.clips.values()), self.encoder["width"]
+        self.frames = np.memmap(self.folder / FRAMES, np.float16, mode="r", shape=shape)
 
     def check(self, model) -> "AudioFeatureStore":
         """Return this store after checking that it fits the model.
@@ -114,11 +115,11 @@ class AudioFeatureStore:
 
     @classmethod
     def build(cls, folder: str | Path, model, processor: LsmProcessor, audio: Iterable[dict], batch_size: int = 32):
-        """Run every distinct clip through `model`'s audio tower. A complete store in `folder` is opened, and an
-        interrupted build is continued.
+        """Run every distinct clip that is not in the store yet through `model`'s audio tower. An interrupted build is
+        continued, and a complete store grows. If it has all clips, nothing is written, so it may be read-only.
 
         Args:
-            folder: folder of the store; it appears when the store is complete.
+            folder: folder of the store; a new one appears when the store is complete.
             model: an LSM, of which only the audio tower is used.
             processor: the LSM's processor.
             audio: clips as `{"bytes", "path"}`.
@@ -127,16 +128,22 @@ class AudioFeatureStore:
         Raises:
             ValueError: a clip cannot be read or is longer than one chunk, or another encoder built the store.
         """
-        folder, encoder = Path(folder), encoder_identity(model)
-        if not folder.exists():
-            partial = partial_of(folder)
-            partial.mkdir(parents=True, exist_ok=True)
-            with (partial / CLIPS).open("a", encoding="utf-8") as index:
-                fcntl.flock(index, fcntl.LOCK_EX)  # another process may be building it
-                if not folder.exists():
-                    _write(partial, index, encoder, model, processor, audio, batch_size)
-                    os.replace(partial, folder)
-        return cls(folder).check(model)
+        folder = Path(folder)
+        store = cls(folder).check(model) if folder.exists() else None
+        missing = (clip for clip in audio if store is None or audio_key(clip) not in store)
+        first = list(itertools.islice(missing, 1))
+        if store is not None and not first:
+            return store
+        missing = itertools.chain(first, missing)
+        place = partial_of(folder) if store is None else folder
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / CLIPS).open("a", encoding="utf-8") as index:
+            fcntl.flock(index, fcntl.LOCK_EX)  # another process may be building it
+            if there := place == folder or not folder.exists():
+                _write(place, index, encoder_identity(model), model, processor, missing, batch_size)
+                os.replace(place, folder)
+        # If another process has built a new store, it may have had other clips.
+        return cls(folder).check(model) if there else cls.build(folder, model, processor, missing, batch_size)
 
 
 def encoder_identity(model) -> dict:
@@ -172,7 +179,7 @@ def _write(folder: Path, index, encoder: dict, model, processor: LsmProcessor, a
     clips: dict[str, tuple[int, int, int]] = {}
     if (folder / FRAMES).exists():
         before, clips = _read_clips(folder)
-        if before != encoder:
+        if any(before.get(name) != value for name, value in encoder.items()):
             logger.warning("%s was begun with another encoder; building it again", folder)
             clips = {}
     with (folder / FRAMES).open("ab") as file:
@@ -235,16 +242,16 @@ def _encode(file, clips: dict, span: dict[str, np.ndarray], model, processor: Ls
 
 
 def store_features(folder: str | None, dataset, model, processor) -> tuple[AudioFeatureStore | None, object]:
-    """Store the tower's output for all clips, and return the store and the rows with `audio_key` instead of `audio`. If
-    `folder` is None, return None and the unchanged rows."""
+    """Store the tower's output for the clips that the store lacks, and return the store and the rows with `audio_key`
+    instead of `audio`. If `folder` is None, return None and the unchanged rows."""
     if folder is None:
         return None, dataset
-    rows = dataset.select_columns(sorted({"id", "audio"} & set(dataset.column_names)))
-    clips = ({**row["audio"], "id": row.get("id")} for row in rows if row["audio"])
-    store = AudioFeatureStore.build(folder, model, processor, clips)
-    dataset = dataset.map(lambda row: {"audio_key": row["audio"] and audio_key(row["audio"])}, remove_columns="audio")
-    refuse_other_clips(store, (key for key in dataset["audio_key"] if key is not None), "--audio_feature_store")
-    return store, dataset
+    keyed = dataset.map(lambda row: {"audio_key": row["audio"] and audio_key(row["audio"])}, remove_columns="audio")
+    stored = AudioFeatureStore(folder) if Path(folder).exists() else ()
+    missing = [place for place, key in enumerate(keyed["audio_key"]) if key is not None and key not in stored]
+    rows = dataset.select_columns(sorted({"id", "audio"} & set(dataset.column_names))).select(missing)
+    clips = ({**row["audio"], "id": row.get("id")} for row in rows)
+    return AudioFeatureStore.build(folder, model, processor, clips), keyed
 
 
 def warn_of_language(config: LsmConfig, corpus: str, language: str | None) -> None:
@@ -259,13 +266,3 @@ def warn_of_language(config: LsmConfig, corpus: str, language: str | None) -> No
         language,
         name or "(unknown)",
     )
-
-
-def refuse_other_clips(store: AudioFeatureStore, keys: Iterable[str], option: str) -> None:
-    """Raise ValueError if the store lacks clips."""
-    stored = [key in store for key in keys]
-    if missing := stored.count(False):
-        raise ValueError(
-            f"{store.folder} was built for other clips: it lacks {missing} of {len(stored)}. Delete it or name another "
-            f"{option}."
-        )

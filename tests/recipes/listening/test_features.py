@@ -221,11 +221,57 @@ def test_a_corpus_is_stored_by_one_command(lsm_dir, corpus_dir, store, tmp_path,
     torch.testing.assert_close(
         AudioFeatureStore(output).batch(keys)["audio_hidden_states"], expected, atol=1e-2, rtol=0
     )
-    store_features.main()  # it is whole
     write(tmp_path / "other", {"a.wav": wav(np.ones(8000))["bytes"], "a.txt": "other words"})
     monkeypatch.setattr("sys.argv", ["store_features", *map(str, [*arguments, "--corpus", tmp_path / "other"])])
-    with pytest.raises(ValueError, match=r"was built for other clips: it lacks 1 of 1. .* name another --output"):
-        store_features.main()
+    store_features.main()
+    assert len(AudioFeatureStore(output).clips) == len(keys) + 1  # another corpus is added
+
+
+def test_a_store_grows_while_others_read_it(lsm, processor, rows, store, tmp_path, monkeypatch):
+    audio, encode = [row["audio"] for row in rows], audio_features._encode
+    growing = AudioFeatureStore.build(tmp_path / "growing", lsm, processor, audio[:3])
+    kept = growing.batch(growing.clips)["audio_hidden_states"].clone()
+
+    def killed(file, *args):
+        file.write(b"half an array")
+        file.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(audio_features, "_encode", killed)
+        with pytest.raises(KeyboardInterrupt):
+            AudioFeatureStore.build(tmp_path / "growing", lsm, processor, audio)
+    assert AudioFeatureStore(tmp_path / "growing").clips == growing.clips
+
+    encoded = []
+    monkeypatch.setattr(audio_features, "_encode", lambda *args: (encoded.extend(args[2]), encode(*args)))
+    grown = AudioFeatureStore.build(tmp_path / "growing", lsm, processor, audio)
+    assert encoded == [key for key in dict.fromkeys(map(audio_key, audio)) if key not in growing]  # none again
+    assert grown.clips.keys() == store.clips.keys()
+    assert torch.equal(growing.batch(growing.clips)["audio_hidden_states"], kept)
+    for key in store.clips:
+        expected, found = store.batch([key])["audio_hidden_states"], grown.batch([key])["audio_hidden_states"]
+        torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)  # float16
+
+
+def test_a_store_that_has_all_clips_is_only_read(lsm, processor, rows, store, monkeypatch):
+    monkeypatch.setattr(audio_features, "_write", None)
+    again = AudioFeatureStore.build(store.folder, lsm, processor, [row["audio"] for row in rows])
+    assert again.clips == store.clips
+
+
+def test_a_store_that_another_process_has_built_meanwhile_gets_what_it_lacks(
+    lsm, processor, rows, tmp_path, monkeypatch
+):
+    audio, lock = [row["audio"] for row in rows], audio_features.fcntl.flock
+
+    def wait(index, how):
+        monkeypatch.setattr(audio_features.fcntl, "flock", lock)
+        AudioFeatureStore.build(tmp_path / "features", lsm, processor, audio[:5])
+
+    monkeypatch.setattr(audio_features.fcntl, "flock", wait)
+    store = AudioFeatureStore.build(tmp_path / "features", lsm, processor, audio)
+    assert store.clips.keys() == {audio_key(clip) for clip in audio}
 
 
 @pytest.mark.parametrize(
