@@ -255,9 +255,10 @@ class LsmReader(nn.Module):
         """Express speech in the LLM's input embeddings, as LegoSLM does (arXiv 2505.11352).
 
         A speech token becomes the mean of the embeddings of its `pieces_per_token` nearest pieces, weighted by their
-        probabilities. A blank, or a repetition of the token before, becomes zeros, which the LLM does not attend to
-        ([`without_blanks`]). In each chunk, the words come before the blanks, so that the LLM gets them next to each
-        other also where nothing can be masked (vLLM).
+        probabilities. If nothing is likelier than the blank, or if it repeats the token before, it becomes zeros, which
+        the LLM does not attend to ([`without_blanks`]). So the LLM gets the words that CTC's greedy decoding reads. In
+        each chunk, they come before the blanks, so that they are next to each other also where nothing can be masked
+        (vLLM).
 
         Args:
             speech: `(total_tokens, reading_size)` float.
@@ -271,16 +272,16 @@ class LsmReader(nn.Module):
         """
         ids = self._search(speech, vectors)
         # To the speech's dtype and device, because with a device map, the LLM may be elsewhere.
-        probabilities = self.logits(speech, vectors(ids).to(speech)).softmax(-1)
+        logits = self.logits(speech, vectors(ids).to(speech))
         pieces = embeddings(ids).to(speech)
         chunk = torch.arange(len(num_tokens)).repeat_interleave(torch.tensor(num_tokens)).to(speech.device)
-        best = probabilities.argmax(-1, keepdim=True)
+        best = logits.argmax(-1, keepdim=True)
         read = torch.cat([ids.new_full((len(ids), 1), -1), ids], 1).gather(1, best)[:, 0]
         # As CTC decodes: a piece that the token before has, too, was said once.
         again = nn.functional.pad((read[1:] == read[:-1]) & (chunk[1:] == chunk[:-1]), (1, 0))
-        is_blank = again | (probabilities[:, 0] > 0.5)
-        # Blanks get no words, because LLMs normalise their input, which would amplify even improbable words.
-        words = (probabilities[:, None, 1:] @ pieces.to(probabilities))[:, 0].masked_fill(is_blank[:, None], 0.0)
+        is_blank = again | (best[:, 0] == 0)
+        # Among the pieces alone: an embedding that a blank has made shorter is not one that the LLM knows.
+        words = (logits[:, None, 1:].softmax(-1) @ pieces.to(logits))[:, 0].masked_fill(is_blank[:, None], 0.0)
         return words[(2 * chunk + is_blank).argsort(stable=True)].to(speech.dtype)
 
     @torch.no_grad()

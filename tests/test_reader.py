@@ -70,12 +70,34 @@ def test_a_piece_that_the_token_before_has_too_is_said_once(embeddings):
     )
 
 
-def test_what_is_more_likely_a_blank_says_nothing_of_its_words(embeddings):
+def toward(*weighted):
+    """Speech between vectors: `(share, vector)`."""
+    parts = [share * torch.nn.functional.normalize(vector.detach(), dim=0) for share, vector in weighted]
+    return torch.nn.functional.normalize(sum(parts), dim=0)[None]
+
+
+def test_what_nothing_is_likelier_than_the_blank_says_nothing(embeddings):
+    """As in the greedy decoding of CTC, also if several pieces together are likelier than it."""
     reader = make_reader()
-    unsure = torch.nn.functional.normalize(0.8 * near(reader.blank) + 0.6 * near(embeddings.weight[3]), dim=0)[None]
-    pieces = embeddings(reader._search(unsure, embeddings))
-    assert 0.5 < reader.logits(unsure, pieces).softmax(-1)[0, 0] < 1
+    with torch.no_grad():
+        reader.scale.fill_(3.0)
+        reader.blank_bias.zero_()
+    unsure = toward((1.4, reader.blank), (0.7, embeddings.weight[3]), (0.7, embeddings.weight[9]))
+    probabilities = reader.logits(unsure, embeddings(reader._search(unsure, embeddings))).softmax(-1)[0]
+    assert probabilities.argmax() == 0 and probabilities[0] < 0.5
     assert not reader(unsure, embeddings, embeddings, [1]).any()
+
+
+def test_an_unsure_word_is_as_long_as_a_sure_one(embeddings):
+    """What the LLM gets is a mean of its embeddings, whatever the share of the blank."""
+    reader = make_reader(pieces_per_token=1)
+    with torch.no_grad():
+        reader.scale.fill_(5.0)
+        reader.blank_bias.zero_()
+    unsure = toward((0.6, reader.blank), (0.8, embeddings.weight[3]))
+    blank = reader.logits(unsure, embeddings(reader._search(unsure, embeddings))).softmax(-1)[0, 0]
+    assert 0.1 < blank < 0.5
+    torch.testing.assert_close(reader(unsure, embeddings, embeddings, [1]), embeddings.weight[[3]])
 
 
 def test_the_words_of_each_chunk_come_first_in_their_order(embeddings):
