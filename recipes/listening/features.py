@@ -139,11 +139,14 @@ class AudioFeatureStore:
         place.mkdir(parents=True, exist_ok=True)
         with (place / CLIPS).open("a", encoding="utf-8") as index:
             fcntl.flock(index, fcntl.LOCK_EX)  # another process may be building it
-            if there := place == folder or not folder.exists():
+            built_by_another = store is None and folder.exists()
+            if not built_by_another:
                 _write(place, index, encoder_identity(model), model, processor, missing, batch_size)
-                os.replace(place, folder)
-        # If another process has built a new store, it may have had other clips.
-        return cls(folder).check(model) if there else cls.build(folder, model, processor, missing, batch_size)
+                if store is None:
+                    os.replace(place, folder)
+        if built_by_another:  # perhaps of other clips
+            return cls.build(folder, model, processor, missing, batch_size)
+        return cls(folder).check(model)
 
 
 def encoder_identity(model) -> dict:
