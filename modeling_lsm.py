@@ -255,10 +255,10 @@ class LsmReader(nn.Module):
         """Express speech in the LLM's input embeddings, as LegoSLM does (arXiv 2505.11352).
 
         A speech token becomes the mean of the embeddings of its `pieces_per_token` nearest pieces, weighted by their
-        probabilities. If nothing is likelier than the blank, or if it repeats the token before, it becomes zeros, which
-        the LLM does not attend to ([`without_blanks`]). So the LLM gets the words that CTC's greedy decoding reads. In
-        each chunk, they come before the blanks, so that they are next to each other also where nothing can be masked
-        (vLLM).
+        probabilities. A token becomes zeros, which the LLM does not attend to ([`without_blanks`]), if the blank is
+        likelier than every piece, or if its likeliest piece is that of the token before, as in CTC's greedy decoding.
+        The blank therefore learns in the alignment alone. In each chunk, the words come before the blanks, so that they
+        are next to each other also where nothing can be masked (vLLM).
 
         Args:
             speech: `(total_tokens, reading_size)` float.

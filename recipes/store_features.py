@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of an LSM with the audio tower")
     parser.add_argument("--corpus", required=True, help="ASR corpus, as dataset_builders.self_powered build takes it")
     parser.add_argument("--splits", nargs="+", default=["train"], help="splits of the corpus")
-    parser.add_argument("--output", required=True, help="folder of the store; if there is one, it grows")
+    parser.add_argument("--output", required=True, help="folder of the store; clips that it lacks are added")
     parser.add_argument("--batch-size", type=int, default=32, help="clips per batch")
     args = parser.parse_args()
     model = open_model(args.model, LsmForConditionalGeneration, merge=False).eval()

@@ -249,6 +249,7 @@ def store_features(folder: str | None, dataset, model, processor) -> tuple[Audio
     instead of `audio`. If `folder` is None, return None and the unchanged rows."""
     if folder is None:
         return None, dataset
+    # `datasets` caches the keys, so that a further run need not read the files.
     keyed = dataset.map(lambda row: {"audio_key": row["audio"] and audio_key(row["audio"])}, remove_columns="audio")
     stored = AudioFeatureStore(folder) if Path(folder).exists() else ()
     missing = [place for place, key in enumerate(keyed["audio_key"]) if key is not None and key not in stored]

@@ -88,7 +88,8 @@ class LsmScriptArguments(ScriptArguments):
     )
     shuffle_buffer: int = HfArg(default=2000, help="Size, in rows, of the buffer that shuffles a streamed set.")
     audio_feature_store: str | None = HfArg(
-        default=None, help="Folder for the frozen tower's output, computed once and shared by runs. It grows."
+        default=None,
+        help="Folder for the frozen tower's output, computed once and shared by runs. Clips that it lacks are added.",
     )
     following_corpus: str | None = HfArg(
         default=None, help="ASR corpus about whose clips the model is asked held-out instructions during the training."

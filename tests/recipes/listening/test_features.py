@@ -221,6 +221,8 @@ def test_a_corpus_is_stored_by_one_command(lsm_dir, corpus_dir, store, tmp_path,
     torch.testing.assert_close(
         AudioFeatureStore(output).batch(keys)["audio_hidden_states"], expected, atol=1e-2, rtol=0
     )
+    store_features.main()  # it is whole
+    assert sorted(AudioFeatureStore(output).clips) == sorted(keys)
     write(tmp_path / "other", {"a.wav": wav(np.ones(8000))["bytes"], "a.txt": "other words"})
     monkeypatch.setattr("sys.argv", ["store_features", *map(str, [*arguments, "--corpus", tmp_path / "other"])])
     store_features.main()
