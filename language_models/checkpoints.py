@@ -1,8 +1,10 @@
 """Load checkpoints of any model, and adapters merged into their base models."""
 
 import contextlib
+import functools
 import json
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,8 +94,7 @@ def open_model(
             leave_slow_dtype(model)
         elif model.dtype in slow_dtypes():
             logger.warning(
-                "%s is loaded in %s, for which this CPU has no instructions; float32 is many times faster "
-                "(--dtype float32, or auto).",
+                "%s is loaded in %s, which is slow on this CPU; float32 is faster (--dtype float32, or auto).",
                 source,
                 str(model.dtype).removeprefix("torch."),
             )
@@ -120,16 +121,30 @@ def open_model(
     return model
 
 
+@functools.cache
 def has_fast_bf16() -> bool:
-    """Whether matrix products in bfloat16 have hardware here; elsewhere they are slower than in float32."""
+    """Whether matrix products in bfloat16 are faster here than in float32, or about as fast. On a CPU this is measured
+    in some milliseconds, because some have the instructions and are still slower with them (`docs/speed.md`)."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last: ARM
+    instructions = "avx512_bf16", "amx_bf16", "bf16"  # the last is that of ARM
+    if not any(torch.cpu.get_capabilities().get(name) for name in instructions):
+        return False
+    matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    rounds = [[_product_seconds(matrix) for matrix in matrices] for _ in range(5)]
+    float32, bfloat16 = (min(seconds) for seconds in zip(*rounds, strict=True))
+    return bfloat16 < 1.2 * float32
+
+
+def _product_seconds(matrix: torch.Tensor) -> float:
+    start = time.perf_counter()
+    matrix @ matrix
+    return time.perf_counter() - start
 
 
 def slow_dtypes() -> set[torch.dtype]:
-    """Return the data types that are many times slower than float32 here: on a CPU, float16, and bfloat16 too if it
-    has no instructions for bfloat16 (`docs/speed.md`)."""
+    """Return the data types that are slower than float32 here: on a CPU, float16, and bfloat16 too unless
+    `has_fast_bf16`."""
     if torch.accelerator.is_available():
         return set()
     return {torch.float16} if has_fast_bf16() else {torch.float16, torch.bfloat16}

@@ -190,7 +190,7 @@ class LsmTrainingArguments(SFTConfig):
             self.bf16 = has_fast_bf16()
         if self.bf16 and not torch.accelerator.is_available():
             if not has_fast_bf16():
-                logger.warning("--bf16 true: this CPU has no instructions for it, and is many times faster without it.")
+                logger.warning("--bf16 true: this CPU is faster without it.")
             self.use_cpu = True  # otherwise transformers refuses bf16 on a CPU
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = accumulation(
