@@ -104,13 +104,14 @@ def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_
     with PartialState().main_process_first():
         clips = load_clips(script_args, training_args.seed)
         store, clips = store_features(script_args.audio_feature_store, clips, model, processor)
+        store, validation = validation_rows(script_args, store, model, processor)
     align(
         model,
         processor,
         clips,
         training_args,
         store=store,
-        validation=validation_rows(script_args, store),
+        validation=validation,
         validation_steps=script_args.following_steps,
         identity=contents_of(script_args, model_args, corpus),
         main_process=main_process,

@@ -110,13 +110,15 @@ def train(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, 
                 "--dataset_streaming: first run recipes.align on a part of the set and train its output; or train "
                 "without alignment (--align_steps 0)."
             )
+        with PartialState().main_process_first():
+            store, validation = validation_rows(script_args, store, model, processor)
         align(
             model,
             processor,
             dataset,
             training_args,
             store=store,
-            validation=validation_rows(script_args, store),
+            validation=validation,
             validation_steps=script_args.following_steps,
             identity=contents_of(script_args, model_args),
             main_process=main_process,

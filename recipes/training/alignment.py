@@ -30,7 +30,7 @@ from modeling_lsm import LsmForConditionalGeneration
 from processing_lsm import LsmProcessor
 from recipes.evaluation.metrics import error_rate, missed_by_occurrence, normalize_text
 from recipes.listening.collator import SpeechResponseCollator, render_prompt
-from recipes.listening.features import AudioFeatureStore, audio_key
+from recipes.listening.features import AudioFeatureStore, store_features
 from recipes.training.callbacks import LOG, LogCallback
 from recipes.training.checkpoints import WholeCheckpoints, find_checkpoint, naming_last_checkpoint, settings_of
 from recipes.training.order import EpochSampler
@@ -361,19 +361,22 @@ def read_clips(model: AlignmentModel, collator: AlignmentCollator, rows: Dataset
     return readings
 
 
-def validation_rows(args, store: AudioFeatureStore | None) -> Dataset | None:
-    """Return the clips of `--following_corpus`, on which the WER is measured; None if the option is unset.
+def validation_rows(
+    args, store: AudioFeatureStore | None, model: LsmForConditionalGeneration, processor: LsmProcessor
+) -> tuple[AudioFeatureStore | None, Dataset | None]:
+    """Return the clips of `--following_corpus`, on which the WER is measured, and the store, which now has them too;
+    None and the unchanged store if the option is unset.
 
     Args:
         args: [`LsmScriptArguments`].
         store: store of the audio tower's output, if there is one.
+        model: the LSM, whose audio tower fills the store.
+        processor: the LSM's processor.
     """
     if not args.following_corpus:
-        return None
+        return store, None
     dataset = load_corpus(args.following_corpus, args.following_split, limit=args.following_limit)
-    if store is None or not all(audio_key(row["audio"]) in store for row in dataset):
-        return dataset
-    return dataset.map(lambda row: {"audio_key": audio_key(row["audio"])}, remove_columns="audio")
+    return store_features(args.audio_feature_store, dataset, model, processor)
 
 
 def piece_weights(rows: Dataset, pieces: torch.Tensor, vocabulary: int) -> torch.Tensor:

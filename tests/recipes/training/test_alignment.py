@@ -18,9 +18,12 @@ from corpus_files import clip, write
 from datasets import Audio, Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from dataset_builders.corpora.opening import load_corpus
 from dataset_builders.files import read_lines
+from modeling_lsm import LsmModel
 from recipes import align as command
 from recipes.listening.composing import compose
+from recipes.listening.features import AudioFeatureStore, audio_key
 from recipes.listening.speech_llm import Lsm
 from recipes.training.alignment import (
     NEAR_PIECES,
@@ -96,7 +99,7 @@ def clips_of(transcripts, seconds):
 def run(aligned_dir, words_dir, tmp_path, parts_of):
     """Return `run(align_steps=2, ...)`, which runs the command on the corpus and returns its folder."""
 
-    def go(held_out=None, **options):
+    def go(held_out=None, features=None, **options):
         defaults = {
             "model_name_or_path": str(aligned_dir),
             "output_dir": str(tmp_path / "out"),
@@ -107,7 +110,11 @@ def run(aligned_dir, words_dir, tmp_path, parts_of):
         options = {**defaults, **options}
         _, training_args, model_args = parts_of(options | {"dataset_name": "-"})
         script_args = command.AlignArguments(
-            corpus=str(words_dir), following_corpus=held_out, following_split="train", following_steps=2
+            corpus=str(words_dir),
+            following_corpus=held_out,
+            following_split="train",
+            following_steps=2,
+            audio_feature_store=features,
         )
         command.run(script_args, training_args, model_args)
         return Path(options["output_dir"])
@@ -292,6 +299,24 @@ def test_an_lsm_that_reads_with_whispers_words_keeps_them(run, reading_whisper_d
     assert not torch.equal(before.model.projector.linear.weight, after.model.projector.linear.weight)
     log = read_lines(tmp_path / "out" / "alignment" / "log.jsonl")
     assert log[0]["learning_rate"] < max(line.get("learning_rate", 0) for line in log) <= 3e-4
+
+
+def test_held_out_clips_that_the_store_lacks_are_added_to_it(run, words_dir, tmp_path, monkeypatch):
+    """Otherwise every measurement would encode them again."""
+    others = clips_of(["so be it"], 1.5).select_columns(["audio", "transcript"]).add_column("id", ["other"])
+    (tmp_path / "others").mkdir()
+    others.to_parquet(str(tmp_path / "others" / "train.parquet"))
+    encode, stored = LsmModel.encode_audio, []
+
+    def watched(model, *args, **audio):
+        stored.append(audio.get("audio_hidden_states") is not None)
+        return encode(model, *args, **audio)
+
+    monkeypatch.setattr(LsmModel, "encode_audio", watched)
+    run(held_out=str(tmp_path / "others"), features=str(tmp_path / "features"))
+    clips = [*load_corpus(words_dir, "train"), *load_corpus(tmp_path / "others", "train")]
+    assert AudioFeatureStore(tmp_path / "features").clips.keys() == {audio_key(clip["audio"]) for clip in clips}
+    assert stored and all(stored)
 
 
 def test_held_out_clips_are_read_every_few_steps_and_at_the_end(run, words_dir):
