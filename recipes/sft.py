@@ -31,7 +31,7 @@ with extra("train"):
 
     from language_models.checkpoints import base_of
     from language_models.generation import context_of
-    from recipes.listening.features import store_features
+    from recipes.listening.features import AudioFeatureStore, store_features
     from recipes.reporting.model_card import base_models_of
     from recipes.training.alignment import align, needs_alignment, validation_rows
     from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, non_defaults
@@ -78,6 +78,32 @@ def rows_of(script_args, training_args, model, processor, costs: Costs) -> tuple
     return rows, row_costs, store
 
 
+def align_first(
+    script_args, training_args, model_args, model, processor, dataset, store: AudioFeatureStore | None
+) -> AudioFeatureStore | None:
+    """Align the projector before the training, and return the store, which then has the held-out clips too."""
+    if script_args.dataset_streaming:
+        raise ValueError(
+            f"--align_steps {training_args.align_steps} needs all clips at once, so it does not work with "
+            "--dataset_streaming: first run recipes.align on a part of the set and train its output; or train "
+            "without alignment (--align_steps 0)."
+        )
+    with PartialState().main_process_first():
+        store, validation = validation_rows(script_args, store, model, processor)
+    align(
+        model,
+        processor,
+        dataset,
+        training_args,
+        store=store,
+        validation=validation,
+        validation_steps=script_args.following_steps,
+        identity=contents_of(script_args, model_args),
+        main_process=PartialState().is_main_process,
+    )
+    return store
+
+
 def train(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
     settings = settings_of(script_args, training_args, model_args) | contents_of(script_args, model_args)
     settings["num_processes"] = PartialState().num_processes
@@ -104,25 +130,7 @@ def train(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, 
 
     # Training
     if checkpoint is None and needs_alignment(model, training_args):
-        if script_args.dataset_streaming:
-            raise ValueError(
-                f"--align_steps {training_args.align_steps} needs all clips at once, so it does not work with "
-                "--dataset_streaming: first run recipes.align on a part of the set and train its output; or train "
-                "without alignment (--align_steps 0)."
-            )
-        with PartialState().main_process_first():
-            store, validation = validation_rows(script_args, store, model, processor)
-        align(
-            model,
-            processor,
-            dataset,
-            training_args,
-            store=store,
-            validation=validation,
-            validation_steps=script_args.following_steps,
-            identity=contents_of(script_args, model_args),
-            main_process=main_process,
-        )
+        store = align_first(script_args, training_args, model_args, model, processor, dataset, store)
     model.config.projector_trained = True
     trainer = LsmTrainer(
         model,

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -94,12 +94,8 @@ def compose(
         raise ValueError(
             f"an LSM without weights cannot be saved to {output}; leave out `output`, or set `weights=True`."
         )
-    for name, value, known in (
-        ("qformer_init", qformer_init, QFORMER_INITS),
-        ("reading_embeddings", reading_embeddings, ("auto", *READING_EMBEDDINGS)),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is unknown; expected one of {', '.join(known)}.")
+    _check_choice("qformer_init", qformer_init, QFORMER_INITS)
+    _check_choice("reading_embeddings", reading_embeddings, ("auto", *READING_EMBEDDINGS))
     whisper, feature_extractor, llm, tokenizer = _load(audio, text, dtype, weights)
     audio_tokenizer = _audio_tokenizer(audio, whisper, reading_embeddings) if pieces_per_token else None
     qformer_hidden = qformer_hidden or whisper.config.d_model
@@ -128,14 +124,8 @@ def compose(
             lm_head_bias=llm.get_output_embeddings().bias is not None,
         )
         model = _assemble(config, whisper, llm)
-    if weights and audio_tokenizer is not None:
-        vectors = reading_vectors(whisper.decoder.embed_tokens.weight, audio_tokenizer, tokenizer, config)
-        model.model.reading_embeddings.load_state_dict({"weight": vectors.to(model.dtype)}, assign=True)
-    if weights and qformer_init != "random":
-        start_from_decoder(model.model.projector, whisper, required=qformer_init == "decoder")
-    if weights and pieces_per_token:
-        start_reader(model)
-
+    if weights:
+        _start(model, whisper, audio_tokenizer, tokenizer, qformer_init)
     processor = speech_processor(
         feature_extractor,
         tokenizer,
@@ -155,6 +145,23 @@ def compose(
             processor.save_pretrained(partial)
             write_base_card(partial, audio, text, config)
     return model, processor
+
+
+def _start(
+    model: LsmForConditionalGeneration,
+    whisper: WhisperModel,
+    audio_tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
+    qformer_init: str,
+) -> None:
+    """Set what is new in the LSM to its initial weights, as far as these are not random."""
+    if audio_tokenizer is not None:
+        vectors = reading_vectors(whisper.decoder.embed_tokens.weight, audio_tokenizer, tokenizer, model.config)
+        model.model.reading_embeddings.load_state_dict({"weight": vectors.to(model.dtype)}, assign=True)
+    if qformer_init != "random":
+        start_from_decoder(model.model.projector, whisper, required=qformer_init == "decoder")
+    if model.config.pieces_per_token:
+        start_reader(model)
 
 
 @torch.no_grad()
@@ -301,6 +308,11 @@ def _audio_tokenizer(audio: str, whisper: WhisperModel, reading_embeddings: str)
         raise ValueError(f"{problem}, which --reading-embeddings audio needs; give --reading-embeddings text.")
     logger.info("speech is compared with the LLM's embeddings, because %s", problem)
     return None
+
+
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is unknown; expected one of {', '.join(known)}.")
 
 
 def _check_llm(text: str, config) -> None:
