@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="split of the corpus that is asked about")
     parser.add_argument("--rows", type=int, default=48, help="number of transcripts")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="longest answer, in tokens")
-    parser.add_argument("--dtype", default="bfloat16", help="data type of the LLM")
+    parser.add_argument("--dtype", default="auto", help="data type of the LLM")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     rows = list(itertools.islice(open_corpus(args.corpus, args.split), args.rows))

@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="number of answers in a turn")
     parser.add_argument("--max-new-tokens", type=int, default=80, help="most tokens of an answer")
     parser.add_argument("--turns", type=int, default=3, help="number of measurements")
-    parser.add_argument("--dtype", default="bfloat16", help="data type of the LLM here")
+    parser.add_argument("--dtype", default="auto", help="data type of the LLM here")
     parser.add_argument("--servers", nargs="*", default=[], metavar="NAME=URL", help="servers that run the LLM")
     parser.add_argument("--pids", nargs="*", default=[], metavar="NAME=PID", help="processes of the servers")
     parser.add_argument("--prompt-format", default="tokens", help="tokens; or text, if a server takes no tokens")

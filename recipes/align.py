@@ -27,6 +27,7 @@ from language_models.extras import extra
 with extra("train"):
     from accelerate import PartialState
     from datasets import Audio, Dataset
+    from huggingface_hub import HfApi
     from transformers import set_seed
     from trl import ModelConfig
 
@@ -36,7 +37,7 @@ with extra("train"):
     from recipes.listening.features import store_features, warn_of_language
     from recipes.reporting.model_card import base_models_of
     from recipes.reporting.training_card import write_trained_card
-    from recipes.training.alignment import FOLDER, STEPS, align, needs_alignment, validation_rows
+    from recipes.training.alignment import FOLDER, SHARED, STEPS, align, needs_alignment, validation_rows
     from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, non_defaults
     from recipes.training.callbacks import LOG
     from recipes.training.checkpoints import contents_of
@@ -44,6 +45,18 @@ with extra("train"):
     from recipes.training.models import check_model, compose_base, load_model
     from recipes.training.processes import leave_processes
     from recipes.training.rows import load_rows
+
+# Options of `recipes.sft` that an alignment takes besides those of [`AlignArguments`].
+TAKEN = {*SHARED, "align_steps", "align_learning_rate", "align_batch_size", "output_dir", "resume_from_checkpoint"}
+TAKEN |= {"model_name_or_path", "model_revision", "dtype", "attn_implementation", "trust_remote_code"}
+TAKEN |= {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "save_total_limit"}
+TAKEN |= {"fsdp", "fsdp_config", "deepspeed"}  # `AlignmentTrainer` says what to do
+NOT_TAKEN = ("llm", "text_ratio", "pool", "checker", "preflight", "target")  # of [`AlignArguments`]
+INSTEAD = {
+    "learning_rate": "align_learning_rate",
+    **dict.fromkeys(("max_steps", "num_train_epochs"), "align_steps"),
+    **dict.fromkeys(("per_device_train_batch_size", "global_batch_size"), "align_batch_size"),
+}
 
 
 @dataclass
@@ -61,8 +74,29 @@ class AlignArguments(LsmScriptArguments):
         if self.corpus is not None and self.dataset_name is not None:
             raise ValueError(f"--corpus {self.corpus} and --dataset_name {self.dataset_name} are two sets; name one.")
         self.dataset_name = self.dataset_name or self.corpus
-        self.llm = "frozen"
         super().__post_init__()
+
+
+def refuse_without_effect(script_args, training_args, model_args) -> None:
+    """Refuse options of `recipes.sft` that an alignment does not take.
+
+    Raises:
+        ValueError: such an option was set. Names it and says what to use instead.
+    """
+    given = {name: value for name, value in non_defaults(script_args).items() if name in NOT_TAKEN}
+    given |= {name: value for name, value in non_defaults(training_args, model_args).items() if name not in TAKEN}
+    for name, value in given.items():
+        way_out = f"give --{INSTEAD[name]}" if name in INSTEAD else "leave it out; it is an option of recipes.sft"
+        raise ValueError(f"--{name} {value} has no effect on an alignment: {way_out}.")
+
+
+def push(folder: Path, args: LsmTrainingArguments) -> None:
+    """Push the aligned LSM to the Hub, under the name of its folder if `args` have no `hub_model_id`."""
+    api = HfApi(token=args.hub_token)
+    name = args.hub_model_id or folder.name
+    repo = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+    ignored = [f"{FOLDER}/checkpoint-*", f"{FOLDER}/checkpoint-*/**"]
+    api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=ignored, commit_message="Alignment")
 
 
 def load_clips(args: AlignArguments, seed: int) -> Dataset:
@@ -92,6 +126,7 @@ def _utterances(corpus: str, split: str, revision: str | None):
 
 def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
     main_process, output = PartialState().is_main_process, Path(training_args.output_dir)
+    refuse_without_effect(script_args, training_args, model_args)
     training_args.align_steps = training_args.align_steps or STEPS  # 0 steps make no sense here
     check_model(script_args, model_args)
     set_seed(training_args.seed)
@@ -130,6 +165,8 @@ def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_
             following=[],
             adapter_of=None,
         )
+        if training_args.push_to_hub:
+            push(output, training_args)
 
 
 def main() -> None:

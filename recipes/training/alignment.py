@@ -43,6 +43,9 @@ OTHER_PIECES = 1500  # pieces in a step besides the batch's own; the whole vocab
 STEPS, WARMUP_STEPS = 3000, 100
 # By `reading_embeddings`. What starts from Whisper's decoder reads better after smaller steps.
 LEARNING_RATES = {"text": 1e-3, "audio": 3e-4}
+# Options of a training that its alignment shares.
+SHARED = ("seed", "use_cpu", "bf16", "fp16", "logging_steps", "save_steps", "disable_tqdm")
+SHARED += ("dataloader_num_workers", "dataloader_pin_memory")
 MARK = "\ue000"  # a character for private use, which no transcript has
 BLANK = 0
 
@@ -499,16 +502,9 @@ def alignment_arguments(args) -> TrainingArguments:
         warmup_steps=min(WARMUP_STEPS, math.ceil(args.align_steps / 10)),
         lr_scheduler_type="cosine",
         max_grad_norm=1.0,
-        seed=args.seed,
-        use_cpu=args.use_cpu,
-        bf16=args.bf16,
-        logging_steps=args.logging_steps,
         logging_nan_inf_filter=False,
-        save_steps=args.save_steps,
         save_total_limit=1,
-        dataloader_num_workers=args.dataloader_num_workers,
-        dataloader_pin_memory=args.dataloader_pin_memory,
         remove_unused_columns=False,
-        disable_tqdm=args.disable_tqdm,
         report_to="none",
+        **{name: getattr(args, name) for name in SHARED},
     )

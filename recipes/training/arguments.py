@@ -233,6 +233,7 @@ def accumulation(global_batch_size: int, per_device: int, devices: int) -> int:
 # Fields that always differ from the defaults of their dataclass.
 DERIVED = {"max_length", "remove_unused_columns", "dataset_kwargs", "logging_dir", "accelerator_config", "use_peft"}
 DERIVED |= {"lora_target_modules", "lora_modules_to_save", "debug", "dataloader_pin_memory", "report_to"}
+DERIVED |= {"activation_checkpointing", "activation_checkpointing_kwargs"}
 
 
 def non_defaults(*arguments) -> dict:

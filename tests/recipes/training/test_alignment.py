@@ -16,6 +16,7 @@ import soundfile
 import torch
 from corpus_files import clip, write
 from datasets import Audio, Dataset, concatenate_datasets
+from hub_clients import start
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from dataset_builders.corpora.opening import load_corpus
@@ -108,8 +109,9 @@ def run(aligned_dir, words_dir, tmp_path, parts_of):
         }
         defaults |= {"align_batch_size": 4, "align_steps": 2, "logging_steps": 1, "save_steps": 1, "disable_tqdm": True}
         options = {**defaults, **options}
-        _, training_args, model_args = parts_of(options | {"dataset_name": "-"})
+        script_args, training_args, model_args = parts_of(options | {"dataset_name": "-"})
         script_args = command.AlignArguments(
+            **{name: getattr(script_args, name) for name in ("llm", "preflight")},
             corpus=str(words_dir),
             following_corpus=held_out,
             following_split="train",
@@ -426,3 +428,34 @@ def test_a_projector_without_a_reader_is_not_aligned(compose_tiny, whisper_dir, 
     assert not needs_alignment(model, args) and args.align_steps == 0
     with pytest.raises(ValueError, match=r"--align_steps is 7, but .* no reader .*--pieces-per-token 8"):
         needs_alignment(model, parts_of({**defaults, "align_steps": 7})[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 1e-4}, "--learning_rate 0.0001 has no effect on an alignment: give --align_learning_rate"),
+        ({"max_steps": 5}, "--max_steps 5 .* give --align_steps"),
+        ({"per_device_train_batch_size": 64}, "--per_device_train_batch_size 64 .* give --align_batch_size"),
+        ({"weight_decay": 0.1}, "--weight_decay 0.1 .* leave it out; it is an option of recipes.sft"),
+        ({"preflight": True}, "--preflight True .* it is an option of recipes.sft"),
+        ({"llm": "full"}, "--llm full"),
+        ({"lora_r": 4}, "--lora_r 4"),
+    ],
+)
+def test_options_that_an_alignment_does_not_take_are_refused(run, options, message):
+    """A preflight, for example, would otherwise be the alignment itself."""
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+def test_an_aligned_model_is_pushed_with_its_card(hub, aligned_dir, words_dir, tmp_path):
+    code = 'import runpy, sys; sys.argv[0] = "align.py"; runpy.run_module("recipes.align", run_name="__main__")'
+    options = {"model_name_or_path": aligned_dir, "corpus": words_dir, "output_dir": tmp_path / "out", "use_cpu": True}
+    options |= {"align_steps": 1, "bf16": False, "push_to_hub": True, "hub_model_id": "me/aligned"}
+    done = start(
+        code, hub, tmp_path / "home", *(part for name in options for part in (f"--{name}", str(options[name])))
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = set(hub.repos["model", "me/aligned"].files())
+    assert {"README.md", "model.safetensors", "processor_config.json", "modeling_lsm.py"} <= files
+    assert not any("checkpoint-" in name for name in files)
