@@ -6,7 +6,6 @@ Each build runs in a separate process, with all seven tasks on every utterance o
 peak of the resident memory according to the operating system.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from dataset_builders.nano.tasks import POOL_PATH
+from language_models.command_line import parser_of
 
 COMMAND = [sys.executable, "-m", "dataset_builders.self_powered", "build", "--corpus", "nano", "--pool", str(POOL_PATH)]
 
@@ -38,7 +38,7 @@ def peak_memory(llm: str, rows: int, threads: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--llm", default="assets/nano/llm", help="folder or Hub id of the LLM")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000], help="number of rows of each build")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="number of CPU threads")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from benchmarks.contestants import CONTESTANTS, LEVERS, PEERS, Contestant
 from benchmarks.machine import describe
 from benchmarks.workloads import SIZES
+from language_models.command_line import parser_of
 from recipes.training.throughput import seconds_of
 
 Job = Callable[[], object]
@@ -23,7 +24,7 @@ Job = Callable[[], object]
 
 def arguments(description: str, workloads: Iterable[str]) -> argparse.ArgumentParser:
     """Return a parser with the options of all comparisons."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(description)
     commas = {"type": lambda text: text.split(",")}
     parser.add_argument("--only", default=list(PEERS), **commas, help=f"contestants: {','.join(CONTESTANTS)}")
     parser.add_argument("--levers", action="store_true", help="compare ours with and without each optimisation")

@@ -11,7 +11,6 @@ Worker processes read the clips, as in the recipe's configurations, so slow read
 read" is the time of one worker for a batch, and should be below the number of workers over the steps per second.
 """
 
-import argparse
 import gc
 import itertools
 import json
@@ -40,6 +39,7 @@ from trl import ModelConfig
 from benchmarks.machine import describe, free_memory
 from configuration_lsm import LsmConfig
 from dataset_builders.corpora.audio import encode
+from language_models.command_line import parser_of
 from language_models.generation import context_of
 from language_models.tokenizers import speech_processor
 from modeling_lsm import LsmForConditionalGeneration
@@ -384,7 +384,7 @@ def table(measured: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     default = Sweep()
     parser.add_argument("--preset", default=default.preset, help=f"sizes of the model: {' or '.join(PRESETS)}")
     parser.add_argument("--llm", nargs="+", default=default.llm, help="how the LLM is trained: full, lora or frozen")

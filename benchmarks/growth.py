@@ -7,7 +7,6 @@ slope of time over size between the last two points on logarithmic axes: 1 is li
 attention is quadratic, in the length of the prompt. The tower's is not, because it encodes chunks of 30 s.
 """
 
-import argparse
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from benchmarks.contestants import Ours
 from benchmarks.fine_tuning import make_processor, make_rows
 from benchmarks.machine import describe
 from benchmarks.workloads import Row
+from language_models.command_line import parser_of
 from recipes.listening.features import AudioFeatureStore
 from recipes.training.costs import Costs
 from recipes.training.order import EpochSampler
@@ -148,7 +148,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--line", nargs="+", choices=LINES, default=list(LINES), help="what grows")
     parser.add_argument("--largest", type=int, help="leave out points above this size")
     parser.add_argument("--repeats", type=int, default=2, help="number of measurements of each point")

@@ -13,7 +13,6 @@ The LLM answers an instruction about each transcript. Then it gets the same tran
 them, from 0 to 100. Both are those of `agreement` in recipes.evaluate.
 """
 
-import argparse
 import itertools
 import json
 import random
@@ -27,6 +26,7 @@ from benchmarks.machine import describe
 from dataset_builders.corpora.opening import open_corpus
 from dataset_builders.instructions import SELF_POWERED_TASKS, Draw, load_pool
 from dataset_builders.responders.local import LocalResponder
+from language_models.command_line import parser_of
 from language_models.generation import GREEDY, read_answers
 from recipes.listening.collator import render_prompt
 from recipes.training.alignment import MARK, Slot
@@ -133,7 +133,7 @@ def measure(responder: LocalResponder, rows: list[dict]) -> dict[str, dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--llm", required=True, help="folder or Hub id of the LLM, or of an LSM with it")
     parser.add_argument("--corpus", required=True, help="ASR corpus whose transcripts are read")
     parser.add_argument("--split", default="test", help="split of the corpus that is asked about")

@@ -14,7 +14,6 @@ Seconds are of the process on its cores, not of the clock, so that other jobs on
 bfloat16 a few answers differ between any two ways; `same` says how many do not.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -33,6 +32,7 @@ from dataset_builders.publishing import load_self_powered
 from dataset_builders.responders.exchange import Request
 from dataset_builders.responders.local import LocalResponder
 from language_models.attention import attend_fast
+from language_models.command_line import parser_of
 from language_models.generation import GREEDY, read_answers
 from recipes.listening.collator import SpeechResponseCollator
 from recipes.listening.features import AudioFeatureStore, audio_key
@@ -183,7 +183,7 @@ def measure(source: str, rows: Dataset, dtype: str, count: int, rounds: int, sta
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of an LSM")
     parser.add_argument("--set", required=True, help="self-powered set of this LSM, folder or Hub id")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what is measured")

@@ -1,4 +1,4 @@
-"""Measure how fast the LLM answers here and on servers, on the same rows, in turns.
+r"""Measure how fast the LLM answers here and on servers, on the same rows, in turns.
 
     python -m benchmarks.responders --llm LLM --corpus CORPUS --split test --rows 64 \
         --servers llama.cpp=http://localhost:8001/v1 vLLM=http://localhost:8002/v1
@@ -10,7 +10,6 @@ the answers of a server that are those of the LLM here; other arithmetic, such a
 No row is asked twice, because servers keep prompts that they have read.
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -27,6 +26,7 @@ from dataset_builders.instructions import SELF_POWERED_TASKS, Draw, load_pool
 from dataset_builders.responders.exchange import Request
 from dataset_builders.responders.local import LocalResponder, Responder
 from dataset_builders.responders.server import ServerResponder
+from language_models.command_line import parser_of
 
 
 def cpu_seconds(server: int | None) -> float:
@@ -66,7 +66,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--llm", required=True, help="folder or Hub id of the LLM")
     parser.add_argument("--corpus", required=True, help="ASR corpus whose transcripts are read")
     parser.add_argument("--split", default="test", help="split of the corpus")

@@ -8,7 +8,6 @@ all positions. The comparison is of the loss over the last quarter of the steps.
 that between two seeds, which change the order of the rows and the projector's initial weights.
 """
 
-import argparse
 import contextlib
 import json
 import statistics
@@ -25,6 +24,7 @@ import recipes.sft
 from benchmarks.contestants import CHUNK, project_frames
 from benchmarks.machine import describe
 from dataset_builders.files import read_lines, read_yaml
+from language_models.command_line import parser_of
 from recipes.listening.collator import SpeechResponseCollator
 from recipes.nano.quickstart import CONFIGS, Quickstart
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments
@@ -93,7 +93,7 @@ def train(quickstart: Quickstart, output: Path, steps: int, batch: int, seed: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=200, help="steps of each training")
     parser.add_argument("--batch", type=int, default=16, help="number of rows per step")
     parser.add_argument("--clips", type=int, default=1500, help="number of clips of the corpus, each with two rows")

@@ -8,7 +8,6 @@ Its processes share the cores as with `torchrun`. The LLM is loaded beforehand. 
 the ratio of rows per second in a turn is one measurement.
 """
 
-import argparse
 import itertools
 import json
 import logging
@@ -30,6 +29,7 @@ from dataset_builders.instructions import SELF_POWERED_TASKS, Draw, load_pool
 from dataset_builders.nano.tasks import POOL_PATH
 from dataset_builders.responders.local import LocalResponder
 from dataset_builders.shards import Worker
+from language_models.command_line import parser_of
 from recipes.listening.collator import render_prompt
 
 BATCH = 32
@@ -115,7 +115,7 @@ def measure(llm: str, rows: int, turns: int, cores: int, processes: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--llm", default="assets/nano/llm", help="folder or Hub id of the LLM")
     parser.add_argument("--rows", type=int, default=6000, help="number of rows of the set")
     parser.add_argument("--turns", type=int, default=3, help="number of measurements")

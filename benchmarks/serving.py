@@ -8,7 +8,6 @@ Every answer is compared with that to the same clip alone. The first token of on
 checks of bad behaviour.
 """
 
-import argparse
 import base64
 import contextlib
 import http.client
@@ -35,6 +34,7 @@ import torch
 from benchmarks.machine import describe
 from dataset_builders.corpora.audio import encode
 from dataset_builders.nano.corpus import NanoCorpus
+from language_models.command_line import parser_of
 from language_models.generation import GREEDY, read_answers
 from processing_lsm import load_audio
 from recipes.listening.speech_llm import load
@@ -267,7 +267,7 @@ def full_queue(model: str, question: Question) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", required=True, help="folder of an LSM")
     parser.add_argument("--url", help="server that is running already")
     parser.add_argument("--name", help="name of the model at that server")

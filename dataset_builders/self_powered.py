@@ -15,12 +15,12 @@ srun, SLURM arrays): see `shards.py`. `--server URL` uses an LLM on a server: se
 `import` and `export` exchange sets with the original project, whose JSONL has `instruction`, `audio` and `text`.
 """
 
-import argparse
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from language_models.command_line import parser_of
 from language_models.extras import extra
 
 with extra("data"):
@@ -190,7 +190,7 @@ class SelfPoweredBuilder(GeneratorBasedBuilder):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=HfArgumentParser)
     building = commands.add_parser("build", dataclass_types=BuildArguments, help="build a set, or continue a build")
     building.add_argument("--output", required=True, help="Folder of the set.")

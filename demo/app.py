@@ -1,4 +1,4 @@
-"""A page on which models listen side by side: each answers the same instruction about the same clip.
+r"""A page on which models listen side by side: each answers the same instruction about the same clip.
 
     python demo/app.py
     python demo/app.py --model ours=runs/quickstart/checkpoint --model vanilla=runs/quickstart/training/vanilla \
@@ -8,13 +8,13 @@ Without options, it shows the nano LSM of the repository and, after `make quicks
 A Space has no options: it reads the environment variables LSM_MODELS (`NAME=ID,NAME=ID`) and LSM_TEXT_LLM.
 """
 
-import argparse
 import html
 import os
 from collections.abc import Iterator
 
 from jinja2 import TemplateError
 
+from language_models.command_line import parser_of
 from language_models.extras import extra
 
 with extra("demo"):
@@ -140,7 +140,7 @@ def _alert(error: Exception) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--model", action="append", metavar="NAME=FOLDER_OR_ID", help="a model that listens; may be given several times"
     )

@@ -1,4 +1,4 @@
-"""Align an LSM's projector with its LLM's words. After that, the LSM can already answer questions about speech.
+r"""Align an LSM's projector with its LLM's words. After that, the LSM can already answer questions about speech.
 
     # On the clips of a self-powered set, or of an ASR corpus, which has no responses
     python -m recipes.align --model_name_or_path checkpoints/base --dataset_name data/self_powered \
@@ -126,7 +126,6 @@ def _utterances(corpus: str, split: str, revision: str | None):
 
 def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_args: ModelConfig) -> None:
     main_process, output = PartialState().is_main_process, Path(training_args.output_dir)
-    refuse_without_effect(script_args, training_args, model_args)
     training_args.align_steps = training_args.align_steps or STEPS  # 0 steps make no sense here
     check_model(script_args, model_args)
     set_seed(training_args.seed)
@@ -171,7 +170,9 @@ def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
-    run(*parse(AlignArguments, LsmTrainingArguments, ModelConfig))
+    arguments = parse(AlignArguments, LsmTrainingArguments, ModelConfig)
+    refuse_without_effect(*arguments)
+    run(*arguments)
     leave_processes()
 
 

@@ -1,4 +1,4 @@
-"""Where an answer comes from: layer by layer, the share that the instruction and the speech have in it.
+r"""Where an answer comes from: layer by layer, the share that the instruction and the speech have in it.
 
     python -m recipes.analyze_bias --model runs/quickstart/checkpoint --data runs/quickstart/corpus --split test \
         --pool dataset_builders/nano/instructions.yaml --output runs/bias/self_powered
@@ -10,11 +10,11 @@
 self-powered set or an ASR corpus. Writes `bias.json`, the pictures and `report.html`.
 """
 
-import argparse
 import json
 import logging
 from pathlib import Path
 
+from language_models.command_line import parser_of
 from language_models.extras import extra
 
 with extra("eval"):
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--data", required=True, help="self-powered set, or ASR corpus: folder, manifest or Hub id")
     parser.add_argument("--split", help="`test` if there is one, else the first")

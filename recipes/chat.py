@@ -24,6 +24,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import TextStreamer
 
+from language_models.command_line import parser_of
 from language_models.generation import GREEDY, read_answers
 from processing_lsm import load_audio
 from recipes.listening.speech_llm import Lsm, load
@@ -145,7 +146,7 @@ def record(seconds: str) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     shipped = {"default": str(NANO)} if NANO.is_dir() else {"required": True}
     parser.add_argument("--model", **shipped, help="folder or Hub id of an LSM or a text LLM (assets/nano/lsm)")
     parser.add_argument("--audio", action="append", help="audio file or URL (any rate); may be given several times")

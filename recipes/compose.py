@@ -1,25 +1,29 @@
-"""Compose an LSM from a Whisper encoder and a causal LLM, ready for the Hub. Only the projector is new.
+r"""Compose an LSM from a Whisper encoder and a causal LLM, ready for the Hub. Only the projector is new.
 
-python -m recipes.compose \
-    --audio openai/whisper-small \
-    --text meta-llama/Llama-3.2-1B-Instruct \
-    --output checkpoints/lsm
+    python -m recipes.compose --audio openai/whisper-small --text meta-llama/Llama-3.2-1B-Instruct --window-frames 8 \
+        --output checkpoints/lsm
 """
 
 import argparse
 import logging
 
 from configuration_lsm import READING_EMBEDDINGS
+from language_models.command_line import parser_of
 from language_models.tokenizers import parse_template_settings
 from recipes.listening.composing import QFORMER_INITS, compose
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--audio", required=True, help="Hub id or folder of a Whisper checkpoint")
     parser.add_argument("--text", required=True, help="Hub id or folder of a causal LLM")
     parser.add_argument("--output", required=True, help="folder to write the LSM to")
-    parser.add_argument("--window-frames", type=int, default=17, help="encoder frames (20 ms) per window")
+    parser.add_argument(
+        "--window-frames",
+        type=int,
+        default=17,
+        help="encoder frames (20 ms) per window; 17 as in the paper, 8 for the alignment, which needs more tokens",
+    )
     parser.add_argument(
         "--context-frames", type=int, default=0, help="encoder frames that a token sees before and behind its window"
     )

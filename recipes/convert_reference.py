@@ -1,4 +1,4 @@
-"""Convert a checkpoint of the paper authors' code into an LSM folder.
+r"""Convert a checkpoint of the paper authors' code into an LSM folder.
 
 python -m recipes.convert_reference \
     --checkpoint checkpoints/original \
@@ -10,7 +10,6 @@ The converted model does the same (`audio_padding="max_length"`, `window_mode="p
 The original is the code of "Self-Powered LLM Modality Expansion for Large Speech-Text Models", arXiv 2410.03798.
 """
 
-import argparse
 import json
 import logging
 import re
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, LlamaConfig, WhisperConfig, WhisperFeatureExtractor
 
 from configuration_lsm import LsmConfig
+from language_models.command_line import parser_of
 from language_models.generation import never_write
 from language_models.identity import identify
 from language_models.tokenizers import load_tokenizer
@@ -204,7 +204,7 @@ def _processor(config: LsmConfig, tokenizer) -> LsmProcessor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--checkpoint", required=True, help="folder of the original checkpoint")
     parser.add_argument("--output", required=True, help="folder to write the LSM to")
     parser.add_argument("--tokenizer", help="Hub id or folder of the LLM's tokenizer, for the processor")

@@ -1,4 +1,4 @@
-"""Evaluate a speech LLM: its tasks, whether it follows instructions, and whether it listens.
+r"""Evaluate a speech LLM: its tasks, whether it follows instructions, and whether it listens.
 
     python -m recipes.evaluate --model runs/quickstart/checkpoint --base runs/quickstart/base --tasks nano \
         --vanilla runs/quickstart/training/vanilla --output runs/evaluation
@@ -21,6 +21,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from language_models.command_line import parser_of
 from language_models.extras import extra
 
 with extra("eval"):
@@ -53,7 +54,7 @@ def parse_overrides(entries: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", help="folder or Hub id of a speech LLM")
     parser.add_argument("--endpoint", help="instead of --model: URL of an OpenAI-compatible server with a speech LLM")
     parser.add_argument("--endpoint-model", help="name of the model at the endpoint, if it has several")
@@ -68,12 +69,26 @@ def main() -> None:
     parser.add_argument("--vanilla", help="an LSM trained on transcription alone")
     parser.add_argument("--paper", help="an LSM trained as in the paper: the whole LLM, with cross-entropy")
     parser.add_argument("--asr", help="the cascade's ASR model (a Whisper or a speech LLM); the model by default")
-    parser.add_argument("--systems", nargs="+", default=[], metavar="NAME", help=f"among {', '.join(SYSTEMS)}")
-    parser.add_argument("--data", nargs="+", default=[], metavar="TASK=PATH", help="where the corpus of a task is")
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"systems that answer, among {', '.join(SYSTEMS)}; by default all whose checkpoints are given",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="TASK=PATH",
+        help="where the corpus of a task is; TASK.SETTING=VALUE replaces a setting of it, such as `split`",
+    )
     parser.add_argument("--task-file", help="YAML of your own tasks, in the form of evaluation/tasks.yaml")
     parser.add_argument("--list", action="store_true", help="show all tasks and stop")
-    parser.add_argument("--limit", type=int, help="largest number of utterances of a task")
-    parser.add_argument("--control-limit", type=int, help="largest number of utterances for the controls")
+    parser.add_argument("--limit", type=int, help="largest number of utterances of a task; all by default")
+    parser.add_argument(
+        "--control-limit", type=int, help="largest number of utterances for the controls; all by default"
+    )
     parser.add_argument("--audio-feature-store", help="folder of recipes.store_features, so that no clip is encoded")
     parser.add_argument("--batch-size", type=int, default=16, help="questions that are answered together")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens")

@@ -14,11 +14,11 @@ The same story with real checkpoints and any corpus is a study: `python -m recip
 recipes/configs/quickstart_real.yaml`.
 """
 
-import argparse
 import logging
 import sys
 from pathlib import Path
 
+from language_models.command_line import parser_of
 from language_models.extras import extra
 
 with extra("train"):
@@ -31,7 +31,7 @@ with extra("train"):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--output", default="runs/quickstart", help="folder for all outputs")
     parser.add_argument("--config", default=str(CONFIGS / "quickstart.yaml"), help="YAML file of sizes and settings")
     parser.add_argument("--steps", type=int, help="steps of every training, instead of those in its configuration")

@@ -9,11 +9,11 @@ are answered together. Answers are greedy unless a request has a temperature. Fi
 refused by name. `/v1/models`, `/health` and `/metrics` (for Prometheus) are there as well.
 """
 
-import argparse
 import gc
 import logging
 import os
 
+from language_models.command_line import parser_of
 from language_models.extras import extra
 
 with extra("serve"):
@@ -32,7 +32,7 @@ KEY = "LSM_API_KEY"
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     default = Limits()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of an LSM")
     parser.add_argument("--name", help="name of the model for clients; by default that of the folder, or the Hub id")
     parser.add_argument("--dtype", default="auto", help="data type of the weights; auto is that of the checkpoint")

@@ -1,4 +1,4 @@
-"""Fine-tune an LSM on a self-powered set with TRL's SFTTrainer, so that it gives the responses from speech.
+r"""Fine-tune an LSM on a self-powered set with TRL's SFTTrainer, so that it gives the responses from speech.
 
     # Check everything first, without a large download.
     python -m recipes.sft --config recipes/configs/whisper_large_v2_vicuna_7b.yaml --preflight true

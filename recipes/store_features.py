@@ -6,8 +6,7 @@
 folder. The same command on another corpus adds its clips to it.
 """
 
-import argparse
-
+from language_models.command_line import parser_of
 from language_models.extras import extra
 
 with extra("data"):
@@ -20,7 +19,7 @@ with extra("data"):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of an LSM with the audio tower")
     parser.add_argument("--corpus", required=True, help="ASR corpus, as dataset_builders.self_powered build takes it")
     parser.add_argument("--splits", nargs="+", default=["train"], help="splits of the corpus")

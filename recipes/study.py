@@ -15,13 +15,13 @@ and leaves the old ones alone.
 file, so the longest should come first. The first seed of all rows runs before the second.
 """
 
-import argparse
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
+from language_models.command_line import parser_of
 from language_models.extras import extra
 
 with extra("train"):
@@ -30,7 +30,7 @@ with extra("train"):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--config", default=str(Path(__file__).parent / "configs" / "study.yaml"), help="YAML file of stages and rows"
     )

@@ -24,8 +24,8 @@ TINY = {
     "Qwen/Qwen2-Audio-7B-Instruct": "qwen2_audio",
     "librispeech": "runs/quickstart/corpus",
     "train.clean.100": "train",
+    "test.clean": "test",
     "librispeech_clean": "nano_asr",
-    "fleurs_en_de": "nano_translation",
     "format": "nano_format",
     "ORIGINAL": "reference",
 }
@@ -39,7 +39,7 @@ SHORT = {
     "recipes.sft": TRAINING,
     "recipes.sft --config": f"{TRAINING} --global_batch_size 4 --dataset_train_split train "
     "--audio assets/nano/encoder --text assets/nano/llm --dataset_name data/self_powered",
-    "recipes.align": TRAINING,
+    "recipes.align": "--align_steps 2 --use_cpu true --bf16 false --dtype float32",
     "recipes.evaluate": "--limit 2 --max-new-tokens 4",
     "recipes.analyze_bias": "--limit 4 --max-new-tokens 4",
     "dataset_builders.self_powered build": "--limit 12",

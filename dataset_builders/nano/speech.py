@@ -9,7 +9,6 @@ adds white noise, which also depends only on (seed, split, i): another ratio mak
 rows are written to `OUTPUT/SPLIT.parquet`, which `load_dataset` reads.
 """
 
-import argparse
 import functools
 import logging
 import math
@@ -22,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from language_models.command_line import parser_of
 from language_models.extras import extra
 
 with extra("nano"):
@@ -210,7 +210,7 @@ def _build_split(target: Path, split: str, size: int, seed: int, num_proc: int, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--output", required=True, help="folder of the corpus")
     for split in SPLITS:
         parser.add_argument(f"--{split}", type=int, default=0, metavar="ROWS", help=f"number of rows of split {split}")

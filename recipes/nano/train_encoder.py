@@ -20,6 +20,7 @@ import multiprocessing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from language_models.command_line import parser_of
 from language_models.extras import extra
 
 with extra("eval"):
@@ -239,7 +240,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--output", required=True, help="folder of the encoder")
     parser.add_argument("--clips", type=int, default=30_000, help="number of training clips")
     parser.add_argument("--test-clips", type=int, default=1_000, help="number of test clips")

@@ -25,6 +25,7 @@ from dataset_builders.corpora.transcripts import bare_words
 from dataset_builders.instructions import Task, load_pool
 from dataset_builders.nano.grammar import sample_sentence
 from dataset_builders.nano.tasks import POOL_PATH, answers, is_correct
+from language_models.command_line import parser_of
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +218,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--output", required=True, help="folder of the LLM")
     parser.add_argument("--steps", type=int, default=3500, help="number of steps")
     parser.add_argument("--batch-size", type=int, default=64, help="number of examples per step")

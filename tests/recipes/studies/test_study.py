@@ -169,7 +169,9 @@ def test_every_option_of_the_study_is_known_to_its_recipe(command, monkeypatch):
     assert (python, dash_m) == ("python", "-m")
     if module in ("recipes.sft", "recipes.align"):
         script = LsmScriptArguments if module == "recipes.sft" else align.AlignArguments
-        TrlParser((script, LsmTrainingArguments, ModelConfig)).parse_args_and_config(words)
+        arguments = TrlParser((script, LsmTrainingArguments, ModelConfig)).parse_args_and_config(words)
+        if module == "recipes.align":
+            align.refuse_without_effect(*arguments)
         return
 
     class ParsedError(Exception):
