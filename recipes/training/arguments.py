@@ -192,6 +192,7 @@ class LsmTrainingArguments(SFTConfig):
             if not has_fast_bf16():
                 logger.warning("--bf16 true: this CPU is faster without it.")
             self.use_cpu = True  # otherwise transformers refuses bf16 on a CPU
+        self.dataloader_pin_memory &= torch.accelerator.is_available()  # elsewhere torch warns in every epoch
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = accumulation(
                 self.global_batch_size, self.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))

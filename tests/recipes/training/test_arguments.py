@@ -128,6 +128,16 @@ def test_half_precision_is_the_default_where_it_is_fast(tmp_path, monkeypatch, c
     assert ("--bf16 true: this CPU is faster without it" in caplog.text) is not has
 
 
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_memory_is_pinned_for_an_accelerator_alone(tmp_path, monkeypatch, accelerator):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    args = LsmTrainingArguments(output_dir=str(tmp_path), bf16=False)
+    assert args.dataloader_pin_memory is accelerator
+    assert not LsmTrainingArguments(
+        output_dir=str(tmp_path), bf16=False, dataloader_pin_memory=False
+    ).dataloader_pin_memory
+
+
 def test_a_card_has_only_the_settings_that_were_given(tmp_path):
     training = LsmTrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, use_cpu=True, max_steps=5)
     found = non_defaults(LsmScriptArguments(dataset_name="mine", llm="lora"), training, ModelConfig(lora_r=4))
