@@ -3,7 +3,7 @@
 import argparse
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the description, and adds the default of an option unless its help has it or it has none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -19,4 +19,4 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     Args:
         description: the command's docstring, of which each line stays as it is.
     """
-    return argparse.ArgumentParser(description=description, formatter_class=_Help)
+    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)

@@ -170,7 +170,7 @@ def run(script_args: AlignArguments, training_args: LsmTrainingArguments, model_
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
-    arguments = parse(AlignArguments, LsmTrainingArguments, ModelConfig)
+    arguments = parse(AlignArguments, LsmTrainingArguments, ModelConfig, description=__doc__)
     refuse_without_effect(*arguments)
     run(*arguments)
     leave_processes()

@@ -163,7 +163,7 @@ def train(script_args: LsmScriptArguments, training_args: LsmTrainingArguments, 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
-    arguments = parse(LsmScriptArguments, LsmTrainingArguments, ModelConfig)
+    arguments = parse(LsmScriptArguments, LsmTrainingArguments, ModelConfig, description=__doc__)
     code = preflight(*arguments) if arguments[0].preflight else train(*arguments)
     leave_processes()
     sys.exit(code)

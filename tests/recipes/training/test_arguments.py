@@ -7,6 +7,7 @@ import pytest
 import torch
 from trl import ModelConfig
 
+from recipes import sft
 from recipes.training.arguments import LsmScriptArguments, LsmTrainingArguments, non_defaults
 from recipes.training.command_line import parse
 from recipes.training.models import check_model, load_model
@@ -155,3 +156,12 @@ def test_a_configuration_with_a_key_twice_is_refused(tmp_path, monkeypatch):
     config.write_text("dataset_name: one\noutput_dir: out\nuse_cpu: true\n")
     script, training, _ = parse(LsmScriptArguments, LsmTrainingArguments, ModelConfig)
     assert (script.dataset_name, training.seed) == ("one", 1)
+
+
+def test_the_help_of_a_training_says_what_it_does_and_its_short_names(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sft", "--help"])
+    with pytest.raises(SystemExit):
+        parse(LsmScriptArguments, LsmTrainingArguments, ModelConfig, description=sft.__doc__)
+    shown = capsys.readouterr().out
+    assert sft.__doc__.strip().splitlines()[0] in shown
+    assert "--config FILE" in shown and "`--model` for `--model_name_or_path`" in shown
