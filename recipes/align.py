@@ -85,7 +85,8 @@ def refuse_without_effect(script_args, training_args, model_args) -> None:
     """
     given = {name: value for name, value in non_defaults(script_args).items() if name in NOT_TAKEN}
     given |= {name: value for name, value in non_defaults(training_args, model_args).items() if name not in TAKEN}
-    for name, value in given.items():
+    if given:
+        name, value = next(iter(given.items()))
         way_out = f"give --{INSTEAD[name]}" if name in INSTEAD else "leave it out; it is an option of recipes.sft"
         raise ValueError(f"--{name} {value} has no effect on an alignment: {way_out}.")
 
@@ -93,7 +94,7 @@ def refuse_without_effect(script_args, training_args, model_args) -> None:
 def push(folder: Path, args: LsmTrainingArguments) -> None:
     """Push the aligned LSM to the Hub, under the name of its folder if `args` have no `hub_model_id`."""
     api = HfApi(token=args.hub_token)
-    name = args.hub_model_id or folder.name
+    name = args.hub_model_id or folder.resolve().name
     repo = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
     ignored = [f"{FOLDER}/checkpoint-*", f"{FOLDER}/checkpoint-*/**"]
     api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=ignored, commit_message="Alignment")

@@ -81,7 +81,11 @@ def rows_of(script_args, training_args, model, processor, costs: Costs) -> tuple
 def align_first(
     script_args, training_args, model_args, model, processor, dataset, store: AudioFeatureStore | None
 ) -> AudioFeatureStore | None:
-    """Align the projector before the training, and return the store, which then has the held-out clips too."""
+    """Align the projector before the training, and return the store, which then has the held-out clips too.
+
+    Raises:
+        ValueError: the rows are a stream.
+    """
     if script_args.dataset_streaming:
         raise ValueError(
             f"--align_steps {training_args.align_steps} needs all clips at once, so it does not work with "

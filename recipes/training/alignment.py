@@ -367,14 +367,17 @@ def read_clips(model: AlignmentModel, collator: AlignmentCollator, rows: Dataset
 def validation_rows(
     args, store: AudioFeatureStore | None, model: LsmForConditionalGeneration, processor: LsmProcessor
 ) -> tuple[AudioFeatureStore | None, Dataset | None]:
-    """Return the clips of `--following_corpus`, on which the WER is measured, and the store, which now has them too;
-    None and the unchanged store if the option is unset.
+    """Return the store, which now has the clips of `--following_corpus` too, and these clips, on which the WER is
+    measured; the unchanged store and None if the option is unset.
 
     Args:
         args: [`LsmScriptArguments`].
         store: store of the audio tower's output, if there is one.
         model: the LSM, whose audio tower fills the store.
         processor: the LSM's processor.
+
+    Raises:
+        ValueError: a clip cannot be stored, as in [`AudioFeatureStore.build`].
     """
     if not args.following_corpus:
         return store, None
