@@ -193,7 +193,10 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
         projected = by_head @ self.key.weight.view(heads, size, width)
         projected = projected.transpose(0, 1).reshape(batch, queries * heads, width)
         biases = (by_head * self.key.bias.view(heads, 1, size)).sum(-1)  # no effect on a softmax, but a gradient
-        scores = projected @ frames.transpose(1, 2) + biases.transpose(0, 1).reshape(batch, queries * heads, 1)
+        # In float32 at least, as in torch's attention: in bfloat16, a score of 16 would be rounded by up to 0.06.
+        precise = torch.promote_types(frames.dtype, torch.float32)
+        scores = projected.to(precise) @ frames.to(precise).transpose(1, 2)
+        scores = scores + biases.transpose(0, 1).reshape(batch, queries * heads, 1)
         if mask is not None:
             mask = mask[:, 0, :1]
             scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -torch.inf)
