@@ -31,7 +31,7 @@ from transformers import initialization as init
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2QFormerMultiHeadAttention
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 from transformers.utils.generic import can_return_tuple
@@ -160,6 +160,30 @@ class LsmAudioTower(Frozen, WhisperEncoder):
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
 
 
+def promoted(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors in the most precise of their dtypes."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+class PromotingLinear(nn.Linear):
+    """A linear map in half precision takes float32, and computes in it. `nn.Linear` refuses other dtypes."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(*promoted(hidden_states, self.weight, self.bias))
+
+
+class PromotingLayerNorm(nn.LayerNorm):
+    """A LayerNorm in half precision takes float32, and computes in it. `nn.LayerNorm` refuses other dtypes."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states, weight, bias = promoted(hidden_states, self.weight, self.bias)
+        return nn.functional.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
+
+
+PROMOTING = {nn.Linear: PromotingLinear, nn.LayerNorm: PromotingLayerNorm}
+
+
 class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
     """The Q-Former's attention to a window, with the same weights and results but less computation.
 
@@ -186,23 +210,22 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
         if not (self._has_weights_at(frames) and (mask is None or torch.is_tensor(mask))):
             queries = hidden_states.expand(frames.shape[0], -1, -1)
             return super().forward(queries, attention_mask, frames, mask, **kwargs)
+        frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
         windows, _, width = frames.shape
         batch, queries = hidden_states.shape[:2]
         heads, size = self.num_attention_heads, self.attention_head_size
-        by_head = (self.query(hidden_states) * self.scaling).view(batch * queries, heads, size).transpose(0, 1)
-        projected = by_head @ self.key.weight.view(heads, size, width)
+        by_head = self.query(hidden_states).to(frames) * self.scaling
+        by_head = by_head.view(batch * queries, heads, size).transpose(0, 1)
+        projected = by_head @ self.key.weight.to(frames).view(heads, size, width)
         projected = projected.transpose(0, 1).reshape(batch, queries * heads, width)
         biases = (by_head * self.key.bias.view(heads, 1, size)).sum(-1)  # no effect on a softmax, but a gradient
-        # In float32 at least, as in torch's attention: in bfloat16, a score of 16 would be rounded by up to 0.06.
-        precise = torch.promote_types(frames.dtype, torch.float32)
-        scores = projected.to(precise) @ frames.to(precise).transpose(1, 2)
-        scores = scores + biases.transpose(0, 1).reshape(batch, queries * heads, 1)
+        scores = projected @ frames.transpose(1, 2) + biases.transpose(0, 1).reshape(batch, queries * heads, 1)
         if mask is not None:
             mask = mask[:, 0, :1]
             scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -torch.inf)
         weights = nn.functional.dropout(scores.softmax(-1), self.attention_dropout, self.training)
-        sums = (weights.to(frames.dtype) @ frames).view(windows * queries, heads, width).transpose(0, 1)
-        output = (sums @ self.value.weight.view(heads, size, width).transpose(1, 2)).transpose(0, 1)
+        sums = (weights @ frames).view(windows * queries, heads, width).transpose(0, 1)
+        output = (sums @ self.value.weight.to(frames).view(heads, size, width).transpose(1, 2)).transpose(0, 1)
         output = output + self.value.bias.view(heads, size) * weights.sum(-1).view(windows * queries, heads, 1)
         return output.reshape(windows, queries, heads * size).to(hidden_states.dtype), None
 
@@ -210,12 +233,51 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
         """Return whether the key and value weights are plain matrices on the device of `frames`: without adapter,
         quantisation or sharding, and not loaded only when their module is called (ZeRO-3, offloading)."""
         return all(
-            type(linear) is nn.Linear
+            type(linear) in (nn.Linear, PromotingLinear)
             and linear.weight.shape == (linear.out_features, linear.in_features)
             and linear.weight.device == frames.device
             and not hasattr(linear.weight, "placements")
             for linear in (self.key, self.value)
         )
+
+
+class LsmQFormer(Blip2QFormerModel):
+    """BLIP-2's Q-Former, in the dtype of its inputs, which the original casts to that of its weights."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.encoder.layer:
+            if layer.has_cross_attention:
+                layer.crossattention.attention = LsmWindowAttention(self.config, is_cross_attention=True)
+
+    def forward(
+        self,
+        query_embeds: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return what the queries hear in each window, `(windows, queries, hidden)`.
+
+        Args:
+            query_embeds: `(1, queries, hidden)`: before the cross-attention, they are the same for all windows.
+            encoder_hidden_states: windows `(windows, frames, d_audio)`, of the dtype of the queries.
+            encoder_attention_mask: `(windows, frames)`, 1 for real frames; if None, all frames are real.
+        """
+        hidden_states, mask = self.dropout(self.layernorm(query_embeds)), encoder_attention_mask
+        if mask is not None:
+            mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=mask,
+                encoder_hidden_states=encoder_hidden_states,
+            )
+        return self.encoder(
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=mask,
+            query_length=query_embeds.shape[1],
+            return_dict=True,
+        ).last_hidden_state
 
 
 class LsmReader(nn.Module):
@@ -338,19 +400,27 @@ class LsmProjector(LsmPreTrainedModel):
         self.queries = nn.Parameter(torch.empty(config.queries_per_window, qformer_config.hidden_size))
         # The Q-Former does not support flash attention, which may be set for the whole model.
         attention = qformer_config._attn_implementation or ""
-        self.qformer = AutoModel.from_config(
+        self.qformer = LsmQFormer._from_config(
             qformer_config, **({"attn_implementation": "sdpa"} if "flash" in attention else {})
         )
-        for layer in self.qformer.encoder.layer:
-            if layer.has_cross_attention:
-                layer.crossattention.attention = LsmWindowAttention(self.qformer.config, is_cross_attention=True)
         self.linear = nn.Linear(qformer_config.hidden_size, config.reading_size)
+        for module in self.modules():
+            module.__class__ = PROMOTING.get(type(module), type(module))
         if config.pieces_per_token:
             self.reader = LsmReader(config)
         self.post_init()
 
     def get_input_embeddings(self):
         return None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the computation: float32 also if the weights are in half precision, because the layers would
+        otherwise add up to an error of 2 %. BLIP-2 keeps its Q-Former in float32 for the same reason. If another
+        library has replaced layers (vLLM, an adapter, 4 bits), the dtype of the weights, because the new layers may
+        take no other."""
+        own = all(type(module) in PROMOTING.values() for module in self.modules() if hasattr(module, "weight"))
+        return torch.promote_types(self.queries.dtype, torch.float32) if own else self.queries.dtype
 
     def cut_windows(
         self, hidden_states: torch.Tensor, encoder_frames: list[int]
@@ -398,20 +468,18 @@ class LsmProjector(LsmPreTrainedModel):
                 `(total_tokens, reading_size)`.
         """
         windows, mask = self.cut_windows(hidden_states, encoder_frames)
-        windows = self.layer_norm(windows.to(self.layer_norm.weight.dtype))
+        dtype = self.compute_dtype
+        windows = self.layer_norm(windows.to(dtype))
         if self.config.context_frames:
-            windows = windows + self.frame_positions
-        # Before the cross-attention, the queries are the same for all windows, so one copy is enough.
-        output = self.qformer(
-            query_embeds=self.queries[None],
-            encoder_hidden_states=windows,
-            encoder_attention_mask=mask,
-            return_dict=True,
+            windows = windows + self.frame_positions.to(windows)
+        heard = self.qformer(
+            query_embeds=self.queries[None].to(dtype), encoder_hidden_states=windows, encoder_attention_mask=mask
         )
-        speech = self.linear(output.last_hidden_state).flatten(0, 1)
-        if embeddings is None or not self.config.pieces_per_token:
-            return speech
-        return self.reader(speech, vectors, embeddings, num_audio_tokens(encoder_frames, **self.config.windowing))
+        speech = self.linear(heard).flatten(0, 1)
+        if embeddings is not None and self.config.pieces_per_token:
+            tokens = num_audio_tokens(encoder_frames, **self.config.windowing)
+            speech = self.reader(speech, vectors, embeddings, tokens)
+        return speech.to(self.queries.dtype)
 
 
 class LsmModel(LsmPreTrainedModel):

@@ -171,6 +171,34 @@ def test_in_bfloat16_windows_are_read_as_exactly_as_by_the_library(lsm, monkeypa
     assert (found - wanted).norm() < 1.2 * (library - wanted).norm()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_projector_in_half_precision_computes_in_float32(lsm_dir, dtype):
+    """Only its output is rounded. When each layer was, the errors were several times as large, and in bfloat16, speech
+    differed by up to 2 % from that beside other clips."""
+    torch.manual_seed(0)
+    frames = torch.randn(2, 60, 32).to(dtype)
+    projector = LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=dtype).eval().model.projector
+    heard = projector(frames, [60, 38])
+    assert heard.dtype == dtype
+    expected = copy.deepcopy(projector).double()(frames.double(), [60, 38])
+    assert ((heard - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < torch.finfo(dtype).eps / 2
+
+
+@torch.no_grad()
+def test_layers_that_another_library_has_replaced_get_the_dtype_of_the_weights(lsm_dir, processor, clip):
+    """As vLLM does, with linear maps that take no other."""
+    model = LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=torch.bfloat16).eval()
+    inputs = audio_inputs(processor, [clip(1.3), clip(3)])
+    expected = model.get_audio_features(**inputs).pooler_output
+    for module in model.model.projector.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.__class__ = torch.nn.Linear
+    heard = model.get_audio_features(**inputs).pooler_output
+    assert heard.dtype == torch.bfloat16
+    assert heard.shape == expected.shape
+
+
 def test_matrices_that_are_more_than_weights_are_asked_as_modules(lsm_dir, lsm, processor, clip):
     """An adapter, say, or what is in 4 bits: then every frame is projected, as the library does it."""
 
