@@ -27,6 +27,7 @@ from language_models.extras import extra
 with extra("train"):
     from accelerate import PartialState
     from datasets import Audio, Dataset
+    from datasets.exceptions import DatasetGenerationError
     from huggingface_hub import HfApi
     from transformers import set_seed
     from trl import ModelConfig
@@ -112,7 +113,10 @@ def load_clips(args: AlignArguments, seed: int) -> Dataset:
     source = {"corpus": args.corpus, "split": args.dataset_train_split}
     # The revision is part of the key in the cache of `datasets`; it is not used otherwise.
     revision = opened_corpus(args).revision
-    clips = Dataset.from_generator(_utterances, features=FEATURES, gen_kwargs=source | {"revision": revision})
+    try:
+        clips = Dataset.from_generator(_utterances, features=FEATURES, gen_kwargs=source | {"revision": revision})
+    except DatasetGenerationError as error:  # says nothing about the utterance
+        raise error.__cause__ or error from None
     return clips.cast_column("audio", Audio(16_000, decode=False))
 
 

@@ -102,7 +102,8 @@ class FileCorpus(Corpus):
             raise RefusedRowError(
                 where,
                 "outside the data root",
-                f"{path} is not under {self.data_root}; a build takes another --data-root",
+                f"{path} is not under {self.data_root}; put the manifest into a folder above its audio (a build also "
+                "takes another --data-root)",
             )
         return file
 

@@ -381,6 +381,15 @@ def test_an_edited_transcript_in_an_audio_folder_is_learned(tmp_path):
     assert command.load_clips(args, 0)["transcript"] == ["two"]
 
 
+def test_a_clip_that_cannot_be_used_is_named(tmp_path):
+    """And not only that datasets could not generate something."""
+    lines = '{"audio": "a.wav", "text": "one"}\n{"audio": "/elsewhere/b.wav", "text": "two"}\n'
+    folder = write(tmp_path / "corpus", {"a.wav": clip(1), "train.jsonl": lines})
+    args = command.AlignArguments(corpus=str(folder), dataset_train_split="train")
+    with pytest.raises(ValueError, match=r"line 2: .*/elsewhere/b.wav is not under .*; put the manifest into a folder"):
+        command.load_clips(args, 0)
+
+
 def test_two_processes_give_the_losses_of_one(run, aligned_dir, words_dir, tmp_path):
     """The loss of a step is the mean over its clips, on any number of devices."""
     one = losses(run(align_steps=4, align_batch_size=4))
