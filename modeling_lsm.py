@@ -160,28 +160,21 @@ class LsmAudioTower(Frozen, WhisperEncoder):
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
 
 
-def promoted(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors in the most precise of their dtypes."""
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    return [tensor.to(dtype) for tensor in tensors]
+def forward_promoted(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Run a linear map or a LayerNorm in the more precise dtype of its input and its weights. It replaces the `forward`
+    of the layers, and not the layers, because libraries that quantise models look for these classes."""
+    if not is_plain(layer):
+        return type(layer).forward(layer, hidden_states)
+    dtype = torch.promote_types(hidden_states.dtype, layer.weight.dtype)
+    hidden_states, weight, bias = (tensor.to(dtype) for tensor in (hidden_states, layer.weight, layer.bias))
+    if isinstance(layer, nn.Linear):
+        return nn.functional.linear(hidden_states, weight, bias)
+    return nn.functional.layer_norm(hidden_states, layer.normalized_shape, weight, bias, layer.eps)
 
 
-class PromotingLinear(nn.Linear):
-    """A linear map in half precision takes float32, and computes in it. `nn.Linear` refuses other dtypes."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(*promoted(hidden_states, self.weight, self.bias))
-
-
-class PromotingLayerNorm(nn.LayerNorm):
-    """A LayerNorm in half precision takes float32, and computes in it. `nn.LayerNorm` refuses other dtypes."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states, weight, bias = promoted(hidden_states, self.weight, self.bias)
-        return nn.functional.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
-
-
-PROMOTING = {nn.Linear: PromotingLinear, nn.LayerNorm: PromotingLayerNorm}
+def is_plain(layer: nn.Module) -> bool:
+    """Return whether the layer is one of torch with ordinary weights: not quantised, sharded or parametrised."""
+    return type(layer) in (nn.Linear, nn.LayerNorm) and type(layer.weight) is nn.Parameter
 
 
 class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
@@ -233,16 +226,15 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
         """Return whether the key and value weights are plain matrices on the device of `frames`: without adapter,
         quantisation or sharding, and not loaded only when their module is called (ZeRO-3, offloading)."""
         return all(
-            type(linear) in (nn.Linear, PromotingLinear)
+            is_plain(linear)
             and linear.weight.shape == (linear.out_features, linear.in_features)
             and linear.weight.device == frames.device
-            and not hasattr(linear.weight, "placements")
             for linear in (self.key, self.value)
         )
 
 
 class LsmQFormer(Blip2QFormerModel):
-    """BLIP-2's Q-Former, in the dtype of its inputs, which the original casts to that of its weights."""
+    """BLIP-2's Q-Former without its casts: it also takes float32 with weights in half precision."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -404,8 +396,9 @@ class LsmProjector(LsmPreTrainedModel):
             qformer_config, **({"attn_implementation": "sdpa"} if "flash" in attention else {})
         )
         self.linear = nn.Linear(qformer_config.hidden_size, config.reading_size)
-        for module in self.modules():
-            module.__class__ = PROMOTING.get(type(module), type(module))
+        self._layers = [module for module in self.modules() if isinstance(module, nn.Linear | nn.LayerNorm)]
+        for layer in self._layers:
+            layer.forward = functools.partial(forward_promoted, layer)
         if config.pieces_per_token:
             self.reader = LsmReader(config)
         self.post_init()
@@ -415,12 +408,12 @@ class LsmProjector(LsmPreTrainedModel):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype of the computation: float32 also if the weights are in half precision, because the layers would
-        otherwise add up to an error of 2 %. BLIP-2 keeps its Q-Former in float32 for the same reason. If another
-        library has replaced layers (vLLM, an adapter, 4 bits), the dtype of the weights, because the new layers may
-        take no other."""
-        own = all(type(module) in PROMOTING.values() for module in self.modules() if hasattr(module, "weight"))
-        return torch.promote_types(self.queries.dtype, torch.float32) if own else self.queries.dtype
+        """Dtype of the computation without autocast: float32 also for weights in half precision, where the rounding of
+        each layer would add up to 2 %. BLIP-2 keeps its Q-Former in float32, too. If another library has replaced
+        layers or weights (vLLM, 4 bits), it is the dtype of the weights, because the new ones may take no other."""
+        modules = set(self.modules())
+        plain = all(layer in modules and is_plain(layer) for layer in self._layers)
+        return torch.promote_types(self.queries.dtype, torch.float32) if plain else self.queries.dtype
 
     def cut_windows(
         self, hidden_states: torch.Tensor, encoder_frames: list[int]
@@ -479,7 +472,7 @@ class LsmProjector(LsmPreTrainedModel):
         if embeddings is not None and self.config.pieces_per_token:
             tokens = num_audio_tokens(encoder_frames, **self.config.windowing)
             speech = self.reader(speech, vectors, embeddings, tokens)
-        return speech.to(self.queries.dtype)
+        return speech if dtype == self.queries.dtype else speech.to(self.queries.dtype)
 
 
 class LsmModel(LsmPreTrainedModel):
@@ -755,13 +748,14 @@ def reading_vectors(
     direction of the sum and the mean length of its parts. A piece without text has zeros.
 
     Args:
-        words: `(audio vocabulary, d_audio)` float, `WhisperModel.decoder.embed_tokens.weight`.
+        words: `(audio vocabulary, d_audio)` float, `WhisperModel.decoder.embed_tokens.weight` in the data type of the
+            checkpoint, so that the vectors are the same for LSMs of all data types.
         audio_tokenizer, tokenizer: the tokenizers of Whisper and of the LLM.
         config: the LSM's configuration, of which `non_text_token_ids` and the number of embeddings are used.
 
     Returns:
         `(vocab_size, d_audio)` float64, because another order of summation should not change what is rounded to the
-        model's data type.
+        model's data type. Round it to float32 first, so that bfloat16 is the same for LSMs composed in either.
     """
     words, vocabulary = words.detach().cpu().double(), config.text_config.vocab_size
     special = [id for id in audio_tokenizer.added_tokens_decoder if id < len(words)]
@@ -817,8 +811,12 @@ def _join(
     """
     hub = {name: value for name, value in place.items() if name in HUB_OPTIONS}
     weights = load_file(cached_file(source, SAFE_WEIGHTS_NAME, **place))
-    load_audio = functools.partial(_load_audio, load_tokenizer=lambda: AutoTokenizer.from_pretrained(source, **place))
+    # The tokenizer needs no code of the checkpoint; unless told, transformers would ask the user whether to run it.
+    load_tokenizer = functools.partial(AutoTokenizer.from_pretrained, source, trust_remote_code=False, **place)
+    load_audio = functools.partial(_load_audio, load_tokenizer=load_tokenizer)
     loads: dict[str, Callable] = {"audio": load_audio, "text": _load_llm}
+    # Not `config.dtype`: `AutoModel` writes the data type that it is asked for into the configuration.
+    composed = LsmConfig.from_pretrained(source, **place).dtype or torch.float32
     for part, load in loads.items():
         origin = config.sources[part]
         name, revision = replacements[part], None
@@ -833,7 +831,7 @@ def _join(
                 f"{source} is a projector for {origin['model']} ({origin['revision']}), which cannot be loaded: {error}"
                 f" Download it, put its folder next to the projector's, or name it with `{part}_model=FOLDER`."
             ) from error
-        content = content_of(weights, part, config.dtype or torch.float32)
+        content = content_of(weights, part, composed)
         if content != origin["content"] and not allow_other_weights:
             raise ValueError(
                 f"{source} is a projector for {origin['model']} ({origin['revision']}, weights {origin['content']}), "
@@ -864,9 +862,8 @@ def _load_audio(source: str, config: LsmConfig, options: dict, load_tokenizer: C
     tower, reading = PARTS["audio"]
     weights = {tower + name: value for name, value in whisper.encoder.state_dict().items()}
     if reads_with_words:
-        words = whisper.decoder.embed_tokens.weight.to(config.dtype or torch.float32)
-        audio_tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        weights[f"{reading}weight"] = reading_vectors(words, audio_tokenizer, load_tokenizer(), config)
+        words, audio_tokenizer = whisper.decoder.embed_tokens.weight, AutoTokenizer.from_pretrained(source, **options)
+        weights[f"{reading}weight"] = reading_vectors(words, audio_tokenizer, load_tokenizer(), config).float()
     return weights
 
 

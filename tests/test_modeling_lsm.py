@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, WhisperModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, WhisperModel
 
 from configuration_lsm import LsmConfig
 from modeling_lsm import LsmForConditionalGeneration, LsmModel, LsmProjector, LsmWindowAttention
@@ -187,16 +188,44 @@ def test_a_projector_in_half_precision_computes_in_float32(lsm_dir, dtype):
 
 @torch.no_grad()
 def test_layers_that_another_library_has_replaced_get_the_dtype_of_the_weights(lsm_dir, processor, clip):
-    """As vLLM does, with linear maps that take no other."""
+    """vLLM replaces linear maps by its own, which take no other."""
     model = LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=torch.bfloat16).eval()
     inputs = audio_inputs(processor, [clip(1.3), clip(3)])
     expected = model.get_audio_features(**inputs).pooler_output
-    for module in model.model.projector.modules():
+    projector = model.model.projector
+    for name, module in list(projector.named_modules()):
         if isinstance(module, torch.nn.Linear):
-            module.__class__ = torch.nn.Linear
+            other = torch.nn.Linear(module.in_features, module.out_features, dtype=torch.bfloat16)
+            other.load_state_dict(module.state_dict())
+            projector.set_submodule(name, other)
     heard = model.get_audio_features(**inputs).pooler_output
-    assert heard.dtype == torch.bfloat16
-    assert heard.shape == expected.shape
+    assert heard.dtype == expected.dtype == torch.bfloat16
+    assert projector.compute_dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_the_projector_is_quantised_with_the_model(wide_lsm_dir, processor, clip, tmp_path):
+    """By libraries that look for `nn.Linear`; a checkpoint of theirs is loaded as it was saved."""
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    model = LsmForConditionalGeneration.from_pretrained(wide_lsm_dir, quantization_config=config, dtype=torch.bfloat16)
+    assert model.model.projector.linear.weight.dtype == torch.int8
+    inputs = audio_inputs(processor, [clip(1.3)])
+    expected = model.get_audio_features(**inputs).pooler_output
+    model.save_pretrained(tmp_path / "quantised")
+    again = LsmForConditionalGeneration.from_pretrained(tmp_path / "quantised")
+    torch.testing.assert_close(again.get_audio_features(**inputs).pooler_output, expected)
+
+
+@torch.no_grad()
+def test_a_fresh_adapter_of_a_projector_in_half_precision_changes_little(lsm_dir, processor, clip):
+    """The layers below it compute in float32 as before, except that an adapter of keys and values is asked for every
+    frame."""
+    model = LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=torch.bfloat16).eval()
+    inputs = audio_inputs(processor, [clip(1.3), clip(3)])
+    expected = model.model.projector(*model.model.encode_audio(**inputs))
+    adapted = get_peft_model(model, LoraConfig(target_modules=r".*projector.*\.(query|key|value|dense)")).eval()
+    heard = adapted.base_model.model.model.projector(*model.model.encode_audio(**inputs))
+    assert (heard - expected).norm() < torch.finfo(torch.bfloat16).eps / 2 * expected.norm()
 
 
 def test_matrices_that_are_more_than_weights_are_asked_as_modules(lsm_dir, lsm, processor, clip):

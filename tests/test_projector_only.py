@@ -11,6 +11,7 @@ from hub_clients import run, start
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from configuration_lsm import LsmConfig
 from language_models.checkpoints import load_processor, open_model
 from modeling_lsm import LsmForConditionalGeneration, content_of
 from recipes.listening.composing import compose
@@ -74,6 +75,26 @@ def test_a_projector_is_saved_alone_and_joined_to_the_same_model(any_parts, tmp_
     inputs = processor(text="Repeat: <|audio|>", audio=np.sin(np.arange(9000) / 20), return_tensors="pt")
     # Equal weights, but a product may round otherwise where they lie elsewhere in memory.
     torch.testing.assert_close(joined(**inputs).logits, model.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize("dtype, asked", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "float32")])
+def test_a_projector_is_joined_in_any_data_type(any_parts, tmp_path, dtype, asked):
+    """`AutoModel` loads the configuration first, and writes into it the data type that it is asked for."""
+    save(any_parts, tmp_path / "parts" / "ears", dtype=dtype)
+    asked = getattr(torch, asked)
+    config = LsmConfig.from_pretrained(tmp_path / "parts" / "ears")
+    config.dtype = asked
+    joined = LsmForConditionalGeneration.from_pretrained(tmp_path / "parts" / "ears", config=config, dtype=asked)
+    assert {weight.dtype for weight in joined.parameters()} == {asked}
+
+
+@pytest.mark.parametrize("dtype, asked", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_projector_that_was_joined_in_another_data_type_is_saved_alone_again(any_parts, tmp_path, dtype, asked):
+    save(any_parts, tmp_path / "parts" / "ears", dtype=dtype)
+    joined = LsmForConditionalGeneration.from_pretrained(tmp_path / "parts" / "ears", dtype=getattr(torch, asked))
+    joined.save_pretrained(tmp_path / "parts" / "again", projector_only=True)
+    load_processor(tmp_path / "parts" / "ears").save_pretrained(tmp_path / "parts" / "again")
+    assert equal(LsmForConditionalGeneration.from_pretrained(tmp_path / "parts" / "again"), joined)
 
 
 def test_everything_of_a_projector_comes_from_its_own_subfolder(parts, tmp_path):

@@ -123,9 +123,10 @@ def compose(
             audio_token_id=audio_token_id,
             lm_head_bias=llm.get_output_embeddings().bias is not None,
         )
-        model = _assemble(config, whisper, llm)
+        words = None if audio_tokenizer is None else whisper.decoder.embed_tokens.weight.detach()
+        model = _assemble(config, whisper.to(llm.dtype), llm)
     if weights:
-        _start(model, whisper, audio_tokenizer, tokenizer, qformer_init)
+        _start(model, whisper, words, audio_tokenizer, tokenizer, qformer_init)
     processor = speech_processor(
         feature_extractor,
         tokenizer,
@@ -150,13 +151,14 @@ def compose(
 def _start(
     model: LsmForConditionalGeneration,
     whisper: WhisperModel,
+    words: torch.Tensor | None,
     audio_tokenizer: PreTrainedTokenizerBase | None,
     tokenizer: PreTrainedTokenizerBase,
     qformer_init: str,
 ) -> None:
     """Set what is new in the LSM to its initial weights, as far as these are not random."""
-    if audio_tokenizer is not None:
-        vectors = reading_vectors(whisper.decoder.embed_tokens.weight, audio_tokenizer, tokenizer, model.config)
+    if words is not None:
+        vectors = reading_vectors(words, audio_tokenizer, tokenizer, model.config).float()
         model.model.reading_embeddings.load_state_dict({"weight": vectors.to(model.dtype)}, assign=True)
     if qformer_init != "random":
         start_from_decoder(model.model.projector, whisper, required=qformer_init == "decoder")
@@ -267,7 +269,7 @@ def _load(audio: str, text: str, dtype: str | torch.dtype, weights: bool) -> tup
     tokenizer, settings = load_tokenizer(text), generation_settings(text)
     if weights:
         llm = open_model(text, dtype=dtype, run=False, generation_config=settings)
-        whisper, loaded = WhisperModel.from_pretrained(audio, dtype=llm.dtype, output_loading_info=True)
+        whisper, loaded = WhisperModel.from_pretrained(audio, dtype="auto", output_loading_info=True)
         refuse_missing(audio, {key for key in loaded["missing_keys"] if key.startswith("encoder.")})
         # transformers makes what is missing of random numbers.
         if any(key.startswith("decoder.layers.") for key in loaded["missing_keys"]):
