@@ -265,3 +265,11 @@ def test_without_a_network_the_missing_part_is_named(hub, whole, tmp_path):
     ended = start(USE, hub, home, "org/ears", "{}", HF_HUB_OFFLINE="1")
     assert ended.returncode != 0
     assert "org/ears is a projector for org/whisper (" in ended.stderr and "audio_model=FOLDER" in ended.stderr
+
+
+def test_a_user_gets_any_data_type_and_is_not_asked_whether_to_run_code(hub, any_parts, tmp_path):
+    ears = tmp_path / "parts" / "ears"
+    save(any_parts, ears)
+    ended = start(USE, hub, tmp_path / "home", str(ears), json.dumps({"dtype": "bfloat16"}))
+    assert ended.returncode == 0, ended.stderr
+    assert "run the custom code" not in ended.stdout + ended.stderr
