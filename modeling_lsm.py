@@ -161,8 +161,17 @@ class LsmAudioTower(Frozen, WhisperEncoder):
 
 
 def forward_promoted(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Run a linear map or a LayerNorm in the more precise dtype of its input and its weights. It replaces the `forward`
-    of the layers, and not the layers, because libraries that quantise models look for these classes."""
+    """Run a linear map or a LayerNorm in the more precise dtype of its input and its weights.
+
+    [`LsmProjector`] replaces the `forward` of its layers by this, and not the layers, because libraries that quantise
+    models look for `nn.Linear`. A layer that such a library has changed runs as its class does.
+
+    Args:
+        hidden_states: `(..., in_features)` float.
+
+    Returns:
+        `(..., out_features)`, or `(..., in_features)` of a LayerNorm.
+    """
     if not is_plain(layer):
         return type(layer).forward(layer, hidden_states)
     dtype = torch.promote_types(hidden_states.dtype, layer.weight.dtype)
@@ -203,6 +212,7 @@ class LsmWindowAttention(Blip2QFormerMultiHeadAttention):
         if not (self._has_weights_at(frames) and (mask is None or torch.is_tensor(mask))):
             queries = hidden_states.expand(frames.shape[0], -1, -1)
             return super().forward(queries, attention_mask, frames, mask, **kwargs)
+        # In float32 at least, as in torch's attention: in bfloat16, a score of 16 would be rounded by up to 0.06.
         frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
         windows, _, width = frames.shape
         batch, queries = hidden_states.shape[:2]
@@ -396,8 +406,8 @@ class LsmProjector(LsmPreTrainedModel):
             qformer_config, **({"attn_implementation": "sdpa"} if "flash" in attention else {})
         )
         self.linear = nn.Linear(qformer_config.hidden_size, config.reading_size)
-        self._layers = [module for module in self.modules() if isinstance(module, nn.Linear | nn.LayerNorm)]
-        for layer in self._layers:
+        self._own_layers = [module for module in self.modules() if isinstance(module, nn.Linear | nn.LayerNorm)]
+        for layer in self._own_layers:
             layer.forward = functools.partial(forward_promoted, layer)
         if config.pieces_per_token:
             self.reader = LsmReader(config)
@@ -412,7 +422,7 @@ class LsmProjector(LsmPreTrainedModel):
         each layer would add up to 2 %. BLIP-2 keeps its Q-Former in float32, too. If another library has replaced
         layers or weights (vLLM, 4 bits), it is the dtype of the weights, because the new ones may take no other."""
         modules = set(self.modules())
-        plain = all(layer in modules and is_plain(layer) for layer in self._layers)
+        plain = all(layer in modules and is_plain(layer) for layer in self._own_layers)
         return torch.promote_types(self.queries.dtype, torch.float32) if plain else self.queries.dtype
 
     def cut_windows(

@@ -218,8 +218,8 @@ def test_the_projector_is_quantised_with_the_model(wide_lsm_dir, processor, clip
 
 @torch.no_grad()
 def test_a_fresh_adapter_of_a_projector_in_half_precision_changes_little(lsm_dir, processor, clip):
-    """The layers below it compute in float32 as before, except that an adapter of keys and values is asked for every
-    frame."""
+    """The adapted layers still compute in float32. Keys and values are computed for every frame then, so the results
+    are not the same bit by bit."""
     model = LsmForConditionalGeneration.from_pretrained(lsm_dir, dtype=torch.bfloat16).eval()
     inputs = audio_inputs(processor, [clip(1.3), clip(3)])
     expected = model.model.projector(*model.model.encode_audio(**inputs))

@@ -132,7 +132,9 @@ class HubCorpus(Corpus):
             is_inside = is_inside and ".." not in file.split("/")
         if not is_inside or not all(hop.startswith("zip://") for hop in inside):
             root = (
-                f"under {self.folder}; a build takes another --data-root" if self.folder else f"a file of {self.name}"
+                f"under {self.folder}; put it there (a build also takes another --data-root)"
+                if self.folder
+                else f"a file of {self.name}"
             )
             raise RefusedRowError(where, "outside the data root", f"{path} is not {root}")
         return "::".join([*inside, file])

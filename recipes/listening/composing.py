@@ -123,6 +123,7 @@ def compose(
             audio_token_id=audio_token_id,
             lm_head_bias=llm.get_output_embeddings().bias is not None,
         )
+        # Taken before the conversion, because `reading_vectors` needs them in the checkpoint's own data type.
         words = None if audio_tokenizer is None else whisper.decoder.embed_tokens.weight.detach()
         model = _assemble(config, whisper.to(llm.dtype), llm)
     if weights:
